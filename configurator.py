@@ -1,0 +1,139 @@
+"""
+The settings of a script are its plain global variables. They are overridden by config files, then by
+--name=value, in the order of the command line:
+
+    python train_stage1.py config/cifar10.py --batch_size=64 --out_dir=out/small-batch
+
+A config file holds `name = value` lines. It and the command line are read as Python literals (numbers,
+strings, True/False, tuples) and never executed.
+"""
+
+import ast
+import difflib
+import os
+import sys
+
+
+class UserError(Exception):
+    """Something that the user can mend. Scripts end with its message in one line, and exit code 2."""
+
+
+def configure(scope, argv=None):
+    """Overrides the settings in `scope`, a script's globals(), by the command line; returns them as a dict.
+
+    Settings are the bool, int, float, str and tuple variables set so far whose names have no leading
+    underscore; a new value must be of the default's type. Raises UserError for an unknown name (with the
+    nearest valid one), a wrong type, or anything that can't be parsed. --help prints the script's
+    docstring and settings, and exits.
+    """
+    sys.excepthook = _one_line_for_user_errors
+    argv = sys.argv[1:] if argv is None else argv
+    settings = {name: value for name, value in scope.items()
+                if not name.startswith("_") and isinstance(value, (bool, int, float, str, tuple))}
+    if "--help" in argv or "-h" in argv:
+        print(_usage(scope, settings))
+        sys.exit(0)
+    for argument in argv:
+        if argument.startswith("--"):
+            name, equals, text = argument[2:].partition("=")
+            if not equals:
+                raise UserError(f"{argument}: settings are written --name=value")
+            new = [(name, text if isinstance(settings.get(name), str) else _literal(text), argument)]
+        else:
+            new = _read_config_file(argument)
+        for name, value, where in new:
+            if name not in settings:
+                nearest = difflib.get_close_matches(name, settings, n=1, cutoff=0)
+                raise UserError(f"{where}: there is no setting {name!r}; the nearest is {nearest[0]!r}")
+            settings[name] = _checked(name, value, scope[name], where)
+    scope.update(settings)
+    return settings
+
+
+def require(condition, message):
+    """Raises UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def _literal(text):
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text  # a bare word: right only where a string is wanted, which `_checked` sees
+
+
+def _read_config_file(path):
+    """-> [(name, value, where)] of the file's `name = literal` lines."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            tree = ast.parse(f.read())
+    except OSError as error:
+        raise UserError(f"can't read the config file {path}: {error.strerror}") from None
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise UserError(f"{path} is not a config file: {error}") from None
+    found = []
+    for node in tree.body:
+        where = f"{path}, line {node.lineno}"
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # its docstring
+        try:
+            (target,) = node.targets
+            found.append((target.id, ast.literal_eval(node.value), where))
+        except (AttributeError, ValueError, TypeError):
+            raise UserError(f"{where}: only lines of the form `name = literal` are read") from None
+    return found
+
+
+def _checked(name, value, default, where):
+    kind = type(default)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is tuple and type(value) is list:
+        value = tuple(value)
+    fits = type(value) is kind
+    if fits and kind is tuple and default:
+        fits = all(type(item) is type(default[0]) for item in value)
+    if not fits:
+        raise UserError(f"{where}: {name} takes a {kind.__name__} such as {default!r}, not {value!r}")
+    return value
+
+
+def _usage(scope, settings):
+    with open(scope["__file__"], encoding="utf-8") as f:
+        source = f.read()
+    spans = [(node.lineno, node.end_lineno) for node in ast.parse(source).body
+             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) in settings]
+    block = source.splitlines()[spans[0][0] - 1:spans[-1][1]]
+    return "\n".join([scope["__doc__"].strip(), "", "Settings and their defaults:", "", *block])
+
+
+def _one_line_for_user_errors(kind, error, traceback):
+    if issubclass(kind, UserError):
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.__excepthook__(kind, error, traceback)
+
+
+def start_processes(device):
+    """-> rank, number of processes, torch.device. Joins the others where torchrun started this process.
+
+    device: "auto", "cpu", "cuda", "cuda:1", "mps". Raises UserError where this machine has no such device.
+    """
+    import torch  # here, so that mistakes in the settings are told at once
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    try:
+        place = torch.device(device)
+        if place.type == "cuda" and (world > 1 or place.index is None):
+            place = torch.device("cuda", local_rank)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device={device} can't be used here: {str(error).splitlines()[0]}") from None
+    if world > 1:
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
+        torch.distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    return int(os.environ.get("RANK", 0)), world, place

@@ -1,0 +1,432 @@
+"""
+The networks of DisCo-Diff (Xu et al. 2024), each readable beside its paragraph of the paper.
+
+  U-Net         ADM's, as EDM (Karras et al. 2022) has it, under EDM's parameter names, with a
+                cross-attention to the discrete latents after each self-attention   (sec. 3.3)
+  LatentTokens  codes -> codebook embeddings -> 6-layer Transformer: keys and values for the U-Net (App. D.1)
+  Encoder       ViT with one class token a latent                                   (sec. 3.3, App. D.1)
+  DisCoDiff     denoiser and encoder together, EDM's preconditioning: what stage 1 trains (Eq. 3, Alg. 1)
+  Prior         causal Transformer over the codes: what stage 2 trains              (Eq. 4, Alg. 2)
+
+This file knows tensors and no files. Shapes: B images, C channels, H = W pixels, m latents with k codes each.
+Images are float (B, C, H, W) in [-1, 1], class labels int64 (B,) with -1 for "no class", hard codes
+int64 (B, m), soft ones float (B, m, k) with rows that sum to 1.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ----------------------------------------------------------------------------------------------------
+# U-Net (ADM: Dhariwal & Nichol 2021, in EDM's form)
+
+
+def group_norm(channels):
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-5)
+
+
+def zero(module):
+    """A layer that starts at zero, so that its residual branch starts as the identity."""
+    nn.init.zeros_(module.weight)
+    nn.init.zeros_(module.bias)
+    return module
+
+
+def num_heads(channels):
+    return max(1, channels // 64)  # ADM: 64 channels a head
+
+
+class CrossAttention(nn.Module):
+    """Image features are the queries, latent tokens the keys and values (sec. 3.3)."""
+
+    def __init__(self, channels, latent_dim):
+        super().__init__()
+        self.heads = num_heads(channels)
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.kv = nn.Linear(latent_dim, 2 * channels)
+        self.proj = zero(nn.Conv2d(channels, channels, 1))  # step 0 equals the network without latents
+
+    def keys_values(self, tokens):
+        """(B, m, latent_dim) -> keys and values, each (B, heads, m, channels / heads)."""
+        return [t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.kv(tokens).chunk(2, dim=2)]
+
+    def forward(self, x, keys, values):
+        q = self.q(self.norm(x)).flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)  # (B, heads, HW, c)
+        a = F.scaled_dot_product_attention(q, keys, values)
+        return x + self.proj(a.transpose(2, 3).reshape(x.shape))
+
+
+class UNetBlock(nn.Module):
+    """ADM's residual block: convolutions modulated by the embedding, then self- and cross-attention."""
+
+    def __init__(self, cin, cout, emb_dim, attention=False, latent_dim=0, resample=None, dropout=0.0):
+        super().__init__()
+        self.cin, self.resample, self.dropout, self.heads = cin, resample, dropout, num_heads(cout)
+        self.norm0 = group_norm(cin)
+        self.conv0 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.affine = nn.Linear(emb_dim, 2 * cout)
+        self.norm1 = group_norm(cout)
+        self.conv1 = zero(nn.Conv2d(cout, cout, 3, padding=1))
+        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        self.qkv = self.cross = None
+        if attention:
+            self.norm2 = group_norm(cout)
+            self.qkv = nn.Conv2d(cout, 3 * cout, 1)
+            self.proj = zero(nn.Conv2d(cout, cout, 1))
+            if latent_dim:
+                self.cross = CrossAttention(cout, latent_dim)
+
+    def resized(self, x):
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
+
+    def forward(self, x, emb, keys_values=None):
+        h = self.conv0(self.resized(F.silu(self.norm0(x))))
+        scale, shift = self.affine(emb)[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+        x = self.skip(self.resized(x)) + self.conv1(F.dropout(h, self.dropout, self.training))
+        if self.qkv is not None:
+            # q, k and v are interleaved in the output channels: head, channel within head, then q/k/v
+            qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (self.heads, -1, 3)).transpose(2, 4)
+            q, k, v = qkv.unbind(3)  # each (B, heads, HW, c)
+            a = F.scaled_dot_product_attention(q, k, v)
+            x = x + self.proj(a.transpose(2, 3).reshape(x.shape))
+        if self.cross is not None:
+            x = self.cross(x, *keys_values)
+        return x
+
+
+class UNet(nn.Module):
+    """ADM's U-Net under EDM's names ("enc.8x8_block0.conv0.weight"), so that EDM's weights load into it.
+
+    attn_resolutions: feature map sizes at which blocks have attention (the bottleneck always has it).
+    latent_dim: width of the latent tokens that the cross-attentions read; 0 builds plain EDM.
+    Raises ValueError where the levels do not divide the image.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim, model_channels=192, channel_mult=(1, 2, 3, 4),
+                 channel_mult_emb=4, num_blocks=3, attn_resolutions=(32, 16, 8), dropout=0.1, latent_dim=0):
+        super().__init__()
+        levels = len(channel_mult)
+        if img_resolution % 2 ** (levels - 1):
+            raise ValueError(f"images of {img_resolution} pixels can't be halved {levels - 1} times: "
+                             f"take a size divisible by {2 ** (levels - 1)}, or fewer levels in channel_mult")
+        resolutions = [img_resolution >> i for i in range(levels)]
+        if missing := set(attn_resolutions) - set(resolutions):
+            raise ValueError(f"attn_resolutions has {sorted(missing)}: the feature maps are {resolutions}")
+        emb_dim = model_channels * channel_mult_emb
+        self.map_layer0 = nn.Linear(model_channels, emb_dim)
+        self.map_layer1 = nn.Linear(emb_dim, emb_dim)
+        self.map_label = nn.Linear(label_dim, emb_dim, bias=False) if label_dim else None
+        if label_dim:
+            nn.init.normal_(self.map_label.weight)
+
+        def block(cin, cout, attention=False, resample=None):
+            return UNetBlock(cin, cout, emb_dim, attention, latent_dim, resample, dropout)
+
+        self.enc = nn.ModuleDict()
+        widths = [c * model_channels for c in channel_mult]
+        channels, skips = widths[0], [widths[0]]
+        self.enc[f"{img_resolution}x{img_resolution}_conv"] = nn.Conv2d(img_channels, channels, 3, padding=1)
+        for level, (res, width) in enumerate(zip(resolutions, widths)):
+            if level:
+                self.enc[f"{res}x{res}_down"] = block(channels, channels, resample="down")
+                skips.append(channels)
+            for i in range(num_blocks):
+                self.enc[f"{res}x{res}_block{i}"] = block(channels, width, res in attn_resolutions)
+                channels = width
+                skips.append(channels)
+
+        self.dec = nn.ModuleDict()
+        for level, (res, width) in reversed(list(enumerate(zip(resolutions, widths)))):
+            if level == levels - 1:
+                self.dec[f"{res}x{res}_in0"] = block(channels, channels, attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(channels, channels)
+            else:
+                self.dec[f"{res}x{res}_up"] = block(channels, channels, resample="up")
+            for i in range(num_blocks + 1):
+                self.dec[f"{res}x{res}_block{i}"] = block(channels + skips.pop(), width, res in attn_resolutions)
+                channels = width
+        self.out_norm = group_norm(channels)
+        self.out_conv = zero(nn.Conv2d(channels, img_channels, 3, padding=1))
+
+    def keys_values(self, tokens):
+        """(B, m, latent_dim) -> the keys and values of every cross-attention, in the order of `forward`."""
+        blocks = [*self.enc.values(), *self.dec.values()]
+        return [b.cross.keys_values(tokens) for b in blocks if getattr(b, "cross", None) is not None]
+
+    def forward(self, x, c_noise, labels=None, keys_values=()):
+        """x: (B, C, H, W); c_noise: (B,); labels: (B,) int64, -1 for none; keys_values: see above."""
+        half = self.map_layer0.in_features // 2
+        freqs = (1 / 10000) ** (torch.arange(half, dtype=torch.float32, device=x.device) / half)
+        angles = c_noise[:, None] * freqs
+        emb = F.silu(self.map_layer0(torch.cat([angles.cos(), angles.sin()], dim=1)))
+        emb = self.map_layer1(emb)
+        if self.map_label is not None and labels is not None:
+            one_hot = labels[:, None] == torch.arange(self.map_label.in_features, device=x.device)
+            emb = emb + self.map_label(one_hot.to(emb.dtype))  # label -1: a row of zeros
+        emb = F.silu(emb)
+
+        keys_values, skips = iter(keys_values), []
+
+        def run(block, x):
+            return block(x, emb, next(keys_values) if block.cross is not None else None)
+
+        for block in self.enc.values():
+            x = run(block, x) if isinstance(block, UNetBlock) else block(x)
+            skips.append(x)
+        for block in self.dec.values():
+            if x.shape[1] != block.cin:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = run(block, x)
+        return self.out_conv(F.silu(self.out_norm(x)))
+
+
+def edm_settings(state):
+    """The arguments of `UNet` that a state dict under EDM's names ("model.enc.64x64_conv.weight", ...) was
+    made with, read off its names and shapes. Dropout leaves no trace there, and is not among them."""
+    shapes = {name.removeprefix("model."): tuple(t.shape) for name, t in state.items()}
+    resolutions = sorted({int(n.split(".")[1].split("x")[0]) for n in shapes if n.startswith("enc.")}, reverse=True)
+    image = resolutions[0]
+    model_channels = shapes["map_layer0.weight"][1]
+    widths = [shapes[f"enc.{r}x{r}_block0.conv0.weight"][0] for r in resolutions]
+    return dict(
+        img_resolution=image,
+        img_channels=shapes[f"enc.{image}x{image}_conv.weight"][1],
+        label_dim=shapes.get("map_label.weight", (0, 0))[1],
+        model_channels=model_channels,
+        channel_mult=tuple(w // model_channels for w in widths),
+        channel_mult_emb=shapes["map_layer0.weight"][0] // model_channels,
+        num_blocks=sum(n.startswith(f"enc.{image}x{image}_block") and n.endswith(".conv0.weight") for n in shapes),
+        attn_resolutions=tuple(r for r in resolutions if f"enc.{r}x{r}_block0.qkv.weight" in shapes),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# Transformer blocks, shared by the latent tokens, the encoder and the prior
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention and MLP."""
+
+    def __init__(self, dim, heads, causal=False):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x, cache=None):
+        """x: (B, T, dim). `cache`: a list of this block's (keys, values) so far, for generation one token
+        at a time; it is extended in place."""
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, dim=2))
+        if cache is not None:
+            if cache:
+                k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
+            cache[:] = [k, v]
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and cache is None)  # (B, heads, T, c)
+        x = x + self.proj(a.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+def transformer(layers, dim, heads, causal=False):
+    if dim % heads:
+        raise ValueError(f"a Transformer's width must be divisible by its heads: {dim} is not by {heads}")
+    blocks = nn.ModuleList(TransformerBlock(dim, heads, causal) for _ in range(layers))
+    for name, p in blocks.named_parameters():
+        if name.endswith(("proj.weight", "mlp.2.weight")):
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers))  # GPT-2's: the residual stream keeps its scale
+        elif p.ndim == 2:
+            nn.init.normal_(p, std=0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+    return blocks
+
+
+# ----------------------------------------------------------------------------------------------------
+# discrete latents
+
+
+def gumbel_softmax(logits, tau, gumbel):
+    """Relaxed one-hot sample of the categorical with these logits (Jang et al. 2016; App. D.2).
+
+    logits: (..., k); tau > 0: its smoothness; gumbel: Gumbel(0, 1) noise of the logits' shape.
+    -> (..., k), rows sum to 1. As tau -> 0 it becomes one-hot at argmax(logits + gumbel), which is an
+    exact sample: that limit is `draw_codes`.
+    """
+    return torch.softmax((logits + gumbel) / tau, dim=-1)
+
+
+def draw_codes(logits, gumbel):
+    """Hard sample of the categorical with these logits: `gumbel_softmax` at tau -> 0. -> int64 (...)."""
+    return (logits + gumbel).argmax(dim=-1)
+
+
+def seeded_generator(device, *key):
+    """A torch generator that depends on this tuple of non-negative integers alone."""
+    # the length goes in since numpy takes (1,) and (1, 0) for the same
+    high, low = np.random.SeedSequence((len(key), *key)).generate_state(2, np.uint32).tolist()
+    return torch.Generator(device).manual_seed(high << 32 | low)
+
+
+def gumbel_noise(shape, generator):
+    """Gumbel(0, 1) noise, drawn on the generator's device: -log of an exponential variable."""
+    return -torch.empty(shape, device=generator.device).exponential_(generator=generator).log()
+
+
+class LatentTokens(nn.Module):
+    """Codes -> codebook embeddings -> Transformer (App. D.1: 6 layers, width 192). -> (B, m, dim)
+
+    It depends on neither x nor sigma: at sampling time it runs once an image.
+    """
+
+    def __init__(self, num_latents, codebook_size, dim=192, layers=6, heads=3):
+        super().__init__()
+        self.codebook = nn.Parameter(torch.randn(num_latents, codebook_size, dim))
+        self.null = nn.Parameter(torch.randn(dim))  # in place of all m embeddings: "no latents"
+        self.blocks = transformer(layers, dim, heads)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, z, drop=None):
+        """z: (B, m, k) relaxed or one-hot; drop: (B,) bool, images that get the null embedding."""
+        x = torch.einsum("bmk,mkd->bmd", z.to(self.codebook.dtype), self.codebook)
+        if drop is not None:
+            x = torch.where(drop[:, None, None], self.null.to(x.dtype), x)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class Encoder(nn.Module):
+    """ViT that gives each discrete latent a class token and a linear head of its own (sec. 3.3, App. D.1).
+
+    (B, C, H, W) clean images in [-1, 1] -> logits (B, m, k)
+    """
+
+    def __init__(self, img_resolution, img_channels, num_latents, codebook_size, patch=8, dim=768, layers=12, heads=12):
+        super().__init__()
+        if img_resolution % patch:
+            raise ValueError(f"encoder_patch {patch} does not divide images of {img_resolution} pixels")
+        self.patches = nn.Conv2d(img_channels, dim, patch, stride=patch)
+        self.position = nn.Parameter(0.02 * torch.randn((img_resolution // patch) ** 2, dim))
+        self.class_tokens = nn.Parameter(0.02 * torch.randn(num_latents, dim))
+        self.blocks = transformer(layers, dim, heads)
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Parameter(torch.randn(num_latents, dim, codebook_size) / math.sqrt(dim))
+
+    def forward(self, y):
+        x = self.patches(y).flatten(2).transpose(1, 2) + self.position  # (B, patches, dim)
+        x = torch.cat([self.class_tokens.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x[:, :len(self.class_tokens)])
+        return torch.einsum("bmd,mdk->bmk", x, self.head.to(x.dtype)).float()
+
+
+class DisCoDiff(nn.Module):
+    """Denoiser D(x, sigma, z, c) in EDM's preconditioning, and encoder E(y): what stage 1 trains together.
+
+    num_latents = 0 leaves plain EDM: no encoder, no cross-attention.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim=0, num_latents=10, codebook_size=100, latent_dim=192,
+                 latent_layers=6, latent_heads=3, encoder_patch=8, encoder_dim=768, encoder_layers=12,
+                 encoder_heads=12, sigma_data=0.5, **unet):
+        super().__init__()
+        self.img_shape = (img_channels, img_resolution, img_resolution)
+        self.label_dim, self.num_latents, self.codebook_size = label_dim, num_latents, codebook_size
+        self.sigma_data = sigma_data
+        self.model = UNet(img_resolution, img_channels, label_dim, latent_dim=latent_dim if num_latents else 0, **unet)
+        if num_latents:
+            self.latents = LatentTokens(num_latents, codebook_size, latent_dim, latent_layers, latent_heads)
+            self.encoder = Encoder(img_resolution, img_channels, num_latents, codebook_size,
+                                   encoder_patch, encoder_dim, encoder_layers, encoder_heads)
+
+    def condition(self, z, drop=None):
+        """Everything about z that depends on neither x nor sigma: once an image, not once an evaluation.
+
+        z: (B, m, k) relaxed, (B, m) int64 hard codes; with drop (B,) bool, null latents where True.
+        -> the `keys_values` of `denoise`; () without latents. Hard codes must lie in 0 ... k - 1.
+        """
+        if not self.num_latents:
+            return ()
+        if z.ndim == 2:
+            z = F.one_hot(z, self.codebook_size)
+        return self.model.keys_values(self.latents(z, drop))
+
+    def denoise(self, x, sigma, labels=None, keys_values=()):
+        """D(x; sigma), EDM Eq. 7 and Table 1. x: (B, C, H, W) = y + sigma n; sigma: (B,) -> (B, C, H, W) float32."""
+        sigma, sd = sigma.float().reshape(-1, 1, 1, 1), self.sigma_data
+        c_skip = sd ** 2 / (sigma ** 2 + sd ** 2)
+        c_out = sigma * sd / (sigma ** 2 + sd ** 2).sqrt()
+        c_in = 1 / (sigma ** 2 + sd ** 2).sqrt()
+        c_noise = sigma.flatten().log() / 4
+        return c_skip * x + c_out * self.model(c_in * x, c_noise, labels, keys_values).float()
+
+    def forward(self, y, noise, sigma, labels=None, gumbel=None, drop=None, tau=1.0):
+        """Alg. 1: infer z from the clean images y, denoise y + noise with it.
+
+        y, noise: (B, C, H, W), noise already scaled by sigma (B,); gumbel: (B, m, k); drop: (B,) bool.
+        -> D (B, C, H, W) and the encoder's logits (B, m, k), None without latents.
+        """
+        logits, keys_values = None, ()
+        if self.num_latents:
+            logits = self.encoder(y)
+            keys_values = self.condition(gumbel_softmax(logits, tau, gumbel), drop)
+        return self.denoise(y + noise, sigma, labels, keys_values), logits
+
+
+# ----------------------------------------------------------------------------------------------------
+# prior
+
+
+class Prior(nn.Module):
+    """Autoregressive prior over codes, p(z_i | z_<i, c): causal Transformer (Eq. 4, App. D.1).
+
+    label_dim = 0: not class-conditional. Its first token is the class, or "no class".
+    """
+
+    def __init__(self, num_latents, codebook_size, label_dim=0, layers=12, dim=512, heads=8):
+        super().__init__()
+        self.num_latents, self.codebook_size, self.label_dim = num_latents, codebook_size, label_dim
+        self.class_token = nn.Parameter(0.02 * torch.randn(label_dim + 1, dim))  # the last one: "no class"
+        self.codebook = nn.Parameter(0.02 * torch.randn(codebook_size, dim))
+        self.position = nn.Parameter(0.02 * torch.randn(num_latents, dim))
+        self.blocks = transformer(layers, dim, heads, causal=True)
+        self.norm = nn.LayerNorm(dim)
+        self.head = zero(nn.Linear(dim, codebook_size))  # starts uniform: log2 k bits a code
+
+    def first_token(self, labels, batch):
+        if not self.label_dim:
+            labels = torch.full((batch,), -1, device=self.position.device)
+        return self.class_token[labels][:, None]  # (B, 1, dim); index -1 is the last row
+
+    def forward(self, codes, labels=None):
+        """codes: (B, m) int64; labels: (B,) int64, -1 for none -> logits (B, m, k); row i sees codes < i only."""
+        x = torch.cat([self.first_token(labels, len(codes)), self.codebook[codes[:, :-1]]], dim=1) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)).float()
+
+    @torch.no_grad()
+    def sample(self, gumbel, labels=None, temperature=1.0):
+        """Ancestral sampling with a key-value cache (Alg. 3, lines 3-5).
+
+        gumbel: (B, m, k) noise that decides the draws; temperature divides the logits, 0 takes the mode.
+        -> codes (B, m) int64
+        """
+        caches = [[] for _ in self.blocks]
+        x, codes = self.first_token(labels, len(gumbel)), []
+        for i in range(self.num_latents):
+            x = x + self.position[i]
+            for block, cache in zip(self.blocks, caches):
+                x = block(x, cache)
+            logits = self.head(self.norm(x))[:, 0].float()  # (B, k)
+            codes.append(draw_codes(logits, temperature * gumbel[:, i]))  # = logits / T + gumbel
+            x = self.codebook[codes[-1]][:, None]
+        return torch.stack(codes, dim=1)

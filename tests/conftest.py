@@ -1,0 +1,41 @@
+import io
+import runpy
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# a network that takes seconds, on the embedded data
+TINY = ["--model_channels=8", "--channel_mult=1,2", "--attn_resolutions=14,", "--num_latents=3", "--codebook_size=5",
+        "--latent_dim=8", "--latent_layers=1", "--encoder_dim=16", "--encoder_layers=1", "--encoder_patch=14",
+        "--batch_size=8", "--total_images=48", "--warmup_images=16", "--held_out=16", "--device=cpu"]
+
+
+def run(script, *arguments):
+    """Runs a script of ours as `python script arguments` does, in this process -> what it printed."""
+    argv, hook, printed = sys.argv, sys.excepthook, io.StringIO()
+    sys.argv = [script, *map(str, arguments)]
+    try:
+        with redirect_stdout(printed):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, stop.code
+    finally:
+        sys.argv, sys.excepthook = argv, hook
+        torch.manual_seed(0)
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with a finished stage 1 and prior (of a few steps)."""
+    folder = tmp_path_factory.mktemp("trained")
+    run("train_stage1.py", f"--out_dir={folder}", *TINY)
+    run("train_prior.py", f"--out_dir={folder}", "--layers=1", "--dim=16", "--heads=2", "--total_images=500",
+        "--device=cpu")
+    return folder

@@ -1,0 +1,49 @@
+import pytest
+
+from configurator import UserError, configure
+
+
+def settings():
+    return dict(lr=1e-3, steps=10, name="run", flag=False, mult=(1, 2), _hidden=3, function=len)
+
+
+def test_command_line_then_config_file_in_order(tmp_path):
+    (tmp_path / "a.py").write_text('"""An experiment."""\nlr = 2  # a comment\nmult = (1, 2, 4)\nname = "b"\n')
+    scope = settings()
+    config = configure(scope, ["--lr=5", str(tmp_path / "a.py"), "--steps=1_000", "--flag=True"])
+    assert config == dict(lr=2.0, steps=1000, name="b", flag=True, mult=(1, 2, 4))
+    assert scope["lr"] == 2.0 and type(scope["lr"]) is float and scope["_hidden"] == 3
+
+
+def test_strings_are_taken_as_they_are():
+    assert configure(settings(), ["--name=1e-3"])["name"] == "1e-3"
+    assert configure(settings(), ["--name="])["name"] == ""
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("--step=3", "no setting 'step'; the nearest is 'steps'"),
+    ("--_hidden=3", "no setting '_hidden'"),
+    ("--steps=1.5", "steps takes a int such as 10, not 1.5"),
+    ("--steps=True", "steps takes a int"),
+    ("--steps=abc", "not 'abc'"),
+    ("--flag=1", "flag takes a bool"),
+    ("--mult=1,x", "mult takes a tuple"),
+    ("--mult=(1,2.5)", "mult takes a tuple"),
+    ("--lr", "written --name=value"),
+    ("--lr=__import__('os').remove('x')", "lr takes a float"),
+    ("nothing.py", "can't read the config file nothing.py"),
+])
+def test_mistakes(argument, message):
+    scope = settings()
+    with pytest.raises(UserError) as error:
+        configure(scope, [argument])
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert scope == settings()  # nothing half done
+
+
+@pytest.mark.parametrize("text", ["import os", "lr = open('x')", "lr += 1", "a = b = 1", "lr = 10 ** 3", "lr =",
+                                  "if True:\n    lr = 2", "scope.lr = 3", "\0"])
+def test_config_files_hold_literals_only(tmp_path, text):
+    (tmp_path / "bad.py").write_text(text)
+    with pytest.raises(UserError, match="bad.py"):
+        configure(settings(), [str(tmp_path / "bad.py")])

@@ -1,0 +1,207 @@
+import itertools
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import (DisCoDiff, Prior, UNet, draw_codes, edm_settings, gumbel_noise, gumbel_softmax, seeded_generator)
+
+REFERENCE = Path(__file__).parent / "reference"
+SHAPES = json.loads((REFERENCE / "edm_shapes.json").read_text())
+SMALL = dict(img_resolution=16, img_channels=3, label_dim=10, model_channels=64, channel_mult=(1, 2), num_blocks=1,
+             attn_resolutions=(8,), dropout=0.1, num_latents=3, codebook_size=5, latent_dim=12, latent_layers=2,
+             encoder_dim=24, encoder_layers=2, encoder_heads=3)
+
+
+def fill(name, shape):
+    """The parameter values that the reference outputs were computed with: a function of name and shape."""
+    normal = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    if len(shape) >= 2:
+        normal /= math.sqrt(np.prod(shape[1:]))
+    else:
+        normal = normal * 0.1 + name.endswith("weight")
+    return torch.from_numpy(normal.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["adm_tiny", "adm_uncond"])
+def test_denoiser_equals_edm(name):
+    state = {n: fill(n, shape) for n, shape in SHAPES[name]["shapes"].items()}
+    model = DisCoDiff(num_latents=0, **edm_settings(state)).eval()
+    model.load_state_dict(state)
+    with np.load(REFERENCE / f"{name}.npz") as reference:
+        x, sigma, one_hot, D = (torch.from_numpy(reference[k]) for k in ("x", "sigma", "labels", "D"))
+    labels = torch.where(one_hot.sum(1) > 0, one_hot.argmax(1), -1) if one_hot.shape[1] else None
+    with torch.no_grad():
+        assert (model.denoise(x, sigma, labels) - D).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_settings_are_read_off_edms_names_and_shapes(name):
+    state = {n: torch.empty(shape, device="meta") for n, shape in SHAPES[name]["shapes"].items()}
+    wanted = {k: tuple(v) if isinstance(v, list) else v for k, v in SHAPES[name]["config"].items() if k != "dropout"}
+    assert edm_settings(state) == wanted
+
+
+def test_imagenet64_has_edms_parameters():
+    with torch.device("meta"):
+        model = DisCoDiff(num_latents=0, **{k: tuple(v) if isinstance(v, list) else v
+                                            for k, v in SHAPES["imagenet64"]["config"].items()})
+    assert sum(p.numel() for p in model.parameters()) == 295_899_267
+    assert {n: list(p.shape) for n, p in model.state_dict().items()} == SHAPES["imagenet64"]["shapes"]
+
+
+def test_latents_change_nothing_at_step_0():
+    """New layers start as the identity: fine-tuning starts from EDM's output, to the bit."""
+    model, plain = DisCoDiff(**SMALL).eval(), DisCoDiff(**{**SMALL, "num_latents": 0}).eval()
+    state = {n: fill(n, tuple(p.shape)) for n, p in plain.state_dict().items()}
+    plain.load_state_dict(state)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and all("cross" in n or n.startswith(("latents", "encoder")) for n in missing)
+    x, sigma, c = torch.randn(4, 3, 16, 16), torch.rand(4) + 0.1, torch.arange(4)
+    keys_values = model.condition(torch.randint(5, (4, 3)))
+    assert len(keys_values) == sum("cross.kv.weight" in n for n in missing) > 2
+    assert torch.equal(model.denoise(x, sigma, c, keys_values), plain.denoise(x, sigma, c))
+
+
+def used_model():
+    """A model whose zero-initialised layers are not zero, so that everything has an effect."""
+    torch.manual_seed(1)
+    model = DisCoDiff(**SMALL).eval()
+    for n, p in model.named_parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+@torch.no_grad()
+def test_each_latent_matters_and_dropped_ones_do_not():
+    model = used_model()
+    x, sigma = torch.randn(1, 3, 16, 16), torch.ones(1)
+
+    def D(codes, drop=None):
+        return model.denoise(x, sigma, None, model.condition(torch.tensor([codes]), drop))
+
+    for other in ([1, 0, 0], [0, 1, 0], [0, 0, 1]):
+        assert (D(other) - D([0, 0, 0])).abs().max() > 1e-4
+    dropped = torch.tensor([True])
+    assert torch.equal(D([0, 0, 0], dropped), D([4, 2, 1], dropped))
+    assert (D([0, 0, 0], dropped) - D([0, 0, 0])).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_hard_codes_equal_one_hot_rows():
+    model, z = used_model(), torch.tensor([[1, 4, 0], [2, 2, 3]])
+    for hard, soft in zip(model.condition(z), model.condition(F.one_hot(z, 5).float())):
+        assert torch.equal(hard[0], soft[0]) and torch.equal(hard[1], soft[1])
+
+
+def test_loss_reaches_every_parameter():
+    model = used_model().train()
+    y = torch.randn(4, 3, 16, 16)
+    D, logits = model(y, torch.randn_like(y), torch.ones(4), torch.arange(4), torch.randn(4, 3, 5),
+                      torch.tensor([True, False, False, False]))
+    D.square().sum().backward()
+    assert logits.shape == (4, 3, 5)
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_gumbel_softmax():
+    logits = torch.tensor([1.0, 0.0, -2.0]).expand(200_000, 3)
+    gumbel = gumbel_noise(logits.shape, seeded_generator("cpu", 0))
+    soft = gumbel_softmax(logits, 1.0, gumbel)
+    assert torch.allclose(soft.sum(-1), torch.ones(()))
+    assert torch.allclose(soft[0], ((logits + gumbel)[0].exp() / (logits + gumbel)[0].exp().sum()))
+    hard = F.one_hot(draw_codes(logits, gumbel), 3).float()
+    assert (gumbel_softmax(logits, 0.001, gumbel) - hard).abs().mean() < 1e-3  # tau -> 0
+    # draws are exact: chi-square with 2 degrees of freedom, 13.8 at p = 0.001
+    expected = logits[0].softmax(0) * len(logits)
+    assert ((hard.sum(0) - expected) ** 2 / expected).sum() < 13.8
+    # Gumbel(0, 1) has the mean 0.5772 (Euler's constant) and the variance pi^2 / 6
+    assert abs(gumbel.mean() - 0.5772) < 0.01 and abs(gumbel.var() - math.pi ** 2 / 6) < 0.02
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(img_resolution=15), "15 pixels can't be halved"), (dict(attn_resolutions=(7,)), r"attn_resolutions has \[7\]"),
+    (dict(encoder_patch=5), "encoder_patch 5"), (dict(encoder_heads=5), "24 is not by 5")])
+def test_sizes_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DisCoDiff(**{**SMALL, **changes})
+
+
+def random_prior(label_dim=2):
+    torch.manual_seed(0)
+    prior = Prior(num_latents=3, codebook_size=4, label_dim=label_dim, layers=2, dim=16, heads=2).eval()
+    for p in prior.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return prior
+
+
+@torch.no_grad()
+def test_prior_is_causal_and_sees_the_class():
+    prior, z, c = random_prior(), torch.tensor([[0, 1, 2]]), torch.tensor([0])
+    base = prior(z, c)
+    for i in range(3):
+        other = z.clone()
+        other[0, i] = 3
+        changed = (prior(other, c) - base).abs().amax(dim=(0, 2)) > 1e-6
+        assert changed.tolist() == [j > i for j in range(3)]
+    assert ((prior(z, c + 1) - base).abs().amax(dim=(0, 2)) > 1e-4).all()
+    assert ((prior(z, c - 1) - base).abs().amax(dim=(0, 2)) > 1e-4).all()  # -1: no class
+
+
+@torch.no_grad()
+def test_cached_sampling_equals_the_full_network():
+    prior, c = random_prior(), torch.tensor([0, 1, -1, 1])
+    gumbel = gumbel_noise((4, 3, 4), seeded_generator("cpu", 3))
+    z = prior.sample(gumbel, c, temperature=0.7)
+    assert torch.equal(z, draw_codes(prior(z, c) / 0.7, gumbel))
+    mode = prior.sample(gumbel, c, temperature=0)
+    assert torch.equal(mode, prior(mode, c).argmax(-1))
+
+
+@torch.no_grad()
+def test_prior_samples_its_own_distribution():
+    prior, n = random_prior(label_dim=0), 40_000
+    every = torch.tensor(list(itertools.product(range(4), repeat=3)))  # 64 codes
+    log_p = prior(every).log_softmax(-1).gather(2, every[..., None]).sum(dim=(1, 2))
+    assert abs(log_p.exp().sum() - 1) < 1e-5
+    z = prior.sample(gumbel_noise((n, 3, 4), seeded_generator("cpu", 5)))
+    counts = torch.bincount((z * torch.tensor([16, 4, 1])).sum(1), minlength=64)
+    expected = log_p.exp() * n
+    assert expected.min() > 1
+    assert ((counts - expected) ** 2 / expected).sum() < 103.4  # chi-square, 63 degrees of freedom, p = 0.001
+
+
+def test_prior_reaches_the_entropy_of_a_known_distribution():
+    """z_1 uniform, z_2 = z_1 with probability 0.9, z_3 = the class: entropy 2 + 0.63 + 0 bits."""
+    torch.manual_seed(0)
+    prior = Prior(num_latents=3, codebook_size=4, label_dim=4, layers=2, dim=32, heads=2)
+    optimizer = torch.optim.Adam(prior.parameters(), lr=3e-3)
+
+    def draw(n):
+        c, first = torch.randint(4, (n,)), torch.randint(4, (n,))
+        second = torch.where(torch.rand(n) < 0.9, first, (first + torch.randint(1, 4, (n,))) % 4)
+        return torch.stack([first, second, c], 1), c
+
+    def bits(z, c):
+        return F.cross_entropy(prior(z, c).flatten(0, 1), z.flatten()) * 3 / math.log(2)
+
+    assert bits(*draw(1000)).item() == pytest.approx(6, abs=1e-4)  # starts uniform: m log2 k
+    for _ in range(250):
+        optimizer.zero_grad()
+        bits(*draw(256)).backward()
+        optimizer.step()
+    entropy = 2 - 0.9 * math.log2(0.9) - 0.1 * math.log2(0.1 / 3)
+    assert bits(*draw(20_000)).item() == pytest.approx(entropy, abs=0.06)
+
+
+def test_seeded_generator_depends_on_the_whole_key():
+    keys = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 2 ** 40)]
+    draws = {torch.rand(1, generator=seeded_generator("cpu", *key)).item() for key in keys}
+    assert len(draws) == len(keys)
+    assert torch.rand(1, generator=seeded_generator("cpu", 0, 1)).item() in draws

@@ -1,0 +1,231 @@
+"""
+Stage 2 of DisCo-Diff: trains the autoregressive prior on the codes of stage 1's encoder (Alg. 2).
+
+    python train_prior.py
+    python train_prior.py --out_dir=out/cifar10 config/cifar10_prior.py
+    torchrun --nproc_per_node=8 train_prior.py --out_dir=out/imagenet64 config/imagenet64_prior.py
+
+Reads out_dir/stage1.pt, which says on which images, split and classes; leaves out_dir/prior.pt. Codes are
+drawn afresh each time an image is visited; the encoder itself runs once an image, and its logits are kept
+in half precision in out_dir/logits-*.npy. The same command again continues where it stopped.
+"""
+
+import contextlib
+import math
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+from configurator import UserError, configure, require, start_processes
+from model import Prior, draw_codes, gumbel_noise, seeded_generator
+from sample import load_stage1
+
+# run
+out_dir = "out"
+overwrite = False  # start anew where out_dir already has a prior
+seed = 0
+device = "auto"
+# the Transformer
+layers = 4
+dim = 128
+heads = 4
+# optimisation
+total_images = 150_000  # codes to train on, in all
+batch_size = 250  # over all processes
+lr = 1e-3
+warmup_images = 10_000
+# memory and reports
+cache_gb = 16.0  # beyond this, logits are not kept: the encoder runs on every batch
+log_every = 15_000  # images; held-out bits
+save_every = 50_000
+
+config = configure(globals())
+
+# ----------------------------------------------------------------------------------------------------
+# stage 1: images, split, classes, encoder
+
+rank, world, device = start_processes(device)
+master, on_gpu = rank == 0, device.type == "cuda"
+for setting in ("layers", "dim", "heads", "total_images", "batch_size", "lr", "log_every", "save_every"):
+    require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
+require(batch_size % world == 0, f"batch_size {batch_size} can't be shared among {world} processes equally")
+local_batch = batch_size // world
+torch.set_float32_matmul_precision("high")
+autocast = torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext()
+
+stage1, stage1_checkpoint = load_stage1(out_dir, device)
+m, k, label_dim = stage1.num_latents, stage1.codebook_size, stage1.label_dim
+require(m, f"{out_dir}/stage1.pt has no discrete latents (num_latents=0): there is nothing to train a prior on")
+stage1_config = stage1_checkpoint["config"]
+encoder_id = data.fingerprint(stage1_checkpoint["ema"])
+images, labels, _ = data.load(stage1_config["dataset"])
+require(images.shape[1:] == (*stage1.img_shape[1:], stage1.img_shape[0]), f"the data set {stage1_config['dataset']} has "
+        f"other images than those that {out_dir}/stage1.pt was trained on: {images.shape[1:]}, {stage1.img_shape}")
+train_indices, held_out_indices = data.split(len(images), stage1_config["held_out"])
+flips = 2 if stage1_config["xflip"] else 1
+
+
+@torch.no_grad()
+def encode(indices, flip):
+    """Encoder logits of these images, (B, m, k); flip: (B,) bool, which of them to mirror."""
+    y = data.to_float(images[indices], device)
+    return stage1.encoder(torch.where(torch.as_tensor(flip, device=device)[:, None, None, None], y.flip(3), y))
+
+
+logits_path = f"{out_dir}/logits-{encoder_id:08x}.npy"  # (flips, N, m, k)
+cached = flips * len(images) * m * k * 2 <= cache_gb * 2 ** 30
+if cached and not os.path.exists(logits_path):
+    partial = f"{logits_path}.partial"
+    if master:
+        np.lib.format.open_memmap(partial, "w+", np.float16, (flips, len(images), m, k)).flush()
+    if world > 1:
+        dist.barrier()
+    kept = np.lib.format.open_memmap(partial, "r+")
+    parts = [(f, start) for f in range(flips) for start in range(0, len(images), 500)]
+    for f, start in tqdm(parts[rank::world], desc="encoding", disable=not master):
+        part = np.arange(start, min(start + 500, len(images)))
+        kept[f, part] = encode(part, np.full(len(part), bool(f))).half().cpu().numpy()
+    kept.flush()
+    if world > 1:
+        dist.barrier()
+    if master:
+        os.replace(partial, logits_path)
+    if world > 1:
+        dist.barrier()
+kept = np.load(logits_path, mmap_mode="r") if cached else None
+
+
+def logits_of(indices, flip):
+    if not cached:
+        return encode(indices, flip)
+    return torch.from_numpy(kept[np.asarray(flip, int), indices]).to(device, non_blocking=True).float()
+
+
+def labels_of(indices):
+    return torch.from_numpy(labels[indices]).to(device, non_blocking=True) if label_dim else None
+
+
+# ----------------------------------------------------------------------------------------------------
+# model, optimiser
+
+model_args = dict(num_latents=m, codebook_size=k, label_dim=label_dim, layers=layers, dim=dim, heads=heads)
+torch.manual_seed(seed)
+try:
+    model = Prior(**model_args).to(device)
+except ValueError as error:  # sizes that don't fit each other
+    raise UserError(error) from None
+optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+
+checkpoint_path = f"{out_dir}/prior.pt"
+FREE = ("out_dir", "overwrite", "device", "total_images", "cache_gb", "log_every", "save_every")
+step = 0
+if checkpoint := data.resume(checkpoint_path, config, FREE, "train_prior"):
+    require(checkpoint["encoder"] == encoder_id, f"{checkpoint_path} is of another stage 1 than {out_dir}/stage1.pt: "
+                                                 "start anew with --overwrite=True")
+    step = checkpoint["step"]
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+if step * batch_size >= total_images:
+    if master:
+        print(f"{checkpoint_path} is finished: it has seen {step * batch_size:,} codes. "
+              "A larger --total_images trains on, --overwrite=True starts anew")
+    raise SystemExit
+forward = DistributedDataParallel(model, device_ids=[device.index] if on_gpu else None) if world > 1 else model
+
+# ----------------------------------------------------------------------------------------------------
+# bits per image
+
+
+@torch.no_grad()
+def held_out_bits(draws=8):
+    """-log2 p(z | c) of codes drawn for held-out images: mean over images, and its standard error."""
+    g = seeded_generator(device, seed, 0, 1)
+    bits = []
+    for part in np.array_split(held_out_indices, -(-len(held_out_indices) // 500)):
+        logits, c = logits_of(part, np.zeros(len(part), bool)), labels_of(part)
+        total = 0
+        for _ in range(draws):
+            z = draw_codes(logits, gumbel_noise(logits.shape, g))
+            with autocast:
+                total += F.cross_entropy(model(z, c).flatten(0, 1), z.flatten(), reduction="none").view(z.shape).sum(1)
+        bits.append(total / draws / math.log(2))
+    bits = torch.cat(bits)
+    return bits.mean().item(), bits.std().item() / len(bits) ** 0.5
+
+
+@torch.no_grad()
+def independent_bits(per_class):
+    """Bits per held-out image of the best prior without dependence between latents (given the class): each
+    latent's distribution over the training images' codes."""
+    usage = torch.zeros(max(label_dim, 1), m, k, device=device)
+    for part in np.array_split(train_indices, -(-len(train_indices) // 5000)):
+        p = logits_of(part, np.zeros(len(part), bool)).softmax(-1)
+        usage.index_add_(0, labels_of(part) if per_class else torch.zeros(len(part), dtype=torch.int64, device=device), p)
+    log_q = (usage / usage.sum(2, keepdim=True)).clamp_min(1e-12).log2()
+    total = 0
+    for part in np.array_split(held_out_indices, -(-len(held_out_indices) // 500)):
+        p = logits_of(part, np.zeros(len(part), bool)).softmax(-1)
+        total -= (p * (log_q[labels_of(part)] if per_class else log_q[:1])).sum().item()
+    return total / len(held_out_indices)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Alg. 2
+
+batches = data.Shuffle(train_indices, seed)
+bar = tqdm(total=total_images, initial=step * batch_size, unit="img", disable=not master, mininterval=1)
+model.train()
+loss_sum, steps = 0, 0
+while step * batch_size < total_images:
+    start = rank * local_batch
+    rows = slice(start, start + local_batch)
+    g = seeded_generator(device, seed, step + 1)  # for the whole batch, as in stage 1
+    gumbel = gumbel_noise((batch_size, m, k), g)[rows]
+    flip = np.random.default_rng((seed, step)).random(batch_size)[rows] < (0.5 if flips == 2 else 0)
+    indices = batches.take(step * batch_size + start, local_batch)
+    z, c = draw_codes(logits_of(indices, flip), gumbel), labels_of(indices)
+    with autocast:
+        loss = F.cross_entropy(forward(z, c).flatten(0, 1), z.flatten()) * m  # Eq. 4, per image
+    loss.backward()
+    seen = step * batch_size
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(seen / max(warmup_images, 1), 1)
+    optimizer.step()
+    optimizer.zero_grad()
+    loss_sum += loss.detach()
+    step, steps, seen = step + 1, steps + 1, seen + batch_size
+    bar.update(batch_size)
+
+    def due(every):
+        return seen // every != (seen - batch_size) // every or seen >= total_images
+
+    if master and due(log_every):
+        shown = {"bits": f"{loss_sum.item() / steps / math.log(2):.2f}"}
+        if len(held_out_indices):
+            shown["held-out bits"] = f"{held_out_bits()[0]:.2f}"
+        bar.set_postfix(shown)
+        loss_sum, steps = 0, 0
+    if master and due(save_every):
+        data.save_checkpoint(checkpoint_path, dict(
+            made_by="train_prior", config=config, model_args=model_args, encoder=encoder_id, step=step,
+            model=model.state_dict(), optimizer=optimizer.state_dict()))
+
+bar.close()
+if master:
+    if len(held_out_indices):
+        mean, error = held_out_bits()
+        print(f"bits per image on {len(held_out_indices)} held-out images")
+        print(f"  uniform codes, m log2 k            {m * math.log2(k):7.2f}")
+        print(f"  independent latents                {independent_bits(False):7.2f}")
+        if label_dim:
+            print(f"  independent latents given the class{independent_bits(True):7.2f}")
+        print(f"  this prior{', given the class' if label_dim else ''}".ljust(37) + f"{mean:7.2f} +- {error:.2f}")
+    print(f"{checkpoint_path} is ready; next: python sample.py --out_dir={out_dir}")
+if world > 1:
+    dist.destroy_process_group()

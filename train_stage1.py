@@ -1,0 +1,322 @@
+"""
+Stage 1 of DisCo-Diff: trains the denoiser and the encoder of the discrete latents together (Alg. 1).
+
+On the embedded data, on a laptop or one GPU:
+    python train_stage1.py
+One GPU, eight GPUs, two nodes of eight GPUs (on each node, with its rank and the first one's address):
+    python train_stage1.py config/cifar10.py
+    torchrun --nproc_per_node=8 train_stage1.py config/imagenet64.py
+    torchrun --nnodes=2 --node_rank=0 --master_addr=ADDRESS --nproc_per_node=8 train_stage1.py config/imagenet64.py
+Plain EDM, the baseline:
+    python train_stage1.py --num_latents=0 --out_dir=out/edm
+
+Leaves in out_dir: stage1.pt (weights, their moving average, optimiser, settings), preview_*.png, stage1.jsonl.
+The same command again continues where it stopped; a larger --total_images trains a finished run on.
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import data
+from configurator import UserError, configure, require, start_processes
+from model import DisCoDiff, draw_codes, gumbel_noise, seeded_generator
+from sample import denoiser, heun
+
+# run
+out_dir = "out"
+overwrite = False  # start anew where out_dir already has a checkpoint
+seed = 0
+device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; auto: a GPU if there is one
+compile = True  # torch.compile, on a GPU
+# data
+dataset = "fashion-mnist-10k"
+held_out = 500  # images that neither stage trains on
+class_cond = True  # class labels condition the denoiser (and, in stage 2, the prior)
+xflip = False  # mirror half of the images
+# denoiser: ADM's U-Net
+model_channels = 16
+channel_mult = (1, 2, 4)
+channel_mult_emb = 4
+num_blocks = 1
+attn_resolutions = (7,)
+dropout = 0.0
+# discrete latents
+num_latents = 6  # m; 0: plain EDM
+codebook_size = 16  # k
+tau = 1.0  # Gumbel-Softmax temperature, constant (App. D.2)
+null_prob = 0.1  # of replacing an image's latents by the null embedding (sec. 3.1)
+latent_dim = 64
+latent_layers = 6
+latent_heads = 2
+# encoder: ViT
+encoder_patch = 7
+encoder_dim = 128
+encoder_layers = 3
+encoder_heads = 4
+# optimisation: EDM's
+total_images = 36_000  # to train on, in all
+batch_size = 48  # over all processes, whatever their number
+batch_gpu = 512  # the most that one process takes at once; beyond it gradients are accumulated
+lr = 1e-3
+encoder_lr = 1e-4  # beside an untrained denoiser, a fast encoder collapses to one code (bits go to 0)
+warmup_images = 2_000  # linear learning-rate warm-up
+ema_halflife_images = 500_000
+ema_rampup = 0.05  # the half-life is at most this share of the images seen so far
+P_mean = -1.2  # ln(sigma) ~ N(P_mean, P_std^2)
+P_std = 1.2
+sigma_data = 0.5
+# reports, all in images
+log_every = 960
+save_every = 12_000
+preview_every = 12_000
+
+config = configure(globals())
+
+# ----------------------------------------------------------------------------------------------------
+# processes, device, batch
+
+rank, world, device = start_processes(device)
+master, on_gpu = rank == 0, device.type == "cuda"
+for setting in ("total_images", "batch_size", "batch_gpu", "lr", "encoder_lr", "tau", "log_every", "save_every", "preview_every"):
+    require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
+require(batch_size % world == 0, f"batch_size {batch_size} can't be shared among {world} processes equally")
+local_batch = batch_size // world
+micro_steps = -(-local_batch // batch_gpu)
+require(local_batch % micro_steps == 0, f"{local_batch} images a process can't be taken in {micro_steps} equal parts "
+                                        f"of at most {batch_gpu}: change batch_size or batch_gpu")
+micro_batch = local_batch // micro_steps
+
+# ----------------------------------------------------------------------------------------------------
+# data, model, optimiser
+
+images, labels, num_classes = data.load(dataset)
+require(num_classes or not class_cond, f"the data set {dataset} has no class labels: train with --class_cond=False")
+require(0 <= held_out < len(images), f"held_out is {held_out}: the data set has {len(images)} images")
+train_indices, held_out_indices = data.split(len(images), held_out)
+batches = data.Shuffle(train_indices, seed)
+
+img_resolution, img_channels = images.shape[1], images.shape[3]
+require(images.shape[1] == images.shape[2], f"images must be square, not {images.shape[1]} x {images.shape[2]}")
+model_args = dict(
+    img_resolution=img_resolution, img_channels=img_channels, label_dim=num_classes if class_cond else 0,
+    sigma_data=sigma_data, model_channels=model_channels, channel_mult=channel_mult,
+    channel_mult_emb=channel_mult_emb, num_blocks=num_blocks, attn_resolutions=attn_resolutions, dropout=dropout,
+    num_latents=num_latents, codebook_size=codebook_size, latent_dim=latent_dim, latent_layers=latent_layers,
+    latent_heads=latent_heads, encoder_patch=encoder_patch, encoder_dim=encoder_dim, encoder_layers=encoder_layers,
+    encoder_heads=encoder_heads)
+torch.manual_seed(seed)
+try:
+    model = DisCoDiff(**model_args).to(device, memory_format=torch.channels_last)
+    ema = DisCoDiff(**model_args).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+except ValueError as error:  # sizes that don't fit each other
+    raise UserError(error) from None
+ema.load_state_dict(model.state_dict())
+groups = [dict(params=model.model.parameters(), peak_lr=lr)]
+if num_latents:
+    groups += [dict(params=model.latents.parameters(), peak_lr=lr),
+               dict(params=model.encoder.parameters(), peak_lr=encoder_lr)]
+optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+checkpoint_path = f"{out_dir}/stage1.pt"
+FREE = ("out_dir", "overwrite", "device", "compile", "batch_gpu", "total_images", "log_every", "save_every",
+        "preview_every")  # settings that may change when a run continues: they leave its course alone
+step = 0
+if checkpoint := data.resume(checkpoint_path, config, FREE, "train_stage1"):
+    step = checkpoint["step"]
+    model.load_state_dict(checkpoint["model"])
+    ema.load_state_dict(checkpoint["ema"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    del checkpoint
+
+forward = torch.compile(model) if compile and on_gpu else model
+if world > 1:
+    forward = DistributedDataParallel(forward, device_ids=[device.index] if on_gpu else None)
+autocast = torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext()
+
+# ----------------------------------------------------------------------------------------------------
+# Alg. 1; every step's randomness is seeded anew, so that a resumed run equals an undisturbed one
+
+
+def draw_step(step):
+    """All random numbers of one step, for the whole batch over all processes, each of which takes its
+    rows: the result does not depend on their number. (Dropout's masks do.)"""
+    g = seeded_generator(device, seed, step)
+    normal = torch.randn(batch_size, 1, 1, 1, device=device, generator=g)
+    noise = torch.randn(batch_size, *model.img_shape, device=device, generator=g)
+    gumbel = gumbel_noise((batch_size, num_latents, codebook_size), g)
+    drop = torch.rand(batch_size, device=device, generator=g) < null_prob
+    flip = torch.rand(batch_size, device=device, generator=g) < (0.5 if xflip else 0)
+    sigma = (P_mean + P_std * normal).exp()  # EDM, Table 1
+    return noise * sigma, sigma, gumbel, drop, flip
+
+
+def fetch(position, count):
+    """-> y (count, C, H, W) in [-1, 1], class labels (count,) or None, of the endless shuffle's next images."""
+    indices = batches.take(position, count)
+    c = torch.from_numpy(labels[indices]).to(device, non_blocking=True) if class_cond else None
+    return data.to_float(images[indices], device), c
+
+
+def mean_over_processes(x):
+    if world > 1:
+        dist.all_reduce(x)
+    return x / world
+
+
+def loss_weight(sigma):
+    return (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2  # lambda(sigma), EDM Table 1
+
+
+# ----------------------------------------------------------------------------------------------------
+# what a person looks at
+
+
+def codes_of(y, g):
+    """Hard codes of clean images, drawn from the averaged encoder: (B, m)"""
+    logits = ema.encoder(y)
+    return draw_codes(logits, gumbel_noise(logits.shape, g))
+
+
+@torch.no_grad()
+def save_preview(path, rows=8, columns=8):
+    """Each row: an image that was held out, then samples that share its code (and class), as in Fig. 2b."""
+    shown = held_out_indices[:rows] if held_out else train_indices[:rows]
+    y = data.to_float(images[shown], device)
+    c = torch.from_numpy(labels[shown]).to(device).repeat_interleave(columns) if class_cond else None
+    g = seeded_generator(device, seed, 0, 1)
+    z = codes_of(y, g).repeat_interleave(columns, dim=0) if num_latents else None
+    latents = torch.randn(len(shown) * columns, *model.img_shape, device=device, generator=g)
+    x = heun(denoiser(ema, c, z), latents).float().unflatten(0, (len(shown), columns))
+    grid = torch.cat([y[:, None], x], dim=1).flatten(0, 1)
+    data.save_grid(data.to_uint8(grid), path, columns + 1)
+
+
+@torch.no_grad()
+def print_losses(count=256, sigmas=(0.02, 0.1, 0.3, 1, 3, 10, 30, 80)):
+    """The weighted loss per pixel on held-out images, per noise level, with their own codes and with null
+    codes: which noise levels the latents help at (Fig. 7, left)."""
+    shown = held_out_indices[:count] if held_out else train_indices[:count]
+    g = seeded_generator(device, seed, 0, 2)
+    print(f"loss on {len(shown)} {'held-out' if held_out else 'training'} images, lambda(sigma) |D - y|^2 / pixels")
+    print("   sigma   own codes  null codes  null / own" if num_latents else "   sigma        loss")
+    for level in sigmas:
+        sums = [0.0, 0.0]
+        for part in np.array_split(shown, -(-len(shown) // batch_gpu)):
+            y = data.to_float(images[part], device)
+            c = torch.from_numpy(labels[part]).to(device) if class_cond else None
+            sigma = torch.full((len(y),), float(level), device=device)
+            x = y + level * torch.randn(y.shape, device=device, generator=g)
+            z = codes_of(y, g) if num_latents else None
+            for i in range(2 if num_latents else 1):
+                drop = torch.full((len(y),), bool(i), device=device)
+                with autocast:
+                    D = ema.denoise(x, sigma, c, ema.condition(z, drop) if num_latents else ())
+                sums[i] += (loss_weight(sigma)[:, None, None, None] * (D - y) ** 2).sum().item() / y[0].numel()
+        own, null = sums[0] / len(shown), sums[1] / len(shown)
+        print(f"{level:8g}  {own:10.4f}" + (f"  {null:10.4f}  {null / own:10.2f}" if num_latents else ""))
+
+
+# ----------------------------------------------------------------------------------------------------
+# the run
+
+if step * batch_size >= total_images:
+    if master:
+        print(f"{checkpoint_path} is finished: it has seen {step * batch_size:,} images. "
+              "A larger --total_images trains on, --overwrite=True starts anew")
+    raise SystemExit
+
+log_path = f"{out_dir}/stage1.jsonl"
+parameters, ema_parameters = list(model.parameters()), list(ema.parameters())
+if master:
+    os.makedirs(out_dir, exist_ok=True)
+    print(f"{dataset}: {len(train_indices):,} images to train on, {img_resolution} x {img_resolution} x {img_channels}, "
+          f"{num_classes} classes; U-Net {sum(p.numel() for p in model.model.parameters()):,} parameters, latents "
+          f"{sum(p.numel() for n, p in model.named_parameters() if not n.startswith('model.')):,}; on {device}")
+    kept = [l for l in open(log_path) if json.loads(l)["images"] <= step * batch_size] if step else []
+    with data.atomic(log_path) as f:
+        f.write("".join(kept).encode())
+
+loss_sum, code_sum, entropy_sum = 0, 0, 0  # since the last log; on the device
+since, images_since = time.time(), 0
+bar = tqdm(total=total_images, initial=step * batch_size, unit="img", disable=not master, mininterval=1)
+model.train()
+while step * batch_size < total_images:
+    noise, sigma, gumbel, drop, flip = draw_step(step)
+    for micro in range(micro_steps):
+        start = rank * local_batch + micro * micro_batch
+        rows = slice(start, start + micro_batch)
+        y, c = fetch(step * batch_size + start, micro_batch)
+        y = torch.where(flip[rows, None, None, None], y.flip(3), y)
+        torch.manual_seed(seeded_generator("cpu", seed, step, start).initial_seed())  # for dropout
+        exchange = world == 1 or micro == micro_steps - 1  # gradients meet once a step
+        with autocast, contextlib.nullcontext() if exchange else forward.no_sync():
+            D, logits = forward(y, noise[rows], sigma[rows].flatten(), c, gumbel[rows], drop[rows], tau)
+            loss = (loss_weight(sigma[rows]) * (D - y) ** 2).sum() / local_batch  # Eq. 3
+            loss.backward()
+        loss_sum += loss.detach() / y[0].numel()
+        if num_latents:
+            p = logits.detach().softmax(-1)  # (B, m, k)
+            code_sum += p.sum(0)
+            entropy_sum += torch.special.entr(p).sum()
+
+    seen = step * batch_size
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * min(seen / max(warmup_images, 1), 1)
+    for p in parameters:
+        torch.nan_to_num(p.grad, nan=0, posinf=1e5, neginf=-1e5, out=p.grad)  # EDM's guard
+    optimizer.step()
+    optimizer.zero_grad()
+    halflife = min(ema_halflife_images, seen * ema_rampup)
+    get_ema_multi_avg_fn(0.5 ** (batch_size / max(halflife, 1e-8)))(ema_parameters, parameters, None)
+
+    step += 1
+    seen += batch_size
+    images_since += batch_size
+    bar.update(batch_size)
+
+    def due(every):
+        return seen // every != (seen - batch_size) // every or seen >= total_images
+
+    if due(log_every):
+        steps = images_since // batch_size
+        report = dict(images=seen, loss=mean_over_processes(loss_sum).item() / steps)
+        if num_latents:
+            p = mean_over_processes(code_sum) / (steps * local_batch)  # (m, k) averaged code distribution
+            p_entropy = torch.special.entr(p).sum(1)
+            report["perplexity"] = p_entropy.exp().tolist()  # codes that each latent uses, 1 ... k
+            # what the codes tell about the image: I(z; y) = H(z) - H(z | y), 0 where the encoder ignores it
+            report["bits"] = (p_entropy.sum() - mean_over_processes(entropy_sum) / (steps * local_batch)).item() / math.log(2)
+        if master:
+            report["images_per_second"] = images_since / (time.time() - since)
+            report["images_per_second"] = images_since / (time.time() - since)
+            with open(log_path, "a") as f:
+                f.write(json.dumps(report) + "\n")
+            shown = {"loss": f"{report['loss']:.4f}"}
+            if num_latents:
+                used = "/".join(f"{u:.0f}" for u in report["perplexity"][:16])
+                shown |= {"codes used": f"{used} of {codebook_size}", "bits": f"{report['bits']:.1f}"}
+            bar.set_postfix(shown)
+        loss_sum, code_sum, entropy_sum, images_since, since = 0, 0, 0, 0, time.time()
+    if master and due(save_every):
+        data.save_checkpoint(checkpoint_path, dict(
+            made_by="train_stage1", config=config, model_args=model_args, step=step, model=model.state_dict(),
+            ema=ema.state_dict(), optimizer=optimizer.state_dict()))
+    if master and due(preview_every):
+        save_preview(f"{out_dir}/preview_{seen:09d}.png")
+
+bar.close()
+if master:
+    print_losses()
+    print(f"{checkpoint_path} is ready" + (f"; next: python train_prior.py --out_dir={out_dir}" if num_latents else ""))
+if world > 1:
+    dist.destroy_process_group()
