@@ -198,11 +198,10 @@ class atomic:
             os.replace(self.partial, self.path)
             return
         self.partial.unlink(missing_ok=True)
-        # torch.save wraps a failed write into a RuntimeError
-        if isinstance(error, OSError) or "write" in str(error):
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises its own on top
+        if isinstance(cause, OSError):
             kept = "; the file that was there before is untouched" if self.path.exists() else ""
-            raise UserError(f"can't write {self.path}: {reason}{kept}") from None
+            raise UserError(f"can't write {self.path}: {cause.strerror}{kept}") from None
 
 
 def save_checkpoint(path, state):
@@ -274,6 +273,7 @@ def download(name, root):
     """Fetches a public set's files that are not there yet, checks their MD5 -> the folder they are in."""
     address, files = PUBLIC[name]
     folder = root / "downloads" / name
+    folder.mkdir(parents=True, exist_ok=True)
     for file, md5 in files.items():
         path = folder / file
         if not path.exists():

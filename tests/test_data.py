@@ -1,0 +1,346 @@
+import gzip
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from configurator import UserError
+from conftest import ROOT
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "datasets"
+
+
+def write_idx(folder, images, labels, prefix="train"):
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{prefix}-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(struct.pack(">IIII", 0x803, *images.shape) + images.tobytes()))
+    (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(
+        gzip.compress(struct.pack(">II", 0x801, len(labels)) + labels.astype(np.uint8).tobytes()))
+    return path
+
+
+def random_images(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def nothing_left(root):
+    return not root.exists() or list(root.iterdir()) == []
+
+
+# sources
+
+
+def test_embedded_set():
+    images, labels, classes = data.load("fashion-mnist-10k")
+    assert images.shape == (10_000, 28, 28, 1) and images.dtype == np.uint8 and classes == 10
+    assert labels.dtype == np.int64 and (np.bincount(labels) == 1000).all()
+    assert round(images.mean(), 2) == 73.15  # as published for the test split: 0.2868 of 255
+
+
+def test_idx(root, tmp_path):
+    images, labels = random_images(7, 5, 5), np.array([3, 0, 1, 2, 9, 9, 4])
+    write_idx(tmp_path / "source", images, labels)
+    data.prepare("m", str(tmp_path / "source"), root=root)
+    x, c, classes = data.load("m", root)
+    assert isinstance(x, np.memmap) and np.array_equal(x, images[..., None])
+    assert np.array_equal(c, labels) and c.dtype == np.int64 and classes == 10
+
+
+def test_broken_idx(root, tmp_path):
+    path = write_idx(tmp_path / "source", random_images(7, 5, 5), np.zeros(7))
+    whole = path.read_bytes()
+    for broken in (whole[:-20], whole[:50] + b"xx" + whole[52:], gzip.compress(gzip.decompress(whole)[:-1])):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match="train-images-idx3-ubyte.gz is"):
+            data.prepare("m", str(path), root=root)
+    path.write_bytes(whole)
+    write_idx(tmp_path / "other", random_images(6, 5, 5), np.zeros(6))
+    (tmp_path / "other" / "train-labels-idx1-ubyte.gz").replace(tmp_path / "source" / "train-labels-idx1-ubyte.gz")
+    with pytest.raises(UserError, match="7 images, but 6 labels"):
+        data.prepare("m", str(path), root=root)
+    assert nothing_left(root)
+
+
+def test_cifar_files_and_archive(root, tmp_path):
+    images, labels = random_images(4, 32, 32, 3), np.array([1, 0, 9, 3], np.uint8)
+    records = np.concatenate([labels[:, None], images.transpose(0, 3, 1, 2).reshape(4, -1)], axis=1)
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    (folder / "data_batch_1.bin").write_bytes(records[:3].tobytes())
+    (folder / "data_batch_2.bin").write_bytes(records[3:].tobytes())
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as tar:
+        tar.add(folder, "cifar-10-batches-bin")
+    for name, source in (("folder", folder), ("archive", tmp_path / "cifar-10-binary.tar.gz")):
+        data.prepare(name, str(source), root=root)
+        x, c, classes = data.load(name, root)
+        assert np.array_equal(x, images) and np.array_equal(c, labels) and classes == 10
+    (folder / "data_batch_2.bin").write_bytes(records[3:].tobytes()[:-1])
+    with pytest.raises(UserError, match="data_batch_2.bin is not a complete file"):
+        data.prepare("cut", str(folder), root=root)
+
+
+def test_folder_of_images_in_every_mode(root, tmp_path):
+    """One red (or grey) picture a mode, with borders that the centre crop removes."""
+    source = tmp_path / "train"
+    for name in ("b_dogs", "a_cats"):
+        (source / name).mkdir(parents=True)
+    rgb = np.zeros((40, 80, 3), np.uint8)
+    rgb[:, 20:60] = (200, 40, 40)
+    rgb[:, :20] = rgb[:, 60:] = (0, 0, 255)
+    picture = Image.fromarray(rgb)
+    picture.save(source / "a_cats" / "1rgb.png")
+    picture.convert("P", palette=Image.ADAPTIVE).save(source / "a_cats" / "2palette.png")
+    picture.convert("CMYK").save(source / "a_cats" / "3cmyk.jpg", quality=100, subsampling=0)
+    Image.merge("RGBA", [*picture.split(), Image.new("L", (80, 40), 0)]).save(source / "b_dogs" / "4clear.png")
+    Image.new("L", (33, 50), 77).save(source / "b_dogs" / "5grey.JPEG", quality=100)
+    Image.fromarray(np.full((30, 30), 77 * 256 + 5, np.uint16)).save(source / "b_dogs" / "6deep.png")
+    (source / "b_dogs" / "notes.txt").write_text("not an image")
+    data.prepare("pets", str(source), resolution=8, workers=2, root=root)
+    x, c, classes = data.load("pets", root)
+    assert x.shape == (6, 8, 8, 3) and classes == 2 and c.tolist() == [0, 0, 0, 1, 1, 1]
+    wanted = [(200, 40, 40)] * 3 + [(255, 255, 255)] + [(77, 77, 77)] * 2
+    for image, colour in zip(x, wanted):
+        assert np.abs(image.astype(int) - colour).max() <= 6
+    assert json.loads((root / "pets" / "classes.json").read_text()) == ["a_cats", "b_dogs"]
+
+
+def test_down_sampling_averages_areas(tmp_path):
+    image = random_images(24, 24, 3)
+    Image.fromarray(image).save(tmp_path / "x.png")
+    means = image.reshape(6, 4, 6, 4, 3).mean(axis=(1, 3))
+    assert np.abs(data.decode(tmp_path / "x.png", 6) - means).max() <= 1
+
+
+def test_unreadable_images_are_skipped_up_to_a_share(root, tmp_path, capfd):
+    (tmp_path / "flat").mkdir()
+    for i in range(200):
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / "flat" / f"{i:03d}.png")
+    whole = (tmp_path / "flat" / "007.png").read_bytes()
+    (tmp_path / "flat" / "007.png").write_bytes(whole[:40])
+    (tmp_path / "flat" / "150.png").write_bytes(b"")
+    data.prepare("flat", str(tmp_path / "flat"), resolution=8, root=root)
+    printed = capfd.readouterr()
+    assert "007.png" in printed.err and "150.png" in printed.err and "2 could not be read" in printed.out
+    x, c, classes = data.load("flat", root)
+    assert x[:, 0, 0, 0].tolist() == [i for i in range(200) if i not in (7, 150)]
+    assert c is None and classes == 0  # no subfolders: no labels
+    (tmp_path / "flat" / "099.png").write_bytes(b"GIF89a")
+    with pytest.raises(UserError, match="3 of 200 images can't be read, more than 1%"):
+        data.prepare("flat2", str(tmp_path / "flat"), resolution=8, root=root)
+    assert [p.name for p in root.iterdir()] == ["flat"]
+
+
+def write_zip(path, images, labels, extra=()):
+    with zipfile.ZipFile(path, "w") as z:
+        for i, image in enumerate(images):
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "png")
+            z.writestr(f"00000/img{i:08d}.png", buffer.getvalue())
+        for name, content in extra:
+            z.writestr(name, content)
+        found = None if labels is None else [[f"00000/img{i:08d}.png", c] for i, c in enumerate(labels)]
+        z.writestr("dataset.json", json.dumps({"labels": found}))
+
+
+def test_edm_zip(root, tmp_path):
+    images = random_images(5, 16, 16, 3)
+    write_zip(tmp_path / "edm.zip", images, [4, 0, 2, 2, 1])
+    data.prepare("edm", str(tmp_path / "edm.zip"), root=root)
+    x, c, classes = data.load("edm", root)
+    assert np.array_equal(x, images) and c.tolist() == [4, 0, 2, 2, 1] and classes == 5
+    write_zip(tmp_path / "grey.zip", images[..., 0], None)
+    data.prepare("grey", str(tmp_path / "grey.zip"), root=root)
+    x, c, classes = data.load("grey", root)
+    assert np.array_equal(x, images[..., :1]) and c is None and classes == 0
+
+
+def test_broken_zip(root, tmp_path):
+    images = random_images(5, 16, 16, 3)
+    write_zip(tmp_path / "a.zip", images, [4, 0, 2])
+    write_zip(tmp_path / "b.zip", [images[0], images[0, :8]], [0, 1])
+    (tmp_path / "c.zip").write_bytes((tmp_path / "a.zip").read_bytes()[:-100])
+    for file, message in (("a.zip", "no label for 2"), ("b.zip", "of one size"), ("c.zip", "or damaged")):
+        with pytest.raises(UserError, match=message):
+            data.prepare("x", str(tmp_path / file), root=root)
+    assert nothing_left(root)
+
+
+def test_without_a_network_the_error_says_what_to_fetch(root, monkeypatch):
+    address, files = data.PUBLIC["cifar10"]
+    monkeypatch.setitem(data.PUBLIC, "cifar10", ("http://127.0.0.1:9/", files))  # nobody listens there
+    with pytest.raises(UserError) as error:
+        data.prepare("cifar10", "", root=root)
+    assert "http://127.0.0.1:9/cifar-10-binary.tar.gz" in str(error.value)
+    assert str(root / "downloads" / "cifar10") in str(error.value) and "\n" not in str(error.value)
+    folder = root / "downloads" / "cifar10"
+    (folder / "cifar-10-binary.tar.gz").write_bytes(b"something else")
+    with pytest.raises(UserError, match="its MD5 is"):
+        data.prepare("cifar10", "", root=root)
+
+
+def test_names_and_existing_sets(root, tmp_path):
+    write_idx(tmp_path / "source", random_images(3, 5, 5), np.zeros(3))
+    for name in ("", "..", "a/b", "embedded", "fashion-mnist-10k"):
+        with pytest.raises(UserError, match="can't be a data set's name"):
+            data.prepare(name, str(tmp_path / "source"), root=root)
+    data.prepare("m", str(tmp_path / "source"), root=root)
+    with pytest.raises(UserError, match="--overwrite=True"):
+        data.prepare("m", str(tmp_path / "source"), root=root)
+    write_idx(tmp_path / "source", random_images(4, 5, 5), np.zeros(4))
+    data.prepare("m", str(tmp_path / "source"), overwrite=True, root=root)
+    assert len(data.load("m", root)[0]) == 4
+    with pytest.raises(UserError, match="there are: fashion-mnist-10k, m"):
+        data.load("n", root)
+
+
+def test_interrupted_preparation_leaves_nothing_that_looks_finished(root, tmp_path):
+    """Killed for real while it writes."""
+    (tmp_path / "slow").mkdir()
+    os.mkfifo(tmp_path / "slow" / "b.png")  # opening it waits for a writer that never comes
+    Image.new("RGB", (8, 8)).save(tmp_path / "slow" / "a.png")
+    program = (f"import data, pathlib; "
+               f"data.prepare('s', {str(tmp_path / 'slow')!r}, 8, root=pathlib.Path({str(root)!r}))")
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, start_new_session=True)
+    try:
+        while not (root / "s.partial" / "images.npy").exists():
+            assert process.poll() is None
+    finally:
+        os.killpg(process.pid, 9)
+    process.wait()
+    with pytest.raises(UserError, match="there is no data set 's'"):
+        data.load("s", root)
+    (tmp_path / "slow" / "b.png").unlink()
+    data.prepare("s", str(tmp_path / "slow"), 8, root=root)
+    assert len(data.load("s", root)[0]) == 1 and not (root / "s.partial").exists()
+
+
+def test_a_large_set_takes_no_private_memory(tmp_path):
+    """1.28 million images of 64 x 64 x 3, in a sparse file: what `load` and batches add to the process, other
+    than pages of the file, which the system can drop at any time."""
+    folder = tmp_path / "datasets" / "large"
+    folder.mkdir(parents=True)
+    n = 1_281_167
+    with open(folder / "images.npy", "wb") as f:
+        data.write_npy_header(f, np.uint8, (n, 64, 64, 3))
+        f.truncate(f.tell() + n * 64 * 64 * 3)
+    np.save(folder / "labels.npy", np.zeros(n, np.int64))
+    (folder / "classes.json").write_text("[\"0\"]")
+    program = f"""
+import data, pathlib, re
+def private():
+    return int(re.search(r'RssAnon:\\s+(\\d+) kB', open('/proc/self/status').read())[1]) / 1024
+before = private()
+images, labels, _ = data.load('large', pathlib.Path({str(tmp_path / 'datasets')!r}))
+train, held_out = data.split(len(images), 5000)
+shuffle = data.Shuffle(train, 0)
+for i in range(8):
+    batch = images[shuffle.take(128 * i, 128)]
+print(private() - before)
+"""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("needs Linux's /proc")
+    megabytes = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(megabytes.stdout) < 200
+
+
+# order, conversions, grids
+
+
+def test_shuffle_visits_each_image_once_an_epoch_from_any_start():
+    indices = np.arange(100, 110)
+    shuffle = data.Shuffle(indices, seed=3)
+    whole = shuffle.take(0, 40)
+    for epoch in whole.reshape(4, 10):
+        assert sorted(epoch) == list(indices)
+    assert len({tuple(e) for e in whole.reshape(4, 10)}) == 4
+    assert np.array_equal(np.concatenate([data.Shuffle(indices, 3).take(s, 7) for s in range(0, 35, 7)]), whole[:35])
+    assert not np.array_equal(data.Shuffle(indices, 4).take(0, 10), whole[:10])
+
+
+def test_split():
+    train, held_out = data.split(1000, 100)
+    assert len(held_out) == 100 and sorted([*train, *held_out]) == list(range(1000))
+    assert np.array_equal(data.split(1000, 100)[1], held_out) and held_out.max() > 900 > 100 > held_out.min()
+
+
+def test_float_and_back():
+    images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    x = data.to_float(images)
+    assert x.shape == (1, 3, 16, 16) and x.min() == -1 and x.max() == 1
+    assert np.array_equal(data.to_uint8(x), images)
+    assert np.array_equal(data.to_uint8(torch.tensor([-9.0, 9.0]).reshape(2, 1, 1, 1)).ravel(), [0, 255])
+
+
+def test_grid(tmp_path):
+    images = random_images(5, 70, 70, 3)
+    data.save_grid(images, tmp_path / "g.png", columns=3)
+    grid = np.asarray(Image.open(tmp_path / "g.png"))
+    assert grid.shape == (2 * 72, 3 * 72, 3)
+    assert np.array_equal(grid[72 + 1:72 + 71, 72 + 1:72 + 71], images[4]) and (grid[73:, 145:] == 255).all()
+
+
+# checkpoints
+
+
+def test_a_checkpoint_is_read_back_and_damage_is_told(tmp_path):
+    path = tmp_path / "stage1.pt"
+    state = dict(made_by="train_stage1", config=dict(lr=0.1, mult=(1, 2)), model={"w": torch.randn(1000)})
+    data.save_checkpoint(path, state)
+    back = data.load_checkpoint(path, "train_stage1")
+    assert torch.equal(back["model"]["w"], state["model"]["w"]) and back["config"] == state["config"]
+    with pytest.raises(UserError, match="not a checkpoint of train_prior.py"):
+        data.load_checkpoint(path, "train_prior")
+    whole = path.read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="truncated or damaged"):
+            data.load_checkpoint(path, "train_stage1")
+    with pytest.raises(UserError, match=r"run `python train_stage1.py --out_dir=.*` first"):
+        data.load_checkpoint(tmp_path / "no" / "stage1.pt", "train_stage1")
+
+
+def test_a_checkpoint_is_not_executed(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    with open(tmp_path / "stage1.pt", "wb") as f:
+        torch.save({"made_by": "train_stage1", "x": Hostile()}, f)
+    with open(tmp_path / "plain.pt", "wb") as f:
+        pickle.dump(Hostile(), f)
+    for file in ("stage1.pt", "plain.pt"):
+        with pytest.raises(UserError):
+            data.load_checkpoint(tmp_path / file, "train_stage1")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
+    """The process may write files of 100 kB at most, as on a disk with so much room."""
+    program = f"""
+import resource, signal, torch, data
+data.save_checkpoint({str(tmp_path / 'c.pt')!r}, dict(made_by='x', w=torch.ones(10)))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    data.save_checkpoint({str(tmp_path / 'c.pt')!r}, dict(made_by='x', w=torch.ones(1_000_000)))
+except data.UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert "File too large" in done.stdout and "untouched" in done.stdout, done
+    assert data.load_checkpoint(tmp_path / "c.pt", "x")["w"].sum() == 10
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]

@@ -1,0 +1,260 @@
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from configurator import UserError
+from conftest import ROOT, TINY, run
+from model import DisCoDiff
+from sample import SeededNoise, denoiser, heun
+
+REFERENCE = np.load(Path(__file__).parent / "reference" / "samplers.npz")
+CENTRES = 3 * torch.tensor([(math.cos(i * math.pi / 4), math.sin(i * math.pi / 4)) for i in range(8)], dtype=torch.float64)
+
+
+def exact_denoiser(calls=None):
+    """E[y | y + sigma n] of a mixture of 8 Gaussians of variance 0.04 on a circle of radius 3."""
+    def denoise(x, sigma):
+        if calls is not None:
+            calls.append(float(sigma))
+        variance = 0.04 + sigma ** 2
+        weights = (-((x[:, None] - CENTRES) ** 2).sum(-1) / (2 * variance)).softmax(1)
+        means = (0.04 * x[:, None] + sigma ** 2 * CENTRES) / variance
+        return (weights[..., None] * means).sum(1)
+    return denoise
+
+
+@pytest.mark.parametrize("name, nfe, settings", [
+    ("heun18", 35, dict(num_steps=18)),
+    ("heun40", 79, dict(num_steps=40)),
+    ("heun50", 99, dict(num_steps=50)),
+    ("churn32", 63, dict(num_steps=32, S_churn=40, S_min=0.05, S_max=50, S_noise=1.003)),
+])
+def test_heun_equals_edm(name, nfe, settings):
+    noise, calls = np.random.RandomState(11), []
+    x = heun(exact_denoiser(calls), torch.from_numpy(REFERENCE["latents"]),
+             randn_like=lambda x: torch.from_numpy(noise.standard_normal(tuple(x.shape))), **settings)
+    assert x.dtype == torch.float64 and np.abs(x.numpy() - REFERENCE[name]).max() < 1e-9
+    assert len(calls) == nfe
+
+
+def test_heun_is_of_second_order():
+    """Of one Gaussian the ODE is solved in closed form: x(0) = x(sigma_max) sd / sqrt(sd^2 + sigma_max^2)."""
+    latents, sd = torch.randn(5, 1, generator=torch.Generator().manual_seed(0)).double(), 0.5
+    exact = latents * 80 * sd / math.sqrt(sd ** 2 + 80 ** 2)
+    errors = [(heun(lambda x, sigma: x * sd ** 2 / (sd ** 2 + sigma ** 2), latents, n) - exact).abs().max()
+              for n in (32, 64, 128)]
+    assert errors[2] < 1e-3 and 3 < errors[0] / errors[1] < 6 and 3 < errors[1] / errors[2] < 6
+
+
+def test_one_step_is_one_denoising():
+    calls = []
+    latents = torch.ones(1, 2)
+    x = heun(exact_denoiser(calls), latents, num_steps=1)
+    assert calls == [80.0] and torch.allclose(x, exact_denoiser()(80 * latents.double(), torch.tensor(80.0)))
+
+
+def small_model():
+    torch.manual_seed(0)
+    model = DisCoDiff(8, 1, 3, num_latents=2, codebook_size=4, latent_dim=8, latent_layers=1, latent_heads=1,
+                      encoder_patch=4, encoder_dim=8, encoder_layers=1, encoder_heads=1, model_channels=8,
+                      channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.0).eval()
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+@torch.no_grad()
+def test_guidance():
+    model = small_model()
+    x, sigma, c, z = torch.randn(3, 1, 8, 8), torch.tensor(2.0), torch.tensor([0, 1, 2]), torch.tensor([[0, 1], [2, 3], [1, 1]])
+    batches, condition_calls = [], []
+    model.model.register_forward_hook(lambda m, args, out: batches.append(len(args[0])))
+    model.latents.register_forward_hook(lambda m, args, out: condition_calls.append(len(args[0])))
+    D = denoiser(model, c, z)(x, sigma)
+    D_null = model.denoise(x, sigma.expand(3), c, model.condition(z, torch.ones(3, dtype=torch.bool)))
+    assert batches == [3, 3]  # w = 1: no second evaluation
+    assert (D - D_null).abs().max() > 1e-3
+    batches.clear()
+    condition_calls.clear()
+    guided = denoiser(model, c, z, guidance=2.5)
+    result = guided(x, sigma)
+    guided(x, sigma / 2)
+    assert torch.allclose(result, 2.5 * D - 1.5 * D_null, atol=1e-5)  # App. B
+    assert torch.allclose(denoiser(model, c, z, guidance=0.0)(x, sigma), D_null, atol=1e-6)
+    assert batches[:2] == [6, 6]  # one batched evaluation each
+    assert condition_calls[:2] == [3, 1]  # what depends on z alone: once, not once an evaluation
+
+
+def test_noise_depends_on_its_seed_alone():
+    many, few = SeededNoise(range(10), "cpu", 1), SeededNoise([7, 3], "cpu", 1)
+    for _ in range(2):
+        a, b = many.randn(2, 2), few.randn(2, 2)
+        assert torch.equal(a[[7, 3]], b) and not torch.equal(a[0], a[1])
+    assert not torch.equal(SeededNoise([7], "cpu", 0).randn(2), SeededNoise([7], "cpu", 1).randn(2))
+
+
+# the script
+
+
+def load(folder, name="samples"):
+    with np.load(folder / f"{name}.npz") as f:
+        return {k: f[k] for k in f.files}
+
+
+SAMPLE = ["--num_steps=3", "--device=cpu", "--num_images=20", "--per_code=4"]
+
+
+@pytest.fixture(scope="module")
+def samples(trained):
+    run("sample.py", f"--out_dir={trained}", "--name=first", *SAMPLE, "--batch_size=20")
+    return load(trained, "first")
+
+
+def close(a, b):
+    """The same samples: images to rounding, everything else exactly."""
+    return all(np.array_equal(a[k], b[k]) for k in ("labels", "codes", "seeds")) and \
+        np.abs(a["images"].astype(int) - b["images"]).max() <= 1
+
+
+def test_what_is_written(trained, samples):
+    assert {k: (v.dtype, v.shape) for k, v in samples.items()} == {
+        "images": (np.uint8, (20, 28, 28, 1)), "labels": (np.int64, (20,)), "codes": (np.int64, (20, 3)),
+        "seeds": (np.int64, (20,))}
+    assert samples["seeds"].tolist() == list(range(20)) and samples["labels"].tolist() == [i // 4 for i in range(20)]
+    rows = samples["codes"].reshape(5, 4, 3)
+    assert (rows == rows[:, :1]).all() and len(np.unique(rows[:, 0], axis=0)) > 1  # a row shares one code
+    assert len(np.unique(samples["images"].reshape(20, -1), axis=0)) == 20
+    assert Image.open(trained / "first.png").size == (4 * 30 * 2, 5 * 30 * 2)
+    assert not (trained / "first.parts").exists()
+
+
+def test_the_batch_size_changes_nothing(trained, samples):
+    run("sample.py", f"--out_dir={trained}", "--name=b", *SAMPLE, "--batch_size=3")
+    assert close(load(trained, "b"), samples)
+
+
+def test_any_seeds_can_be_made_alone(trained, samples):
+    run("sample.py", f"--out_dir={trained}", "--name=c", *SAMPLE, "--seed=6", "--num_images=7")
+    assert close(load(trained, "c"), {k: v[6:13] for k, v in samples.items()})
+
+
+def test_churn_is_seeded_too(trained):
+    for name, size in (("d", 20), ("e", 7)):
+        run("sample.py", f"--out_dir={trained}", f"--name={name}", *SAMPLE, "--S_churn=3", f"--batch_size={size}")
+    assert close(load(trained, "d"), load(trained, "e"))
+
+
+def test_two_processes_make_the_same_images(trained, samples):
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "sample.py",
+                    f"--out_dir={trained}", "--name=two", *SAMPLE, "--batch_size=6"], cwd=ROOT, check=True, capture_output=True)
+    assert close(load(trained, "two"), samples)
+
+
+def test_an_interrupted_run_goes_on(trained, samples, monkeypatch):
+    merge = data.merge_npz
+
+    def power_cut(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "merge_npz", power_cut)
+    arguments = [f"--out_dir={trained}", "--name=part", *SAMPLE, "--batch_size=8"]
+    with pytest.raises(KeyboardInterrupt):
+        run("sample.py", *arguments)
+    parts = trained / "part.parts"
+    assert sorted(p.name for p in parts.glob("*.npz")) == ["000000000.npz", "000000008.npz", "000000016.npz"]
+    (parts / "000000008.npz").unlink()
+    before = (parts / "000000000.npz").stat().st_mtime_ns
+    kept = []
+    monkeypatch.setattr(data, "merge_npz", lambda files, path: (kept.append(files[0].stat().st_mtime_ns), merge(files, path)))
+    with pytest.raises(UserError, match="unfinished run with other settings"):
+        run("sample.py", *arguments, "--num_steps=4")
+    run("sample.py", *arguments)
+    assert kept == [before] and close(load(trained, "part"), samples)
+
+
+def test_codes_by_hand_and_from_images(trained):
+    run("sample.py", f"--out_dir={trained}", "--name=hand", *SAMPLE, "--code=4,0,2", "--class_label=7")
+    hand = load(trained, "hand")
+    assert (hand["codes"] == [4, 0, 2]).all() and (hand["labels"] == 7).all()
+    images, labels, _ = data.load("fashion-mnist-10k")
+    np.savez(trained / "given.npz", images=images[:3], labels=labels[:3])
+    run("sample.py", f"--out_dir={trained}", "--name=npz", *SAMPLE, f"--encode={trained / 'given.npz'}")
+    assert load(trained, "npz")["labels"].tolist() == np.repeat(labels[[0, 1, 2, 0, 1]], 4).tolist()
+    (trained / "given").mkdir()
+    for i in range(3):
+        Image.fromarray(images[i, ..., 0]).save(trained / "given" / f"{i}.png")
+    run("sample.py", f"--out_dir={trained}", "--name=folder", *SAMPLE, f"--encode={trained / 'given'}")
+    assert np.array_equal(load(trained, "folder")["codes"], load(trained, "npz")["codes"])
+    run("sample.py", f"--out_dir={trained}", "--name=set", *SAMPLE, "--encode=fashion-mnist-10k", "--guidance=2")
+    assert len(np.unique(load(trained, "set")["labels"])) > 1
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--class_label=10"], "class_label 10 is out of range: this model has 10 classes, 0 ... 9"),
+    (["--class_label=-2"], "out of range"),
+    (["--code=1,2"], r"--code takes 3 numbers in 0 ... 4, not \(1, 2\)"),
+    (["--code=1,2,5"], "--code takes 3 numbers"),
+    (["--code=1,2,x"], "code takes a tuple"),
+    (["--code=1,2,3", "--encode=x.png"], "choose one"),
+    (["--encode=nothing"], "there is no data set 'nothing'"),
+    (["--num_steps=0"], "num_steps must be positive"),
+    (["--batch_size=0"], "batch_size must be positive"),
+    (["--device=tpu9"], "--device=tpu9 can't be used here"),
+    (["--out_dir=/nowhere"], r"there is no checkpoint /nowhere/stage1.pt: run `python train_stage1.py"),
+])
+def test_bad_input(trained, arguments, message):
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+    with pytest.raises(UserError, match=message) as error:
+        run("sample.py", f"--out_dir={trained}", "--name=bad", *SAMPLE, *arguments)
+    assert "\n" not in str(error.value)
+    assert {p: p.stat().st_mtime_ns for p in trained.rglob("*")} == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(trained):
+    with pytest.raises(UserError, match="--device=cuda can't be used here"):
+        run("sample.py", f"--out_dir={trained}", "--name=bad", *SAMPLE, "--device=cuda")
+
+
+def test_checkpoints_that_do_not_fit(trained, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(trained, broken)
+    whole = (trained / "prior.pt").read_bytes()
+    (broken / "prior.pt").write_bytes(whole[:-1000])
+    with pytest.raises(UserError, match="prior.pt is truncated or damaged"):
+        run("sample.py", f"--out_dir={broken}", *SAMPLE)
+    (broken / "prior.pt").unlink()
+    with pytest.raises(UserError, match=r"there is no checkpoint .*prior.pt: run `python train_prior.py"):
+        run("sample.py", f"--out_dir={broken}", *SAMPLE)
+    (broken / "prior.pt").write_bytes(whole)
+    state = torch.load(trained / "stage1.pt")
+    other = {**state, "model_args": {**state["model_args"], "model_channels": 16}}
+    torch.save(other, broken / "stage1.pt")
+    with pytest.raises(UserError, match="another architecture than this DisCoDiff"):
+        run("sample.py", f"--out_dir={broken}", *SAMPLE)
+    state["ema"]["model.out_conv.bias"] += 1
+    torch.save(state, broken / "stage1.pt")
+    with pytest.raises(UserError, match="trained on codes of another stage 1"):
+        run("sample.py", f"--out_dir={broken}", *SAMPLE)
+
+
+def test_plain_edm(tmp_path):
+    run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--num_latents=0", "--class_cond=False")
+    run("sample.py", f"--out_dir={tmp_path}", *SAMPLE)
+    made = load(tmp_path)
+    assert made["codes"].shape == (20, 0) and (made["labels"] == -1).all()
+    with pytest.raises(UserError, match="this model has no discrete latents"):
+        run("sample.py", f"--out_dir={tmp_path}", *SAMPLE, "--guidance=2")
+    with pytest.raises(UserError, match="trained without classes"):
+        run("sample.py", f"--out_dir={tmp_path}", *SAMPLE, "--class_label=0")
+    with pytest.raises(UserError, match="nothing to train a prior on"):
+        run("train_prior.py", f"--out_dir={tmp_path}", "--device=cpu")
