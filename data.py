@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import io
 import json
+import mmap
 import os
 import pickle
 import shutil
@@ -64,6 +65,8 @@ def load(name, root=HERE / "datasets"):
                         f"`python data.py {name or 'NAME'}` prepares one")
     classes = json.loads((folder / "classes.json").read_text())
     images = np.load(folder / "images.npy", mmap_mode="r")
+    if hasattr(mmap, "MADV_RANDOM"):
+        images.base.madvise(mmap.MADV_RANDOM)  # no read-ahead: 80 times faster where the file is not in memory yet
     labels = np.load(folder / "labels.npy") if classes else None
     return images, labels, len(classes)
 
@@ -95,7 +98,7 @@ class Shuffle:
 
 def to_float(images, device="cpu"):
     """uint8 array (B, H, W, C) -> float32 tensor (B, C, H, W) in [-1, 1], channels last in memory."""
-    x = torch.from_numpy(np.ascontiguousarray(images))
+    x = torch.from_numpy(np.array(images))  # a copy: what is mapped from a file is read-only
     if torch.device(device).type == "cuda":
         x = x.pin_memory().to(device, non_blocking=True)
     return x.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1

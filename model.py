@@ -240,9 +240,7 @@ def transformer(layers, dim, heads, causal=False):
     blocks = nn.ModuleList(TransformerBlock(dim, heads, causal) for _ in range(layers))
     for name, p in blocks.named_parameters():
         if name.endswith(("proj.weight", "mlp.2.weight")):
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers))  # GPT-2's: the residual stream keeps its scale
-        elif p.ndim == 2:
-            nn.init.normal_(p, std=0.02)
+            p.data /= math.sqrt(2 * layers)  # GPT-2's: the residual stream keeps its scale
         elif name.endswith("bias"):
             nn.init.zeros_(p)
     return blocks
@@ -317,7 +315,9 @@ class Encoder(nn.Module):
         self.class_tokens = nn.Parameter(0.02 * torch.randn(num_latents, dim))
         self.blocks = transformer(layers, dim, heads)
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Parameter(torch.randn(num_latents, dim, codebook_size) / math.sqrt(dim))
+        # logits of standard deviation 2: codes that tell images apart from the first step on, which the denoiser
+        # can learn to use before the encoder learns that noise in its codes does harm, and collapses
+        self.head = nn.Parameter(2 * torch.randn(num_latents, dim, codebook_size) / math.sqrt(dim))
 
     def forward(self, y):
         x = self.patches(y).flatten(2).transpose(1, 2) + self.position  # (B, patches, dim)

@@ -78,7 +78,7 @@ sigma_data = 0.5
 # reports, all in images
 log_every = 960
 save_every = 12_000
-preview_every = 12_000
+preview_every = 12_000  # 0: no previews
 
 config = configure(globals())
 
@@ -87,7 +87,7 @@ config = configure(globals())
 
 rank, world, device = start_processes(device)
 master, on_gpu = rank == 0, device.type == "cuda"
-for setting in ("total_images", "batch_size", "batch_gpu", "lr", "encoder_lr", "tau", "log_every", "save_every", "preview_every"):
+for setting in ("total_images", "batch_size", "batch_gpu", "lr", "encoder_lr", "tau", "log_every", "save_every"):
     require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
 require(batch_size % world == 0, f"batch_size {batch_size} can't be shared among {world} processes equally")
 local_batch = batch_size // world
@@ -285,7 +285,7 @@ while step * batch_size < total_images:
     bar.update(batch_size)
 
     def due(every):
-        return seen // every != (seen - batch_size) // every or seen >= total_images
+        return every and (seen // every != (seen - batch_size) // every or seen >= total_images)
 
     if due(log_every):
         steps = images_since // batch_size
