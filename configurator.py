@@ -1,4 +1,6 @@
 """
+How a run is set up: settings, errors, processes.
+
 The settings of a script are its plain global variables. They are overridden by config files, then by
 --name=value, in the order of the command line:
 
@@ -12,6 +14,7 @@ import ast
 import difflib
 import os
 import sys
+from datetime import timedelta
 
 
 class UserError(Exception):
@@ -21,15 +24,15 @@ class UserError(Exception):
 def configure(scope, argv=None):
     """Overrides the settings in `scope`, a script's globals(), by the command line; returns them as a dict.
 
-    Settings are the bool, int, float, str and tuple variables set so far whose names have no leading
-    underscore; a new value must be of the default's type. Raises UserError for an unknown name (with the
+    Settings are the bool, int, float, str and tuple variables set so far, but for _private names and
+    CONSTANTS; a new value must be of the default's type. Raises UserError for an unknown name (with the
     nearest valid one), a wrong type, or anything that can't be parsed. --help prints the script's
     docstring and settings, and exits.
     """
     sys.excepthook = _one_line_for_user_errors
     argv = sys.argv[1:] if argv is None else argv
     settings = {name: value for name, value in scope.items()
-                if not name.startswith("_") and isinstance(value, (bool, int, float, str, tuple))}
+                if not (name.startswith("_") or name.isupper()) and isinstance(value, (bool, int, float, str, tuple))}
     if "--help" in argv or "-h" in argv:
         print(_usage(scope, settings))
         sys.exit(0)
@@ -87,7 +90,7 @@ def _read_config_file(path):
 
 def _checked(name, value, default, where):
     kind = type(default)
-    if kind is float and type(value) is int:
+    if kind is float and (type(value) is int or value in ("inf", "-inf")):
         value = float(value)
     if kind is tuple and type(value) is list:
         value = tuple(value)
@@ -118,13 +121,14 @@ def _one_line_for_user_errors(kind, error, traceback):
 def start_processes(device):
     """-> rank, number of processes, torch.device. Joins the others where torchrun started this process.
 
-    device: "auto", "cpu", "cuda", "cuda:1", "mps". Raises UserError where this machine has no such device.
+    device: "auto", "cpu", "cuda", "cuda:1". Raises UserError where this machine has no such device.
     """
-    import torch  # here, so that mistakes in the settings are told at once
+    import torch  # here, so that this file can be read and used without it
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    require(device.partition(":")[0] in ("cpu", "cuda"), f"--device={device} can't be used here: it is auto, cpu or cuda")
     try:
         place = torch.device(device)
         if place.type == "cuda" and (world > 1 or place.index is None):
@@ -132,8 +136,8 @@ def start_processes(device):
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device={device} can't be used here: {str(error).splitlines()[0]}") from None
-    if world > 1:
-        if place.type == "cuda":
-            torch.cuda.set_device(place)
-        torch.distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if world > 1:  # an hour: process 0 draws previews and encodes data sets while the others wait
+        torch.distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     return int(os.environ.get("RANK", 0)), world, place

@@ -66,7 +66,7 @@ def load(name, root=HERE / "datasets"):
     classes = json.loads((folder / "classes.json").read_text())
     images = np.load(folder / "images.npy", mmap_mode="r")
     if hasattr(mmap, "MADV_RANDOM"):
-        images.base.madvise(mmap.MADV_RANDOM)  # no read-ahead: 80 times faster where the file is not in memory yet
+        images.base.madvise(mmap.MADV_RANDOM)  # no read-ahead: batches are drawn from all over the file
     labels = np.load(folder / "labels.npy") if classes else None
     return images, labels, len(classes)
 
@@ -74,7 +74,7 @@ def load(name, root=HERE / "datasets"):
 def split(count, held_out):
     """Indices of `count` images -> (training, held-out), the same split for every run and script."""
     order = np.random.default_rng(0).permutation(count)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    return order[held_out:], order[:held_out]
 
 
 class Shuffle:
@@ -238,21 +238,43 @@ def fingerprint(state):
     return crc
 
 
-def resume(path, config, free, made_by):
+def resume(path, config, model_args, free, made_by):
     """The checkpoint at `path` to continue from, or None where there is none yet.
 
-    `config`: this run's settings, as the checkpoint carries them; `free`: the names of those that may
-    change on the way. Raises UserError that names the differences where others did.
+    `config`, `model_args`: this run's settings, as the checkpoint carries them; `free`: the names of those
+    that may change on the way. Raises UserError that names the differences where others did.
     """
     if config["overwrite"] or not Path(path).exists():
         return None
     state = load_checkpoint(path, made_by)
-    old = state["config"]
-    changed = [f"{k}={old.get(k)!r} there, {config.get(k)!r} here"
-               for k in sorted({*old, *config} - set(free)) if old.get(k) != config.get(k)]
+    old, new = {**state["model_args"], **state["config"]}, {**model_args, **config}
+    changed = [f"{k}={old.get(k)!r} there, {new.get(k)!r} here"
+               for k in sorted({*old, *new} - set(free)) if old.get(k) != new.get(k)]
     require(not changed, f"{path} is of a run with other settings ({'; '.join(changed)}): "
                          "choose another --out_dir, or start anew with --overwrite=True")
     return state
+
+
+def read_log(path, images):
+    """The lines of a training log up to that number of images; what a crash cut off is left out."""
+    lines = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        try:
+            if json.loads(line)["images"] <= images:
+                lines.append(line)
+        except ValueError:
+            break
+    return lines
+
+
+def write_log(path, lines, mode="a"):
+    """Appends lines to a training log; with mode "w", writes it anew. Raises UserError on a full disk."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, mode) as f:
+            f.writelines(line + "\n" for line in lines)
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}") from None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -399,10 +421,13 @@ def from_folder(folder, resolution, workers):
         files, tops = zip(*[(p, parts) for p, parts in zip(files, tops) if len(parts) > 1])
 
     def items():
-        with ProcessPoolExecutor(workers) as pool:
+        pool = ProcessPoolExecutor(workers)
+        try:
             decoded = pool.map(decode, files, [resolution] * len(files), chunksize=32)
             for path, parts, image in zip(files, tops, decoded):
                 yield str(path), image, number.get(parts[0])
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error, what is not begun is not done
 
     return len(files), classes, items()
 
@@ -483,6 +508,7 @@ def prepare(name, source, resolution=64, workers=1, overwrite=False, root=HERE /
     except OSError as error:
         raise UserError(f"can't write {folder}: {error.strerror}") from None
     finally:
+        items.close()
         shutil.rmtree(partial, ignore_errors=True)
     print(f"{folder}: {len(labels):,} images of {' x '.join(map(str, shape))}, {len(classes)} classes"
           + (f"; {unreadable} could not be read" if unreadable else ""))

@@ -14,6 +14,7 @@ int64 (B, m), soft ones float (B, m, k) with rows that sum to 1.
 """
 
 import math
+import zlib
 
 import numpy as np
 import torch
@@ -33,6 +34,12 @@ def zero(module):
     nn.init.zeros_(module.weight)
     nn.init.zeros_(module.bias)
     return module
+
+
+def float32(layer, x):
+    """layer(x) in float32 under autocast too: bfloat16 can't tell neighbouring noise levels, nor close logits, apart."""
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.float())
 
 
 def num_heads(channels):
@@ -87,7 +94,7 @@ class UNetBlock(nn.Module):
 
     def forward(self, x, emb, keys_values=None):
         h = self.conv0(self.resized(F.silu(self.norm0(x))))
-        scale, shift = self.affine(emb)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = float32(self.affine, emb).to(h.dtype)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
         x = self.skip(self.resized(x)) + self.conv1(F.dropout(h, self.dropout, self.training))
         if self.qkv is not None:
@@ -165,11 +172,11 @@ class UNet(nn.Module):
         half = self.map_layer0.in_features // 2
         freqs = (1 / 10000) ** (torch.arange(half, dtype=torch.float32, device=x.device) / half)
         angles = c_noise[:, None] * freqs
-        emb = F.silu(self.map_layer0(torch.cat([angles.cos(), angles.sin()], dim=1)))
-        emb = self.map_layer1(emb)
+        emb = F.silu(float32(self.map_layer0, torch.cat([angles.cos(), angles.sin()], dim=1)))
+        emb = float32(self.map_layer1, emb)
         if self.map_label is not None and labels is not None:
             one_hot = labels[:, None] == torch.arange(self.map_label.in_features, device=x.device)
-            emb = emb + self.map_label(one_hot.to(emb.dtype))  # label -1: a row of zeros
+            emb = emb + float32(self.map_label, one_hot)  # label -1: a row of zeros
         emb = F.silu(emb)
 
         keys_values, skips = iter(keys_values), []
@@ -261,15 +268,23 @@ def gumbel_softmax(logits, tau, gumbel):
 
 
 def draw_codes(logits, gumbel):
-    """Hard sample of the categorical with these logits: `gumbel_softmax` at tau -> 0. -> int64 (...)."""
+    """Hard sample of the categorical with these logits: `gumbel_softmax` at tau -> 0. -> int64 (...)
+
+    App. D.2 extracts codes with tau = 0.01, which is one-hot but for rounding: a sample, not argmax(logits).
+    """
     return (logits + gumbel).argmax(dim=-1)
 
 
-def seeded_generator(device, *key):
-    """A torch generator that depends on this tuple of non-negative integers alone."""
+def seed_of(purpose, *key):
+    """A 64-bit seed that depends on this word and these non-negative integers alone."""
     # the length goes in since numpy takes (1,) and (1, 0) for the same
-    high, low = np.random.SeedSequence((len(key), *key)).generate_state(2, np.uint32).tolist()
-    return torch.Generator(device).manual_seed(high << 32 | low)
+    words = np.random.SeedSequence((zlib.crc32(purpose.encode()), len(key), *key)).generate_state(2, np.uint32)
+    return int(words[0]) << 32 | int(words[1])
+
+
+def seeded_generator(device, purpose, *key):
+    """A torch generator with that seed (of which torch uses 32 bits on a CPU)."""
+    return torch.Generator(device).manual_seed(seed_of(purpose, *key))
 
 
 def gumbel_noise(shape, generator):
@@ -292,9 +307,9 @@ class LatentTokens(nn.Module):
 
     def forward(self, z, drop=None):
         """z: (B, m, k) relaxed or one-hot; drop: (B,) bool, images that get the null embedding."""
-        x = torch.einsum("bmk,mkd->bmd", z.to(self.codebook.dtype), self.codebook)
+        x = torch.einsum("bmk,mkd->bmd", z.to(self.codebook.dtype), self.codebook).float()
         if drop is not None:
-            x = torch.where(drop[:, None, None], self.null.to(x.dtype), x)
+            x = torch.where(drop[:, None, None], self.null, x)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -325,7 +340,7 @@ class Encoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.norm(x[:, :len(self.class_tokens)])
-        return torch.einsum("bmd,mdk->bmk", x, self.head.to(x.dtype)).float()
+        return float32(lambda x: torch.einsum("bmd,mdk->bmk", x, self.head), x)
 
 
 class DisCoDiff(nn.Module):
@@ -402,7 +417,7 @@ class Prior(nn.Module):
         self.head = zero(nn.Linear(dim, codebook_size))  # starts uniform: log2 k bits a code
 
     def first_token(self, labels, batch):
-        if not self.label_dim:
+        if labels is None or not self.label_dim:
             labels = torch.full((batch,), -1, device=self.position.device)
         return self.class_token[labels][:, None]  # (B, 1, dim); index -1 is the last row
 
@@ -411,7 +426,7 @@ class Prior(nn.Module):
         x = torch.cat([self.first_token(labels, len(codes)), self.codebook[codes[:, :-1]]], dim=1) + self.position
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x)).float()
+        return float32(self.head, self.norm(x))
 
     @torch.no_grad()
     def sample(self, gumbel, labels=None, temperature=1.0):
@@ -426,7 +441,7 @@ class Prior(nn.Module):
             x = x + self.position[i]
             for block, cache in zip(self.blocks, caches):
                 x = block(x, cache)
-            logits = self.head(self.norm(x))[:, 0].float()  # (B, k)
+            logits = float32(self.head, self.norm(x))[:, 0]  # (B, k)
             codes.append(draw_codes(logits, temperature * gumbel[:, i]))  # = logits / T + gumbel
             x = self.codebook[codes[-1]][:, None]
         return torch.stack(codes, dim=1)

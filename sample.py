@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import data
 from configurator import UserError, configure, require, start_processes
-from model import DisCoDiff, Prior, draw_codes, gumbel_noise, seeded_generator
+from model import DisCoDiff, Prior, draw_codes, seed_of
 
 # run
 out_dir = "out"  # where the checkpoints are, and the samples go
@@ -34,9 +34,9 @@ device = "auto"
 num_images = 160
 batch_size = 80  # images that one process makes at once
 seed = 0
-# conditions: consecutive images in rows of `per_code` share one code and class, as in Fig. 2b
+# conditions: `per_code` images in a row share one code; as in Fig. 2b, two codes stand side by side for a class
 per_code = 8
-class_label = -1  # one class for all; -1: the classes in turn, a row each
+class_label = -1  # one class for all; -1: the classes in turn
 code = ()  # a code by hand, m numbers in 0 ... k - 1
 encode = ""  # codes of these images: an image file, a folder of them, an .npz, or a prepared data set's name
 guidance = 1.0  # w in D~ = w D(z) + (1 - w) D(null), App. B; Table 3 counts cfg = w - 1
@@ -116,20 +116,20 @@ def denoiser(model, labels=None, codes=None, guidance=1.0):
 
 
 class SeededNoise:
-    """Noise whose row i depends on seeds[i] (and the stream) alone, drawn on the CPU: the same everywhere."""
+    """Noise whose row i depends on the purpose and seeds[i] alone, drawn on the CPU: the same everywhere."""
 
-    def __init__(self, seeds, device, stream):
+    def __init__(self, purpose, seeds, device):
         self.device = device
-        self.generators = [seeded_generator("cpu", int(s), stream) for s in seeds]
+        self.generators = [np.random.default_rng(seed_of(purpose, int(s))) for s in seeds]
 
     def randn(self, *shape):
-        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
+        return torch.from_numpy(np.stack([g.standard_normal(shape) for g in self.generators])).to(self.device)
 
     def randn_like(self, x):
-        return self.randn(*x.shape[1:]).to(x.dtype)
+        return self.randn(*x.shape[1:])
 
     def gumbel(self, *shape):
-        return torch.stack([gumbel_noise(shape, g) for g in self.generators]).to(self.device)
+        return torch.from_numpy(np.stack([g.gumbel(size=shape) for g in self.generators])).to(self.device)
 
 
 def load_stage1(out_dir, device):
@@ -163,12 +163,13 @@ def build(network, checkpoint, state, device):
 
 def row_conditions(rows, model, given, prior, device):
     """Codes (R, m) and class labels (R,) of the rows with these numbers, each from its number alone."""
-    gumbel = SeededNoise(rows, device, stream=0).gumbel(model.num_latents, model.codebook_size)
-    labels = torch.from_numpy(rows % max(model.label_dim, 1)) if model.label_dim else torch.full((len(rows),), -1)
+    gumbel = SeededNoise("codes", rows, device).gumbel(model.num_latents, model.codebook_size)
+    classes_in_turn = rows // (2 if per_code > 1 else 1) % max(model.label_dim, 1)
+    labels = torch.from_numpy(classes_in_turn) if model.label_dim else torch.full((len(rows),), -1)
     if given is not None:
         images, given_labels, order = given
         chosen = order[rows % len(order)]
-        if given_labels is not None and model.label_dim:
+        if model.label_dim and class_label < 0:
             labels = torch.from_numpy(given_labels[chosen])
     if class_label >= 0:
         labels = torch.full((len(rows),), class_label)
@@ -191,7 +192,6 @@ def main():
     require(temperature >= 0 and S_churn >= 0 and seed >= 0, "temperature, S_churn and seed can't be negative")
     require(not (code and encode), "--code and --encode both give codes: choose one")
     rank, world, place = start_processes(device)
-    torch.set_float32_matmul_precision("high")
     model, stage1 = load_stage1(out_dir, place)
     m, k = model.num_latents, model.codebook_size
     require(-1 <= class_label < max(model.label_dim, 0), f"class_label {class_label} is out of range: "
@@ -202,6 +202,10 @@ def main():
     require(not code or (len(code) == m and all(isinstance(c, int) and 0 <= c < k for c in code)),
             f"--code takes {m} numbers in 0 ... {k - 1}, not {code}")
     given = data.read_images(encode, model.img_shape) if encode else None
+    if given and model.label_dim and class_label < 0:
+        require(given[1] is not None, f"{encode} has no class labels: say --class_label=, a class for all images")
+        require(0 <= given[1].min() and given[1].max() < model.label_dim,
+                f"{encode} has classes up to {given[1].max()}: this model has {model.label_dim}, 0 ... {model.label_dim - 1}")
     prior = load_prior(out_dir, place, stage1) if m and not (code or encode) else None
 
     # one file a batch; a run that was interrupted finds those that it has
@@ -213,24 +217,22 @@ def main():
                 f.write(made_with.encode())
         require((parts / "settings.json").read_text() == made_with, f"{parts} holds an unfinished run with other "
                 "settings: delete it, start that run again to finish it, or choose another --name")
+    starts = range(0, num_images, batch_size)
+    missing = [start for start in starts if not (parts / f"{start:09d}.npz").exists()]
     if world > 1:
         dist.barrier()
-    starts = range(0, num_images, batch_size)
     nfe = 2 * num_steps - 1
     if rank == 0:
         print(f"{num_images:,} images, {nfe} evaluations each" + (" of D(z) and D(null) in one batch" if guidance != 1 else ""))
-    for start in tqdm(starts[rank::world], unit="batch", disable=rank > 0):
-        path = parts / f"{start:09d}.npz"
-        if path.exists():
-            continue
+    for start in tqdm(missing[rank::world], unit="batch", disable=rank > 0):
         seeds = seed + np.arange(start, min(start + batch_size, num_images))
         rows, row_of = np.unique(seeds // per_code, return_inverse=True)
         row_codes, row_labels = row_conditions(rows, model, given, prior, place)
         codes, labels = row_codes[row_of], row_labels[row_of]
-        noise = SeededNoise(seeds, place, stream=1)
+        noise = SeededNoise("images", seeds, place)
         x = heun(denoiser(model, labels if model.label_dim else None, codes, guidance), noise.randn(*model.img_shape),
                  num_steps, sigma_min, sigma_max, rho, S_churn, S_min, S_max, S_noise, noise.randn_like)
-        with data.atomic(path) as f:
+        with data.atomic(parts / f"{start:09d}.npz") as f:
             np.savez(f, images=data.to_uint8(x), labels=labels.cpu().numpy(), codes=codes.cpu().numpy(), seeds=seeds)
     if world > 1:
         dist.barrier()
@@ -239,7 +241,7 @@ def main():
         files = [parts / f"{start:09d}.npz" for start in starts]
         shown = np.concatenate([np.load(file)["images"] for file in files[:-(-256 // batch_size)]])[:256]
         data.merge_npz(files, f"{target}.npz")
-        data.save_grid(shown, f"{target}.png", per_code if per_code > 1 else math.isqrt(len(shown)))
+        data.save_grid(shown, f"{target}.png", 2 * per_code if per_code > 1 else math.isqrt(len(shown)))
         shutil.rmtree(parts)
         print(f"{target}.png and {target}.npz are ready")
     if world > 1:

@@ -7,6 +7,7 @@ One GPU, eight GPUs, two nodes of eight GPUs (on each node, with its rank and th
     python train_stage1.py config/cifar10.py
     torchrun --nproc_per_node=8 train_stage1.py config/imagenet64.py
     torchrun --nnodes=2 --node_rank=0 --master_addr=ADDRESS --nproc_per_node=8 train_stage1.py config/imagenet64.py
+    (out_dir on a file system that both share)
 Plain EDM, the baseline:
     python train_stage1.py --num_latents=0 --out_dir=out/edm
 
@@ -17,7 +18,6 @@ The same command again continues where it stopped; a larger --total_images train
 import contextlib
 import json
 import math
-import os
 import time
 
 import numpy as np
@@ -29,14 +29,14 @@ from tqdm import tqdm
 
 import data
 from configurator import UserError, configure, require, start_processes
-from model import DisCoDiff, draw_codes, gumbel_noise, seeded_generator
+from model import DisCoDiff, draw_codes, gumbel_noise, seed_of, seeded_generator
 from sample import denoiser, heun
 
 # run
 out_dir = "out"
 overwrite = False  # start anew where out_dir already has a checkpoint
 seed = 0
-device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; auto: a GPU if there is one
+device = "auto"  # "cpu", "cuda", "cuda:1"; auto: a GPU if there is one
 compile = True  # torch.compile, on a GPU
 # data
 dataset = "fashion-mnist-10k"
@@ -87,6 +87,13 @@ config = configure(globals())
 
 rank, world, device = start_processes(device)
 master, on_gpu = rank == 0, device.type == "cuda"
+torch.set_float32_matmul_precision("high")
+def mean_over_processes(x):
+    if world > 1:
+        dist.all_reduce(x)
+    return x / world
+
+
 for setting in ("total_images", "batch_size", "batch_gpu", "lr", "encoder_lr", "tau", "log_every", "save_every"):
     require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
 require(batch_size % world == 0, f"batch_size {batch_size} can't be shared among {world} processes equally")
@@ -129,14 +136,16 @@ optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 checkpoint_path = f"{out_dir}/stage1.pt"
 FREE = ("out_dir", "overwrite", "device", "compile", "batch_gpu", "total_images", "log_every", "save_every",
-        "preview_every")  # settings that may change when a run continues: they leave its course alone
+        "preview_every")  # may change when a run continues: its course is the same (batch_gpu: but for dropout's masks)
 step = 0
-if checkpoint := data.resume(checkpoint_path, config, FREE, "train_stage1"):
+if checkpoint := data.resume(checkpoint_path, config, model_args, FREE, "train_stage1"):
     step = checkpoint["step"]
     model.load_state_dict(checkpoint["model"])
     ema.load_state_dict(checkpoint["ema"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     del checkpoint
+require(mean_over_processes(torch.tensor(float(step), device=device)) == step,
+        f"the processes found different checkpoints: {out_dir} must be on a file system that all nodes share")
 
 forward = torch.compile(model) if compile and on_gpu else model
 if world > 1:
@@ -150,7 +159,7 @@ autocast = torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.null
 def draw_step(step):
     """All random numbers of one step, for the whole batch over all processes, each of which takes its
     rows: the result does not depend on their number. (Dropout's masks do.)"""
-    g = seeded_generator(device, seed, step)
+    g = seeded_generator(device, "step", seed, step)
     normal = torch.randn(batch_size, 1, 1, 1, device=device, generator=g)
     noise = torch.randn(batch_size, *model.img_shape, device=device, generator=g)
     gumbel = gumbel_noise((batch_size, num_latents, codebook_size), g)
@@ -167,10 +176,9 @@ def fetch(position, count):
     return data.to_float(images[indices], device), c
 
 
-def mean_over_processes(x):
-    if world > 1:
-        dist.all_reduce(x)
-    return x / world
+def due(every, seen):
+    """Whether something that is done every so many images is to be done after this step; 0: never."""
+    return every and (seen // every != (seen - batch_size) // every or seen >= total_images)
 
 
 def loss_weight(sigma):
@@ -190,10 +198,10 @@ def codes_of(y, g):
 @torch.no_grad()
 def save_preview(path, rows=8, columns=8):
     """Each row: an image that was held out, then samples that share its code (and class), as in Fig. 2b."""
-    shown = held_out_indices[:rows] if held_out else train_indices[:rows]
+    shown = (held_out_indices if held_out else train_indices)[:rows]
     y = data.to_float(images[shown], device)
     c = torch.from_numpy(labels[shown]).to(device).repeat_interleave(columns) if class_cond else None
-    g = seeded_generator(device, seed, 0, 1)
+    g = seeded_generator(device, "preview", seed)
     z = codes_of(y, g).repeat_interleave(columns, dim=0) if num_latents else None
     latents = torch.randn(len(shown) * columns, *model.img_shape, device=device, generator=g)
     x = heun(denoiser(ema, c, z), latents).float().unflatten(0, (len(shown), columns))
@@ -205,8 +213,8 @@ def save_preview(path, rows=8, columns=8):
 def print_losses(count=256, sigmas=(0.02, 0.1, 0.3, 1, 3, 10, 30, 80)):
     """The weighted loss per pixel on held-out images, per noise level, with their own codes and with null
     codes: which noise levels the latents help at (Fig. 7, left)."""
-    shown = held_out_indices[:count] if held_out else train_indices[:count]
-    g = seeded_generator(device, seed, 0, 2)
+    shown = (held_out_indices if held_out else train_indices)[:count]
+    g = seeded_generator(device, "losses", seed)
     print(f"loss on {len(shown)} {'held-out' if held_out else 'training'} images, lambda(sigma) |D - y|^2 / pixels")
     print("   sigma   own codes  null codes  null / own" if num_latents else "   sigma        loss")
     for level in sigmas:
@@ -229,22 +237,16 @@ def print_losses(count=256, sigmas=(0.02, 0.1, 0.3, 1, 3, 10, 30, 80)):
 # ----------------------------------------------------------------------------------------------------
 # the run
 
-if step * batch_size >= total_images:
-    if master:
-        print(f"{checkpoint_path} is finished: it has seen {step * batch_size:,} images. "
-              "A larger --total_images trains on, --overwrite=True starts anew")
-    raise SystemExit
-
 log_path = f"{out_dir}/stage1.jsonl"
 parameters, ema_parameters = list(model.parameters()), list(ema.parameters())
 if master:
-    os.makedirs(out_dir, exist_ok=True)
     print(f"{dataset}: {len(train_indices):,} images to train on, {img_resolution} x {img_resolution} x {img_channels}, "
           f"{num_classes} classes; U-Net {sum(p.numel() for p in model.model.parameters()):,} parameters, latents "
           f"{sum(p.numel() for n, p in model.named_parameters() if not n.startswith('model.')):,}; on {device}")
-    kept = [l for l in open(log_path) if json.loads(l)["images"] <= step * batch_size] if step else []
-    with data.atomic(log_path) as f:
-        f.write("".join(kept).encode())
+    data.write_log(log_path, data.read_log(log_path, step * batch_size) if step else [], mode="w")
+    if step * batch_size >= total_images:
+        print(f"{checkpoint_path} is finished: it has seen {step * batch_size:,} images. "
+              "A larger --total_images trains on, --overwrite=True starts anew")
 
 loss_sum, code_sum, entropy_sum = 0, 0, 0  # since the last log; on the device
 since, images_since = time.time(), 0
@@ -257,11 +259,12 @@ while step * batch_size < total_images:
         rows = slice(start, start + micro_batch)
         y, c = fetch(step * batch_size + start, micro_batch)
         y = torch.where(flip[rows, None, None, None], y.flip(3), y)
-        torch.manual_seed(seeded_generator("cpu", seed, step, start).initial_seed())  # for dropout
+        torch.manual_seed(seed_of("dropout", seed, step, start))
         exchange = world == 1 or micro == micro_steps - 1  # gradients meet once a step
-        with autocast, contextlib.nullcontext() if exchange else forward.no_sync():
-            D, logits = forward(y, noise[rows], sigma[rows].flatten(), c, gumbel[rows], drop[rows], tau)
-            loss = (loss_weight(sigma[rows]) * (D - y) ** 2).sum() / local_batch  # Eq. 3
+        with contextlib.nullcontext() if exchange else forward.no_sync():
+            with autocast:
+                D, logits = forward(y, noise[rows], sigma[rows].flatten(), c, gumbel[rows], drop[rows], tau)
+                loss = (loss_weight(sigma[rows]) * (D - y) ** 2).sum() / local_batch  # Eq. 3
             loss.backward()
         loss_sum += loss.detach() / y[0].numel()
         if num_latents:
@@ -284,10 +287,7 @@ while step * batch_size < total_images:
     images_since += batch_size
     bar.update(batch_size)
 
-    def due(every):
-        return every and (seen // every != (seen - batch_size) // every or seen >= total_images)
-
-    if due(log_every):
+    if due(log_every, seen):
         steps = images_since // batch_size
         report = dict(images=seen, loss=mean_over_processes(loss_sum).item() / steps)
         if num_latents:
@@ -298,20 +298,18 @@ while step * batch_size < total_images:
             report["bits"] = (p_entropy.sum() - mean_over_processes(entropy_sum) / (steps * local_batch)).item() / math.log(2)
         if master:
             report["images_per_second"] = images_since / (time.time() - since)
-            report["images_per_second"] = images_since / (time.time() - since)
-            with open(log_path, "a") as f:
-                f.write(json.dumps(report) + "\n")
+            data.write_log(log_path, [json.dumps(report)])
             shown = {"loss": f"{report['loss']:.4f}"}
             if num_latents:
                 used = "/".join(f"{u:.0f}" for u in report["perplexity"][:16])
                 shown |= {"codes used": f"{used} of {codebook_size}", "bits": f"{report['bits']:.1f}"}
             bar.set_postfix(shown)
         loss_sum, code_sum, entropy_sum, images_since, since = 0, 0, 0, 0, time.time()
-    if master and due(save_every):
+    if master and due(save_every, seen):
         data.save_checkpoint(checkpoint_path, dict(
             made_by="train_stage1", config=config, model_args=model_args, step=step, model=model.state_dict(),
             ema=ema.state_dict(), optimizer=optimizer.state_dict()))
-    if master and due(preview_every):
+    if master and due(preview_every, seen):
         save_preview(f"{out_dir}/preview_{seen:09d}.png")
 
 bar.close()

@@ -4,7 +4,7 @@ from configurator import UserError, configure
 
 
 def settings():
-    return dict(lr=1e-3, steps=10, name="run", flag=False, mult=(1, 2), _hidden=3, function=len)
+    return dict(lr=1e-3, steps=10, name="run", flag=False, mult=(1, 2), _hidden=3, CONSTANT=4, function=len)
 
 
 def test_command_line_then_config_file_in_order(tmp_path):
@@ -23,6 +23,7 @@ def test_strings_are_taken_as_they_are():
 @pytest.mark.parametrize("argument, message", [
     ("--step=3", "no setting 'step'; the nearest is 'steps'"),
     ("--_hidden=3", "no setting '_hidden'"),
+    ("--CONSTANT=3", "no setting 'CONSTANT'"),
     ("--steps=1.5", "steps takes a int such as 10, not 1.5"),
     ("--steps=True", "steps takes a int"),
     ("--steps=abc", "not 'abc'"),

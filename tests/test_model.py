@@ -1,3 +1,5 @@
+import ast
+import inspect
 import itertools
 import json
 import math
@@ -9,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import (DisCoDiff, Prior, UNet, draw_codes, edm_settings, gumbel_noise, gumbel_softmax, seeded_generator)
+from model import (DisCoDiff, Prior, UNet, draw_codes, edm_settings, gumbel_noise, gumbel_softmax, seed_of,
+                   seeded_generator)
 
 REFERENCE = Path(__file__).parent / "reference"
 SHAPES = json.loads((REFERENCE / "edm_shapes.json").read_text())
@@ -48,11 +51,26 @@ def test_settings_are_read_off_edms_names_and_shapes(name):
 
 
 def test_imagenet64_has_edms_parameters():
+    """config/imagenet64.py is EDM's network, and the paper's new layers."""
+    config = {}
+    for node in ast.parse((Path(__file__).parent.parent / "config" / "imagenet64.py").read_text()).body[1:]:
+        config[node.targets[0].id] = ast.literal_eval(node.value)
+    network = {k: v for k, v in config.items() if k in inspect.signature(DisCoDiff).parameters
+               or k in inspect.signature(UNet).parameters}
     with torch.device("meta"):
-        model = DisCoDiff(num_latents=0, **{k: tuple(v) if isinstance(v, list) else v
-                                            for k, v in SHAPES["imagenet64"]["config"].items()})
-    assert sum(p.numel() for p in model.parameters()) == 295_899_267
-    assert {n: list(p.shape) for n, p in model.state_dict().items()} == SHAPES["imagenet64"]["shapes"]
+        model = DisCoDiff(64, 3, 1000, **network)
+    plain = {n: p for n, p in model.model.named_parameters() if ".cross." not in n}
+    assert sum(p.numel() for p in plain.values()) == 295_899_267
+    assert {f"model.{n}": list(p.shape) for n, p in plain.items()} == SHAPES["imagenet64"]["shapes"]
+    assert model.latents.codebook.shape == (10, 100, 192) and len(model.latents.blocks) == 6
+    assert len(model.encoder.blocks) == 12 and model.encoder.patches.weight.shape == (768, 3, 8, 8)
+    assert model.encoder.blocks[0].heads == 12
+    attention = [n for n, _ in model.model.named_modules() if n.endswith(".qkv")]
+    cross = [n for n, _ in model.model.named_modules() if n.endswith(".cross")]
+    assert [n.removesuffix("qkv") for n in attention] == [n.removesuffix("cross") for n in cross]
+    wanted = dict(batch_size=4096, lr=1e-4, encoder_lr=1e-4, warmup_images=10e6, total_images=2.5e9, tau=1, null_prob=0.1,
+                  ema_halflife_images=50e6, ema_rampup=0.05, P_mean=-1.2, P_std=1.2, sigma_data=0.5, dropout=0.1)
+    assert {k: config[k] for k in wanted} == wanted
 
 
 def test_latents_change_nothing_at_step_0():
@@ -112,7 +130,7 @@ def test_loss_reaches_every_parameter():
 
 def test_gumbel_softmax():
     logits = torch.tensor([1.0, 0.0, -2.0]).expand(200_000, 3)
-    gumbel = gumbel_noise(logits.shape, seeded_generator("cpu", 0))
+    gumbel = gumbel_noise(logits.shape, seeded_generator("cpu", "test", 0))
     soft = gumbel_softmax(logits, 1.0, gumbel)
     assert torch.allclose(soft.sum(-1), torch.ones(()))
     assert torch.allclose(soft[0], ((logits + gumbel)[0].exp() / (logits + gumbel)[0].exp().sum()))
@@ -157,7 +175,7 @@ def test_prior_is_causal_and_sees_the_class():
 @torch.no_grad()
 def test_cached_sampling_equals_the_full_network():
     prior, c = random_prior(), torch.tensor([0, 1, -1, 1])
-    gumbel = gumbel_noise((4, 3, 4), seeded_generator("cpu", 3))
+    gumbel = gumbel_noise((4, 3, 4), seeded_generator("cpu", "test", 3))
     z = prior.sample(gumbel, c, temperature=0.7)
     assert torch.equal(z, draw_codes(prior(z, c) / 0.7, gumbel))
     mode = prior.sample(gumbel, c, temperature=0)
@@ -170,7 +188,7 @@ def test_prior_samples_its_own_distribution():
     every = torch.tensor(list(itertools.product(range(4), repeat=3)))  # 64 codes
     log_p = prior(every).log_softmax(-1).gather(2, every[..., None]).sum(dim=(1, 2))
     assert abs(log_p.exp().sum() - 1) < 1e-5
-    z = prior.sample(gumbel_noise((n, 3, 4), seeded_generator("cpu", 5)))
+    z = prior.sample(gumbel_noise((n, 3, 4), seeded_generator("cpu", "test", 5)))
     counts = torch.bincount((z * torch.tensor([16, 4, 1])).sum(1), minlength=64)
     expected = log_p.exp() * n
     assert expected.min() > 1
@@ -200,8 +218,8 @@ def test_prior_reaches_the_entropy_of_a_known_distribution():
     assert bits(*draw(20_000)).item() == pytest.approx(entropy, abs=0.06)
 
 
-def test_seeded_generator_depends_on_the_whole_key():
-    keys = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 2 ** 40)]
+def test_seeds_depend_on_the_whole_key():
+    keys = [("a", 0), ("a", 1), ("b", 0), ("a", 0, 0), ("a", 0, 1), ("a", 1, 0), ("a", 0, 2 ** 40), ("a",)]
+    assert len({seed_of(*key) for key in keys}) == len(keys) and seed_of("a", 0, 1) == seed_of("a", 0, 1)
     draws = {torch.rand(1, generator=seeded_generator("cpu", *key)).item() for key in keys}
     assert len(draws) == len(keys)
-    assert torch.rand(1, generator=seeded_generator("cpu", 0, 1)).item() in draws

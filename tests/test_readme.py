@@ -3,6 +3,7 @@ import ast
 import re
 
 import pytest
+from PIL import Image
 
 from configurator import configure
 from conftest import ROOT
@@ -55,9 +56,8 @@ def test_config_files_fit_their_script(path):
     scope = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(settings).body
              if isinstance(node, ast.Assign)}
     assert configure(scope, [str(path)])["out_dir"].startswith("out/")
-    assert f"python {script}" in (text := path.read_text()) or script in text or "prior of config" in text
 
 
 def test_images_are_there():
     for image in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
-        assert (ROOT / image).is_file()
+        assert min(Image.open(ROOT / image).size) > 100

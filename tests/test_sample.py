@@ -95,11 +95,20 @@ def test_guidance():
 
 
 def test_noise_depends_on_its_seed_alone():
-    many, few = SeededNoise(range(10), "cpu", 1), SeededNoise([7, 3], "cpu", 1)
+    many, few = SeededNoise("a", range(10), "cpu"), SeededNoise("a", [7, 3], "cpu")
     for _ in range(2):
         a, b = many.randn(2, 2), few.randn(2, 2)
         assert torch.equal(a[[7, 3]], b) and not torch.equal(a[0], a[1])
-    assert not torch.equal(SeededNoise([7], "cpu", 0).randn(2), SeededNoise([7], "cpu", 1).randn(2))
+    assert not torch.equal(SeededNoise("a", [7], "cpu").randn(2), SeededNoise("b", [7], "cpu").randn(2))
+    first = SeededNoise("images", range(50_000), "cpu").randn(1)
+    assert len(first.unique()) == 50_000  # no two seeds collide
+
+
+def test_seeded_noise_has_its_distributions():
+    noise = SeededNoise("a", range(100), "cpu")
+    normal, gumbel = noise.randn(1000), noise.gumbel(1000)
+    assert abs(normal.mean()) < 0.01 and abs(normal.std() - 1) < 0.01
+    assert abs(gumbel.mean() - 0.5772) < 0.02 and abs(gumbel.var() - math.pi ** 2 / 6) < 0.05
 
 
 # the script
@@ -129,11 +138,11 @@ def test_what_is_written(trained, samples):
     assert {k: (v.dtype, v.shape) for k, v in samples.items()} == {
         "images": (np.uint8, (20, 28, 28, 1)), "labels": (np.int64, (20,)), "codes": (np.int64, (20, 3)),
         "seeds": (np.int64, (20,))}
-    assert samples["seeds"].tolist() == list(range(20)) and samples["labels"].tolist() == [i // 4 for i in range(20)]
+    assert samples["seeds"].tolist() == list(range(20)) and samples["labels"].tolist() == [i // 8 for i in range(20)]
     rows = samples["codes"].reshape(5, 4, 3)
     assert (rows == rows[:, :1]).all() and len(np.unique(rows[:, 0], axis=0)) > 1  # a row shares one code
     assert len(np.unique(samples["images"].reshape(20, -1), axis=0)) == 20
-    assert Image.open(trained / "first.png").size == (4 * 30 * 2, 5 * 30 * 2)
+    assert Image.open(trained / "first.png").size == (8 * 30 * 2, 3 * 30 * 2)
     assert not (trained / "first.parts").exists()
 
 
@@ -187,12 +196,18 @@ def test_codes_by_hand_and_from_images(trained):
     assert (hand["codes"] == [4, 0, 2]).all() and (hand["labels"] == 7).all()
     images, labels, _ = data.load("fashion-mnist-10k")
     np.savez(trained / "given.npz", images=images[:3], labels=labels[:3])
+    np.savez(trained / "odd.npz", images=images[:3], labels=labels[:3] + 10)
+    with pytest.raises(UserError, match="has classes up to 1"):
+        run("sample.py", f"--out_dir={trained}", "--name=npz", *SAMPLE, f"--encode={trained / 'odd.npz'}")
     run("sample.py", f"--out_dir={trained}", "--name=npz", *SAMPLE, f"--encode={trained / 'given.npz'}")
-    assert load(trained, "npz")["labels"].tolist() == np.repeat(labels[[0, 1, 2, 0, 1]], 4).tolist()
+    assert load(trained, "npz")["labels"].tolist() == labels[[0, 1, 2, 0, 1]].repeat(4).tolist()
     (trained / "given").mkdir()
     for i in range(3):
         Image.fromarray(images[i, ..., 0]).save(trained / "given" / f"{i}.png")
-    run("sample.py", f"--out_dir={trained}", "--name=folder", *SAMPLE, f"--encode={trained / 'given'}")
+    with pytest.raises(UserError, match="has no class labels: say --class_label="):
+        run("sample.py", f"--out_dir={trained}", "--name=folder", *SAMPLE, f"--encode={trained / 'given'}")
+    run("sample.py", f"--out_dir={trained}", "--name=folder", *SAMPLE, f"--encode={trained / 'given'}", "--class_label=2")
+    assert (load(trained, "folder")["labels"] == 2).all()
     assert np.array_equal(load(trained, "folder")["codes"], load(trained, "npz")["codes"])
     run("sample.py", f"--out_dir={trained}", "--name=set", *SAMPLE, "--encode=fashion-mnist-10k", "--guidance=2")
     assert len(np.unique(load(trained, "set")["labels"])) > 1
@@ -208,7 +223,7 @@ def test_codes_by_hand_and_from_images(trained):
     (["--encode=nothing"], "there is no data set 'nothing'"),
     (["--num_steps=0"], "num_steps must be positive"),
     (["--batch_size=0"], "batch_size must be positive"),
-    (["--device=tpu9"], "--device=tpu9 can't be used here"),
+    (["--device=mps"], "--device=mps can't be used here: it is auto, cpu or cuda"),
     (["--out_dir=/nowhere"], r"there is no checkpoint /nowhere/stage1.pt: run `python train_stage1.py"),
 ])
 def test_bad_input(trained, arguments, message):
