@@ -36,13 +36,13 @@ layers = 4
 dim = 128
 heads = 4
 # optimisation
-total_images = 150_000  # codes to train on, in all
+total_images = 100_000  # codes to train on, in all
 batch_size = 250  # over all processes
 lr = 1e-3
 warmup_images = 10_000
 # memory and reports
 cache_gb = 16.0  # beyond this, logits are not kept: the encoder runs on every batch
-log_every = 15_000  # images; held-out bits
+log_every = 10_000  # images; held-out bits
 save_every = 50_000
 
 config = configure(globals())

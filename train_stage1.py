@@ -48,7 +48,7 @@ model_channels = 16
 channel_mult = (1, 2, 4)
 channel_mult_emb = 4
 num_blocks = 1
-attn_resolutions = (7,)
+attn_resolutions = (14, 7)
 dropout = 0.0
 # discrete latents
 num_latents = 6  # m; 0: plain EDM
@@ -64,21 +64,21 @@ encoder_dim = 128
 encoder_layers = 3
 encoder_heads = 4
 # optimisation: EDM's
-total_images = 36_000  # to train on, in all
-batch_size = 48  # over all processes, whatever their number
+total_images = 32_000  # to train on, in all
+batch_size = 32  # over all processes, whatever their number
 batch_gpu = 512  # the most that one process takes at once; beyond it gradients are accumulated
-lr = 1e-3
-encoder_lr = 1e-4  # beside an untrained denoiser, a fast encoder collapses to one code (bits go to 0)
+lr = 2e-3
+encoder_lr = 5e-5  # beside an untrained denoiser, an encoder that moves fast collapses to one code (bits go to 0)
 warmup_images = 2_000  # linear learning-rate warm-up
 ema_halflife_images = 500_000
 ema_rampup = 0.05  # the half-life is at most this share of the images seen so far
-P_mean = -1.2  # ln(sigma) ~ N(P_mean, P_std^2)
-P_std = 1.2
+P_mean = -0.4  # ln(sigma) ~ N(P_mean, P_std^2); EDM's are -1.2 and 1.2: so short a run needs more of the high
+P_std = 1.4  # noise levels, which are where the latents help
 sigma_data = 0.5
 # reports, all in images
 log_every = 960
-save_every = 12_000
-preview_every = 12_000  # 0: no previews
+save_every = 8_000
+preview_every = 16_000  # 0: no previews
 
 config = configure(globals())
 
@@ -88,6 +88,8 @@ config = configure(globals())
 rank, world, device = start_processes(device)
 master, on_gpu = rank == 0, device.type == "cuda"
 torch.set_float32_matmul_precision("high")
+
+
 def mean_over_processes(x):
     if world > 1:
         dist.all_reduce(x)
