@@ -45,13 +45,13 @@ class_cond = True  # class labels condition the denoiser (and, in stage 2, the p
 xflip = False  # mirror half of the images
 # denoiser: ADM's U-Net
 model_channels = 16
-channel_mult = (1, 2, 4)
+channel_mult = (1, 1, 4)
 channel_mult_emb = 4
 num_blocks = 1
-attn_resolutions = (14, 7)
+attn_resolutions = (7,)
 dropout = 0.0
 # discrete latents
-num_latents = 6  # m; 0: plain EDM
+num_latents = 8  # m; 0: plain EDM
 codebook_size = 16  # k
 tau = 1.0  # Gumbel-Softmax temperature, constant (App. D.2)
 null_prob = 0.1  # of replacing an image's latents by the null embedding (sec. 3.1)
