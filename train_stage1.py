@@ -64,7 +64,7 @@ encoder_dim = 128
 encoder_layers = 3
 encoder_heads = 4
 # optimisation: EDM's
-total_images = 32_000  # to train on, in all
+total_images = 28_000  # to train on, in all
 batch_size = 32  # over all processes, whatever their number
 batch_gpu = 512  # the most that one process takes at once; beyond it gradients are accumulated
 lr = 2e-3
@@ -76,9 +76,9 @@ P_mean = -0.4  # ln(sigma) ~ N(P_mean, P_std^2); EDM's are -1.2 and 1.2: so shor
 P_std = 1.4  # noise levels, which are where the latents help
 sigma_data = 0.5
 # reports, all in images
-log_every = 960
-save_every = 8_000
-preview_every = 16_000  # 0: no previews
+log_every = 1_000
+save_every = 7_000
+preview_every = 14_000  # 0: no previews
 
 config = configure(globals())
 
