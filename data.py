@@ -63,11 +63,14 @@ def load(name, root=HERE / "datasets"):
         have = sorted([EMBEDDED] + [p.parent.name for p in root.glob("*/classes.json")])
         raise UserError(f"there is no data set {name!r} (there are: {', '.join(have)}); "
                         f"`python data.py {name or 'NAME'}` prepares one")
-    classes = json.loads((folder / "classes.json").read_text())
-    images = np.load(folder / "images.npy", mmap_mode="r")
+    try:
+        classes = json.loads((folder / "classes.json").read_text())
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        labels = np.load(folder / "labels.npy") if classes else None
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{folder} is damaged ({error}): prepare it anew with --overwrite=True") from None
     if hasattr(mmap, "MADV_RANDOM"):
         images.base.madvise(mmap.MADV_RANDOM)  # no read-ahead: batches are drawn from all over the file
-    labels = np.load(folder / "labels.npy") if classes else None
     return images, labels, len(classes)
 
 

@@ -123,6 +123,10 @@ class UNet(nn.Module):
         if img_resolution % 2 ** (levels - 1):
             raise ValueError(f"images of {img_resolution} pixels can't be halved {levels - 1} times: "
                              f"take a size divisible by {2 ** (levels - 1)}, or fewer levels in channel_mult")
+        for width in (c * model_channels for c in channel_mult):
+            if width < 4 or width % min(32, width // 4) or width % num_heads(width):
+                raise ValueError(f"{width} channels can't be shared among the groups of group norm (4 or more channels, "
+                                 "32 groups at most) and attention's heads: choose another model_channels")
         resolutions = [img_resolution >> i for i in range(levels)]
         if missing := set(attn_resolutions) - set(resolutions):
             raise ValueError(f"attn_resolutions has {sorted(missing)}: the feature maps are {resolutions}")

@@ -190,6 +190,8 @@ def main():
     for setting in ("num_images", "batch_size", "per_code", "num_steps", "sigma_min", "sigma_max", "rho"):
         require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
     require(temperature >= 0 and S_churn >= 0 and seed >= 0, "temperature, S_churn and seed can't be negative")
+    require(sigma_min < sigma_max < math.inf, f"sigma_min {sigma_min} must be below sigma_max {sigma_max}")
+    require(math.isfinite(guidance), f"guidance must be a number, not {guidance}")
     require(not (code and encode), "--code and --encode both give codes: choose one")
     rank, world, place = start_processes(device)
     model, stage1 = load_stage1(out_dir, place)
@@ -210,7 +212,8 @@ def main():
 
     # one file a batch; a run that was interrupted finds those that it has
     parts = Path(f"{out_dir}/{name}.parts")
-    made_with = json.dumps({**config, "out_dir": "", "stage1": data.fingerprint(stage1["ema"])}, default=str)
+    made_with = json.dumps({**config, "out_dir": "", "device": "", "stage1": data.fingerprint(stage1["ema"]),
+                            "prior": prior and data.fingerprint(prior.state_dict())})
     if rank == 0:
         if not (parts / "settings.json").exists():
             with data.atomic(parts / "settings.json") as f:

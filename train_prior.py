@@ -54,6 +54,7 @@ rank, world, device = start_processes(device)
 master, on_gpu = rank == 0, device.type == "cuda"
 for setting in ("layers", "dim", "heads", "total_images", "batch_size", "lr", "log_every", "save_every"):
     require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
+require(seed >= 0 and warmup_images >= 0 and cache_gb >= 0, "seed, warmup_images and cache_gb can't be negative")
 require(batch_size % world == 0, f"batch_size {batch_size} can't be shared among {world} processes equally")
 local_batch = batch_size // world
 torch.set_float32_matmul_precision("high")
@@ -65,8 +66,9 @@ require(m, f"{out_dir}/stage1.pt has no discrete latents (num_latents=0): there 
 stage1_config = stage1_checkpoint["config"]
 encoder_id = data.fingerprint(stage1_checkpoint["ema"])
 images, labels, _ = data.load(stage1_config["dataset"])
-require(images.shape[1:] == (*stage1.img_shape[1:], stage1.img_shape[0]), f"the data set {stage1_config['dataset']} has "
-        f"other images than those that {out_dir}/stage1.pt was trained on: {images.shape[1:]}, {stage1.img_shape}")
+require(images.shape == (stage1_config["num_images"], *stage1.img_shape[1:], stage1.img_shape[0]),
+        f"the data set {stage1_config['dataset']} is not the one that {out_dir}/stage1.pt was trained on: "
+        f"it has {len(images)} images of {images.shape[1:]} now")
 train_indices, held_out_indices = data.split(len(images), stage1_config["held_out"])
 flips = 2 if stage1_config["xflip"] else 1
 

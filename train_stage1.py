@@ -96,8 +96,15 @@ def mean_over_processes(x):
     return x / world
 
 
-for setting in ("total_images", "batch_size", "batch_gpu", "lr", "encoder_lr", "tau", "log_every", "save_every"):
+for setting in ("total_images", "batch_size", "batch_gpu", "lr", "encoder_lr", "tau", "log_every", "save_every", "sigma_data",
+                "model_channels", "channel_mult_emb", "num_blocks", "codebook_size", "latent_dim", "latent_heads",
+                "encoder_patch", "encoder_dim", "encoder_heads"):
     require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
+for setting in ("seed", "num_latents", "latent_layers", "encoder_layers", "warmup_images", "ema_halflife_images",
+                "ema_rampup", "P_std", "preview_every", "null_prob", "dropout"):
+    require(config[setting] >= 0, f"{setting} can't be negative: it is {config[setting]}")
+require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
+require(channel_mult and min(channel_mult) > 0, f"channel_mult has a positive number for each level, not {channel_mult}")
 require(batch_size % world == 0, f"batch_size {batch_size} can't be shared among {world} processes equally")
 local_batch = batch_size // world
 micro_steps = -(-local_batch // batch_gpu)
@@ -113,6 +120,7 @@ require(num_classes or not class_cond, f"the data set {dataset} has no class lab
 require(0 <= held_out < len(images), f"held_out is {held_out}: the data set has {len(images)} images")
 train_indices, held_out_indices = data.split(len(images), held_out)
 batches = data.Shuffle(train_indices, seed)
+config["num_images"] = len(images)  # goes into the checkpoint: a data set that has changed is noticed
 
 img_resolution, img_channels = images.shape[1], images.shape[3]
 require(images.shape[1] == images.shape[2], f"images must be square, not {images.shape[1]} x {images.shape[2]}")

@@ -207,6 +207,16 @@ def test_names_and_existing_sets(root, tmp_path):
         data.load("n", root)
 
 
+def test_a_damaged_set_is_told(root, tmp_path):
+    write_idx(tmp_path / "source", random_images(30, 9, 9), np.zeros(30))
+    data.prepare("m", str(tmp_path / "source"), root=root)
+    whole = (root / "m" / "images.npy").read_bytes()
+    for size in (0, 20, len(whole) - 1):
+        (root / "m" / "images.npy").write_bytes(whole[:size])
+        with pytest.raises(UserError, match="m is damaged"):
+            data.load("m", root)
+
+
 def test_interrupted_preparation_leaves_nothing_that_looks_finished(root, tmp_path):
     """Killed for real while it writes."""
     (tmp_path / "slow").mkdir()

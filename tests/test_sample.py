@@ -221,6 +221,8 @@ def test_codes_by_hand_and_from_images(trained):
     (["--code=1,2,x"], "code takes a tuple"),
     (["--code=1,2,3", "--encode=x.png"], "choose one"),
     (["--encode=nothing"], "there is no data set 'nothing'"),
+    (["--sigma_min=90"], "sigma_min 90.0 must be below sigma_max 80.0"),
+    (["--guidance=inf"], "guidance must be a number"),
     (["--num_steps=0"], "num_steps must be positive"),
     (["--batch_size=0"], "batch_size must be positive"),
     (["--device=mps"], "--device=mps can't be used here: it is auto, cpu or cuda"),
