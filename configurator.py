@@ -113,8 +113,11 @@ def _usage(scope, settings):
 
 def _one_line_for_user_errors(kind, error, traceback):
     if issubclass(kind, UserError):
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted: the same command continues from the last checkpoint, if there is one", file=sys.stderr)
+        sys.exit(130)
     sys.__excepthook__(kind, error, traceback)
 
 
@@ -138,6 +141,8 @@ def start_processes(device):
         raise UserError(f"--device={device} can't be used here: {str(error).splitlines()[0]}") from None
     if place.type == "cuda":
         torch.cuda.set_device(place)
+    hook = sys.excepthook  # init_process_group puts its own around it, which would swallow our one line
     if world > 1:  # an hour: process 0 draws previews and encodes data sets while the others wait
         torch.distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    sys.excepthook = hook
     return int(os.environ.get("RANK", 0)), world, place

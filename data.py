@@ -69,9 +69,18 @@ def load(name, root=HERE / "datasets"):
         labels = np.load(folder / "labels.npy") if classes else None
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{folder} is damaged ({error}): prepare it anew with --overwrite=True") from None
+    if classes:
+        require(len(labels) == len(images), f"{folder} is damaged ({len(images)} images, {len(labels)} labels): "
+                                            "prepare it anew with --overwrite=True")
     if hasattr(mmap, "MADV_RANDOM"):
         images.base.madvise(mmap.MADV_RANDOM)  # no read-ahead: batches are drawn from all over the file
     return images, labels, len(classes)
+
+
+def identity(images, labels):
+    """CRC-32 of a data set's shape, labels and 1,000 of its images: tells whether it is still the same."""
+    some = images[np.linspace(0, len(images) - 1, min(len(images), 1000), dtype=np.int64)]
+    return zlib.crc32(repr(images.shape).encode() + (b"" if labels is None else labels.tobytes()) + some.tobytes())
 
 
 def split(count, held_out):
@@ -124,7 +133,10 @@ def read_images(source, img_shape):
         try:
             with np.load(path) as found:
                 images, labels = found["images"], found["labels"] if "labels" in found else None
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+                raise ValueError(f"its labels are {labels.dtype} {labels.shape}, not one integer an image")
+            labels = None if labels is None else labels.astype(np.int64)
+        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{source} is not an .npz with `images`: {error}") from None
         order = np.arange(len(images))
     elif path.exists():
@@ -138,7 +150,7 @@ def read_images(source, img_shape):
     else:
         images, labels, _ = load(source)
         order = np.random.default_rng(0).permutation(len(images))
-    require(images.dtype == np.uint8 and images.shape[1:] == (size, size, channels) and len(images),
+    require(images.dtype == np.uint8 and images.shape[1:] == (size, size, channels) and images.size,
             f"{source} has images of {images.dtype} {images.shape}: this model is of uint8 (N, {size}, {size}, {channels})")
     return images, labels, order
 
@@ -198,16 +210,20 @@ class atomic:
                 self.file.flush()
                 os.fsync(self.file.fileno())
             self.file.close()
+            if error is None:
+                os.replace(self.partial, self.path)
+                return
         except OSError as failed:
             error = error or failed
-        if error is None:
-            os.replace(self.partial, self.path)
-            return
         self.partial.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises its own on top
         if isinstance(cause, OSError):
             kept = "; the file that was there before is untouched" if self.path.exists() else ""
             raise UserError(f"can't write {self.path}: {cause.strerror}{kept}") from None
+
+
+CHECKPOINT = {"train_stage1": {"config", "model_args", "step", "model", "ema", "optimizer"},
+              "train_prior": {"config", "model_args", "step", "model", "encoder", "optimizer"}}
 
 
 def save_checkpoint(path, state):
@@ -228,7 +244,7 @@ def load_checkpoint(path, made_by):
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile):
         raise UserError(f"{path} is truncated or damaged: put a good copy in its place, or delete it and "
                         f"run {made_by}.py again") from None
-    require(isinstance(state, dict) and state.get("made_by") == made_by,
+    require(isinstance(state, dict) and state.get("made_by") == made_by and state.keys() >= CHECKPOINT[made_by],
             f"{path} is not a checkpoint of {made_by}.py: was another file copied over it?")
     return state
 
@@ -382,7 +398,7 @@ def from_cifar_tar(path):
             batches = sorted((m for m in tar if Path(m.name).match("data_batch_*.bin")), key=lambda m: m.name)
             files = {m.name: tar.extractfile(m).read() for m in batches}
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
     require(files, f"{path} has no data_batch_*.bin in it: CIFAR-10's binary version is wanted")
     return from_cifar(files)
 
@@ -394,7 +410,9 @@ def from_zip(path):
         files = sorted(f for f in archive.namelist() if Path(f).suffix.lower() in IMAGE_SUFFIXES)
         found = json.loads(archive.read("dataset.json"))["labels"] if "dataset.json" in archive.namelist() else None
         labels = {file: int(c) for file, c in found} if found else {}
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, TypeError, KeyError) as error:
+        if any(labels[file] != c for file, c in found or []):
+            raise ValueError("its labels are not whole numbers")
+    except (zipfile.BadZipFile, zlib.error, OSError, ArithmeticError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is not a data set of EDM's tools, or damaged: {error}") from None
     require(files, f"{path} has no images in it")
     missing = [f for f in files if f not in labels] if labels else []
@@ -418,10 +436,11 @@ def from_folder(folder, resolution, workers):
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     require(files, f"{folder} has no images in it")
     tops = [p.relative_to(folder).parts for p in files]
-    classes = sorted({parts[0] for parts in tops if len(parts) > 1})
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir()) if max(map(len, tops)) > 1 else []
     number = {c: i for i, c in enumerate(classes)}
-    if classes:
-        files, tops = zip(*[(p, parts) for p, parts in zip(files, tops) if len(parts) > 1])
+    beside = [file for file, parts in zip(files, tops) if len(parts) == 1]
+    require(not (classes and beside), f"{folder} has {len(beside)} images beside its class folders, as {beside[:1]}: "
+                                      "move them into one, or away")
 
     def items():
         pool = ProcessPoolExecutor(workers)
@@ -443,8 +462,10 @@ def decode(path, resolution):
     try:
         image = Image.open(path)
         image.load()
-        if image.mode.startswith("I"):  # 16 bits
-            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        if image.mode.startswith("I"):  # 16 bits a pixel, or 8 in 32
+            values = np.asarray(image)
+            deep = image.mode != "I" or values.max() > 255
+            image = Image.fromarray((values // 256 if deep else values).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -459,6 +480,7 @@ def decode(path, resolution):
 
 
 def class_names(labels):
+    require(not len(labels) or max(labels) < 1_000_000, "a label is above 1,000,000: are these class numbers?")
     return [str(c) for c in range(int(max(labels)) + 1)] if len(labels) else []
 
 
@@ -480,7 +502,9 @@ def prepare(name, source, resolution=64, workers=1, overwrite=False, root=HERE /
         require(name in PUBLIC, f"{name} is not one of the sets that can be downloaded ({', '.join(PUBLIC)}): "
                                 "name its files with --source=")
         source = download(name, root)
+    require(resolution > 0 and workers > 0, f"resolution {resolution} and workers {workers} must be positive")
     total, classes, items = open_source(source, resolution, workers)
+    require(total, f"{source} has no images in it")
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted preparation
     try:
         partial.mkdir(parents=True)

@@ -144,7 +144,11 @@ def load_prior(out_dir, device, stage1):
     require(checkpoint["encoder"] == data.fingerprint(stage1["ema"]),
             f"{out_dir}/prior.pt was trained on codes of another stage 1: run "
             f"`python train_prior.py --out_dir={out_dir} --overwrite=True`")
-    return build(Prior, checkpoint, checkpoint["model"], device)
+    prior = build(Prior, checkpoint, checkpoint["model"], device)
+    have, want = [[a[k] for k in ("num_latents", "codebook_size", "label_dim")]
+                  for a in (checkpoint["model_args"], stage1["model_args"])]
+    require(have == want, f"{out_dir}/prior.pt has m, k, classes = {have}, stage 1 has {want}")
+    return prior
 
 
 def build(network, checkpoint, state, device):
@@ -191,7 +195,8 @@ def main():
         require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
     require(temperature >= 0 and S_churn >= 0 and seed >= 0, "temperature, S_churn and seed can't be negative")
     require(sigma_min < sigma_max < math.inf, f"sigma_min {sigma_min} must be below sigma_max {sigma_max}")
-    require(math.isfinite(guidance), f"guidance must be a number, not {guidance}")
+    require(math.isfinite(guidance) and math.isfinite(temperature), "guidance and temperature must be finite")
+    require(name, "--name= is empty: it names the two files")
     require(not (code and encode), "--code and --encode both give codes: choose one")
     rank, world, place = start_processes(device)
     model, stage1 = load_stage1(out_dir, place)
@@ -215,7 +220,7 @@ def main():
     made_with = json.dumps({**config, "out_dir": "", "device": "", "stage1": data.fingerprint(stage1["ema"]),
                             "prior": prior and data.fingerprint(prior.state_dict())})
     if rank == 0:
-        if not (parts / "settings.json").exists():
+        if not any(parts.glob("*.npz")):
             with data.atomic(parts / "settings.json") as f:
                 f.write(made_with.encode())
         require((parts / "settings.json").read_text() == made_with, f"{parts} holds an unfinished run with other "

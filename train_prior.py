@@ -66,9 +66,9 @@ require(m, f"{out_dir}/stage1.pt has no discrete latents (num_latents=0): there 
 stage1_config = stage1_checkpoint["config"]
 encoder_id = data.fingerprint(stage1_checkpoint["ema"])
 images, labels, _ = data.load(stage1_config["dataset"])
-require(images.shape == (stage1_config["num_images"], *stage1.img_shape[1:], stage1.img_shape[0]),
-        f"the data set {stage1_config['dataset']} is not the one that {out_dir}/stage1.pt was trained on: "
-        f"it has {len(images)} images of {images.shape[1:]} now")
+require(data.identity(images, labels) == stage1_config["data_identity"],
+        f"the data set {stage1_config['dataset']} has changed since {out_dir}/stage1.pt was trained on it: "
+        "prepare it as it was, or train stage 1 anew with --overwrite=True")
 train_indices, held_out_indices = data.split(len(images), stage1_config["held_out"])
 flips = 2 if stage1_config["xflip"] else 1
 
@@ -83,7 +83,7 @@ def encode(indices, flip):
 logits_path = Path(f"{out_dir}/logits-{encoder_id:08x}.npy")  # (flips, N, m, k)
 shape = (flips, len(images), m, k)
 cached = np.prod(shape) * 2 <= cache_gb * 2 ** 30
-if cached and master and not (logits_path.exists() and np.load(logits_path, mmap_mode="r").shape == shape):
+if cached and master and not logits_path.exists():  # the identity of the data was checked above
     for old in Path(out_dir).glob("logits-*.npy"):
         old.unlink()
     with data.atomic(logits_path) as file:
@@ -93,7 +93,10 @@ if cached and master and not (logits_path.exists() and np.load(logits_path, mmap
                 file.write(encode(part, np.full(len(part), bool(flip))).half().cpu().numpy().tobytes())
 if world > 1:
     dist.barrier()
-kept = np.load(logits_path, mmap_mode="r") if cached else None
+try:
+    kept = np.load(logits_path, mmap_mode="r") if cached else None
+except (ValueError, EOFError, OSError):
+    raise UserError(f"{logits_path} is damaged: delete it, and start again") from None
 
 
 def logits_of(indices, flip):
@@ -149,7 +152,7 @@ def held_out_bits(draws=8):
                 total += F.cross_entropy(model(z, c).flatten(0, 1), z.flatten(), reduction="none").view(z.shape).sum(1)
         bits.append(total / draws / math.log(2))
     bits = torch.cat(bits)
-    return bits.mean().item(), bits.std().item() / len(bits) ** 0.5
+    return bits.mean().item(), bits.std(correction=0).item() / len(bits) ** 0.5
 
 
 @torch.no_grad()

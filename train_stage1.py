@@ -120,7 +120,7 @@ require(num_classes or not class_cond, f"the data set {dataset} has no class lab
 require(0 <= held_out < len(images), f"held_out is {held_out}: the data set has {len(images)} images")
 train_indices, held_out_indices = data.split(len(images), held_out)
 batches = data.Shuffle(train_indices, seed)
-config["num_images"] = len(images)  # goes into the checkpoint: a data set that has changed is noticed
+config["data_identity"] = data.identity(images, labels)  # for the checkpoint: a data set that has changed is noticed
 
 img_resolution, img_channels = images.shape[1], images.shape[3]
 require(images.shape[1] == images.shape[2], f"images must be square, not {images.shape[1]} x {images.shape[2]}")

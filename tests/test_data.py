@@ -109,13 +109,18 @@ def test_folder_of_images_in_every_mode(root, tmp_path):
     Image.new("L", (33, 50), 77).save(source / "b_dogs" / "5grey.JPEG", quality=100)
     Image.fromarray(np.full((30, 30), 77 * 256 + 5, np.uint16)).save(source / "b_dogs" / "6deep.png")
     (source / "b_dogs" / "notes.txt").write_text("not an image")
+    Image.new("RGB", (9, 9)).save(source / "stray.png")
+    with pytest.raises(UserError, match="1 images beside its class folders"):
+        data.prepare("pets", str(source), resolution=8, root=root)
+    (source / "stray.png").unlink()
+    (source / "c_empty").mkdir()
     data.prepare("pets", str(source), resolution=8, workers=2, root=root)
     x, c, classes = data.load("pets", root)
-    assert x.shape == (6, 8, 8, 3) and classes == 2 and c.tolist() == [0, 0, 0, 1, 1, 1]
+    assert x.shape == (6, 8, 8, 3) and classes == 3 and c.tolist() == [0, 0, 0, 1, 1, 1]
     wanted = [(200, 40, 40)] * 3 + [(255, 255, 255)] + [(77, 77, 77)] * 2
     for image, colour in zip(x, wanted):
         assert np.abs(image.astype(int) - colour).max() <= 6
-    assert json.loads((root / "pets" / "classes.json").read_text()) == ["a_cats", "b_dogs"]
+    assert json.loads((root / "pets" / "classes.json").read_text()) == ["a_cats", "b_dogs", "c_empty"]
 
 
 def test_down_sampling_averages_areas(tmp_path):
@@ -173,7 +178,9 @@ def test_broken_zip(root, tmp_path):
     write_zip(tmp_path / "a.zip", images, [4, 0, 2])
     write_zip(tmp_path / "b.zip", [images[0], images[0, :8]], [0, 1])
     (tmp_path / "c.zip").write_bytes((tmp_path / "a.zip").read_bytes()[:-100])
-    for file, message in (("a.zip", "no label for 2"), ("b.zip", "of one size"), ("c.zip", "or damaged")):
+    write_zip(tmp_path / "d.zip", images[:2], [0.5, 1])
+    write_zip(tmp_path / "e.zip", images[:2], [0, 10 ** 9])
+    for file, message in (("d.zip", "not whole numbers"), ("e.zip", "above 1,000,000"), ("a.zip", "no label for 2"), ("b.zip", "of one size"), ("c.zip", "or damaged")):
         with pytest.raises(UserError, match=message):
             data.prepare("x", str(tmp_path / file), root=root)
     assert nothing_left(root)
@@ -308,7 +315,8 @@ def test_grid(tmp_path):
 
 def test_a_checkpoint_is_read_back_and_damage_is_told(tmp_path):
     path = tmp_path / "stage1.pt"
-    state = dict(made_by="train_stage1", config=dict(lr=0.1, mult=(1, 2)), model={"w": torch.randn(1000)})
+    state = dict(made_by="train_stage1", config=dict(lr=0.1, mult=(1, 2)), model={"w": torch.randn(1000)}, ema={},
+                 model_args={}, step=3, optimizer={})
     data.save_checkpoint(path, state)
     back = data.load_checkpoint(path, "train_stage1")
     assert torch.equal(back["model"]["w"], state["model"]["w"]) and back["config"] == state["config"]
@@ -352,5 +360,5 @@ except data.UserError as error:
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert "File too large" in done.stdout and "untouched" in done.stdout, done
-    assert data.load_checkpoint(tmp_path / "c.pt", "x")["w"].sum() == 10
+    assert torch.load(tmp_path / "c.pt")["w"].sum() == 10
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]

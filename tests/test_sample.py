@@ -168,6 +168,13 @@ def test_two_processes_make_the_same_images(trained, samples):
     assert close(load(trained, "two"), samples)
 
 
+def test_mistakes_are_told_under_torchrun(trained):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "sample.py",
+                           f"--out_dir={trained}", "--name=two", *SAMPLE, "--class_label=11"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and "error: class_label 11 is out of range" in done.stderr
+
+
 def test_an_interrupted_run_goes_on(trained, samples, monkeypatch):
     merge = data.merge_npz
 
@@ -222,7 +229,7 @@ def test_codes_by_hand_and_from_images(trained):
     (["--code=1,2,3", "--encode=x.png"], "choose one"),
     (["--encode=nothing"], "there is no data set 'nothing'"),
     (["--sigma_min=90"], "sigma_min 90.0 must be below sigma_max 80.0"),
-    (["--guidance=inf"], "guidance must be a number"),
+    (["--guidance=inf"], "guidance and temperature must be finite"),
     (["--num_steps=0"], "num_steps must be positive"),
     (["--batch_size=0"], "batch_size must be positive"),
     (["--device=mps"], "--device=mps can't be used here: it is auto, cpu or cuda"),
@@ -258,6 +265,15 @@ def test_checkpoints_that_do_not_fit(trained, tmp_path):
     torch.save(other, broken / "stage1.pt")
     with pytest.raises(UserError, match="another architecture than this DisCoDiff"):
         run("sample.py", f"--out_dir={broken}", *SAMPLE)
+    torch.save(state, broken / "stage1.pt")
+    prior = torch.load(trained / "prior.pt")
+    torch.save({**prior, "model_args": {**prior["model_args"], "codebook_size": 4}}, broken / "prior.pt")
+    with pytest.raises(UserError, match="another architecture than this Prior"):
+        run("sample.py", f"--out_dir={broken}", *SAMPLE)
+    torch.save({k: v for k, v in prior.items() if k != "encoder"}, broken / "prior.pt")
+    with pytest.raises(UserError, match="is not a checkpoint of train_prior.py"):
+        run("sample.py", f"--out_dir={broken}", *SAMPLE)
+    (broken / "prior.pt").write_bytes(whole)
     state["ema"]["model.out_conv.bias"] += 1
     torch.save(state, broken / "stage1.pt")
     with pytest.raises(UserError, match="trained on codes of another stage 1"):

@@ -185,6 +185,17 @@ def test_bad_input(tmp_path, arguments, message):
     assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
+def test_a_data_set_that_has_changed(tmp_path, monkeypatch):
+    images, labels, _ = data.load("fashion-mnist-10k")
+    monkeypatch.setattr(data, "load", lambda name: (images[:100], labels[:100], 10))
+    run("train_stage1.py", f"--out_dir={tmp_path}", *TINY)
+    monkeypatch.setattr(data, "load", lambda name: (images[100:200], labels[100:200], 10))
+    with pytest.raises(UserError, match="data_identity=.* there"):
+        run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--total_images=80")
+    with pytest.raises(UserError, match="has changed since"):
+        run("train_prior.py", f"--out_dir={tmp_path}", *PRIOR)
+
+
 def test_a_data_set_without_labels(tmp_path, monkeypatch):
     images, _, _ = data.load("fashion-mnist-10k")
     monkeypatch.setattr(data, "load", lambda name: (images[:100], None, 0))
