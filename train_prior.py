@@ -7,7 +7,8 @@ Stage 2 of DisCo-Diff: trains the autoregressive prior on the codes of stage 1's
 
 Reads out_dir/stage1.pt, which says on which images, split and classes; leaves out_dir/prior.pt. Codes are
 drawn afresh each time an image is visited; the encoder itself runs once an image, and its logits are kept
-in half precision in out_dir/logits-*.npy (for ImageNet-64, m = 10 and k = 100: 2.6 GB). The same command again continues where it stopped.
+in half precision in out_dir/logits-*.npy (for ImageNet-64, m = 10 and k = 100: 2.6 GB). The same command
+again continues where it stopped.
 """
 
 import contextlib
