@@ -141,8 +141,9 @@ def start_processes(device):
         raise UserError(f"--device={device} can't be used here: {str(error).splitlines()[0]}") from None
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    hook = sys.excepthook  # init_process_group puts its own around it, which would swallow our one line
-    if world > 1:  # an hour: process 0 draws previews and encodes data sets while the others wait
+    if world > 1:
+        hook = sys.excepthook  # init_process_group puts its own around it, which would swallow our one line
+        # an hour: process 0 draws previews and encodes data sets while the others wait
         torch.distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(hours=1))
-    sys.excepthook = hook
+        sys.excepthook = hook
     return int(os.environ.get("RANK", 0)), world, place

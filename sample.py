@@ -15,7 +15,6 @@ codes int64 (N, m) and seeds int64 (N,). An interrupted run continues when it is
 import json
 import math
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -168,15 +167,17 @@ def build(network, checkpoint, state, device):
 def row_conditions(rows, model, given, prior, device):
     """Codes (R, m) and class labels (R,) of the rows with these numbers, each from its number alone."""
     gumbel = SeededNoise("codes", rows, device).gumbel(model.num_latents, model.codebook_size)
-    classes_in_turn = rows // (2 if per_code > 1 else 1) % max(model.label_dim, 1)
-    labels = torch.from_numpy(classes_in_turn) if model.label_dim else torch.full((len(rows),), -1)
     if given is not None:
         images, given_labels, order = given
         chosen = order[rows % len(order)]
-        if model.label_dim and class_label < 0:
-            labels = torch.from_numpy(given_labels[chosen])
-    if class_label >= 0:
+    if not model.label_dim:
+        labels = torch.full((len(rows),), -1)
+    elif class_label >= 0:
         labels = torch.full((len(rows),), class_label)
+    elif given is not None:
+        labels = torch.from_numpy(given_labels[chosen])
+    else:  # the classes in turn
+        labels = torch.from_numpy(rows // (2 if per_code > 1 else 1) % model.label_dim)
     labels = labels.to(device)
     if not model.num_latents:
         codes = torch.empty(len(rows), 0, dtype=torch.int64)
@@ -186,7 +187,7 @@ def row_conditions(rows, model, given, prior, device):
         with torch.no_grad():
             codes = draw_codes(model.encoder(data.to_float(images[chosen], device)), gumbel)
     else:
-        codes = prior.sample(gumbel, labels if prior.label_dim else None, temperature)
+        codes = prior.sample(gumbel, labels, temperature)
     return codes.to(device), labels
 
 
