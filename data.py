@@ -223,7 +223,7 @@ class atomic:
 
 
 CHECKPOINT = {"train_stage1": {"config", "model_args", "step", "model", "ema", "optimizer"},
-              "train_prior": {"config", "model_args", "step", "model", "encoder", "optimizer"}}
+              "train_prior": {"config", "model_args", "step", "model", "ema", "encoder", "optimizer"}}
 
 
 def save_checkpoint(path, state):

@@ -7,6 +7,8 @@ The networks of DisCo-Diff (Xu et al. 2024), each readable beside its paragraph 
   Encoder       ViT with one class token a latent                                   (sec. 3.3, App. D.1)
   DisCoDiff     denoiser and encoder together, EDM's preconditioning: what stage 1 trains (Eq. 3, Alg. 1)
   Prior         causal Transformer over the codes: what stage 2 trains              (Eq. 4, Alg. 2)
+  SEDD          the other prior: discrete diffusion with a mask token, as Discrete Latent Codes (Lavoie et al.
+                2025, sec. 4) take it from Lou et al. 2024
 
 This file knows tensors and no files. Shapes: B images, C channels, H = W pixels, m latents with k codes each.
 Images are float (B, C, H, W) in [-1, 1], class labels int64 (B,) with -1 for "no class", hard codes
@@ -44,6 +46,13 @@ def float32(layer, x):
 
 def num_heads(channels):
     return max(1, channels // 64)  # ADM: 64 channels a head
+
+
+def sinusoids(t, channels):
+    """Embeds numbers (B,), cosines first. -> (B, channels) float32"""
+    freqs = (1 / 10000) ** (torch.arange(channels // 2, dtype=torch.float32, device=t.device) / (channels // 2))
+    angles = t.float()[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class CrossAttention(nn.Module):
@@ -173,10 +182,7 @@ class UNet(nn.Module):
 
     def forward(self, x, c_noise, labels=None, keys_values=()):
         """x: (B, C, H, W); c_noise: (B,); labels: (B,) int64, -1 for none; keys_values: see above."""
-        half = self.map_layer0.in_features // 2
-        freqs = (1 / 10000) ** (torch.arange(half, dtype=torch.float32, device=x.device) / half)
-        angles = c_noise[:, None] * freqs
-        emb = F.silu(float32(self.map_layer0, torch.cat([angles.cos(), angles.sin()], dim=1)))
+        emb = F.silu(float32(self.map_layer0, sinusoids(c_noise, self.map_layer0.in_features)))
         emb = float32(self.map_layer1, emb)
         if self.map_label is not None and labels is not None:
             one_hot = labels[:, None] == torch.arange(self.map_label.in_features, device=x.device)
@@ -232,23 +238,39 @@ class TransformerBlock(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x, cache=None):
+    def attention(self, x, cache=None):
         """x: (B, T, dim). `cache`: a list of this block's (keys, values) so far, for generation one token
         at a time; it is extended in place."""
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, dim=2))
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=2))
         if cache is not None:
             if cache:
                 k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
             cache[:] = [k, v]
         a = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and cache is None)  # (B, heads, T, c)
-        x = x + self.proj(a.transpose(1, 2).flatten(2))
+        return self.proj(a.transpose(1, 2).flatten(2))
+
+    def forward(self, x, cache=None):
+        x = x + self.attention(self.norm1(x), cache)
         return x + self.mlp(self.norm2(x))
 
 
-def transformer(layers, dim, heads, causal=False):
+class AdaLNBlock(TransformerBlock):
+    """One that an embedding (B, dim) modulates: adaLN-zero (DiT: Peebles & Xie 2023, sec. 3.2). Starts as the identity."""
+
+    def __init__(self, dim, heads, causal=False):
+        super().__init__(dim, heads, causal)
+        self.modulation = zero(nn.Linear(dim, 6 * dim))
+
+    def forward(self, x, emb):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)[:, None].chunk(6, dim=2)
+        x = x + gate1 * self.attention(torch.addcmul(shift1, self.norm1(x), scale1 + 1))
+        return x + gate2 * self.mlp(torch.addcmul(shift2, self.norm2(x), scale2 + 1))
+
+
+def transformer(layers, dim, heads, causal=False, block=TransformerBlock):
     if dim % heads:
         raise ValueError(f"a Transformer's width must be divisible by its heads: {dim} is not by {heads}")
-    blocks = nn.ModuleList(TransformerBlock(dim, heads, causal) for _ in range(layers))
+    blocks = nn.ModuleList(block(dim, heads, causal) for _ in range(layers))
     for name, p in blocks.named_parameters():
         if name.endswith(("proj.weight", "mlp.2.weight")):
             p.data /= math.sqrt(2 * layers)  # GPT-2's: the residual stream keeps its scale
@@ -401,7 +423,7 @@ class DisCoDiff(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------
-# prior
+# priors: autoregressive
 
 
 class Prior(nn.Module):
@@ -432,6 +454,10 @@ class Prior(nn.Module):
             x = block(x)
         return float32(self.head, self.norm(x))
 
+    def nats(self, codes, labels=None, generator=None):
+        """-ln p(codes | labels). (B,)"""
+        return F.cross_entropy(self(codes, labels).transpose(1, 2), codes, reduction="none").sum(1)
+
     @torch.no_grad()
     def sample(self, gumbel, labels=None, temperature=1.0):
         """Ancestral sampling with a key-value cache (Alg. 3, lines 3-5).
@@ -449,3 +475,108 @@ class Prior(nn.Module):
             codes.append(draw_codes(logits, temperature * gumbel[:, i]))  # = logits / T + gumbel
             x = self.codebook[codes[-1]][:, None]
         return torch.stack(codes, dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# priors: SEDD-absorb (Lou et al. 2024; Discrete Latent Codes, sec. 4). Tokens 0 ... V - 1 and a mask token V, with
+# V = k; t runs from 0, the codes, to 1, all masked. Log-scores are (B, m, V + 1); the true score of token y at a
+# masked position is p(x0 = y | what is unmasked) / (e^sigma - 1).
+
+EPS = 1e-3
+
+
+def log_linear(t):
+    """Noise of time t in [0, 1] -> sigma, dsigma/dt. The probability of mask, 1 - e^-sigma, is (1 - EPS) t."""
+    return -torch.log1p(-(1 - EPS) * t), (1 - EPS) / (1 - (1 - EPS) * t)
+
+
+def absorb(codes, t, u, mask):
+    """Codes (B, m) at times t (B,): each token is `mask` with probability (1 - EPS) t; u: (B, m) uniform on (0, 1)."""
+    return torch.where(u < (1 - EPS) * t[:, None], mask, codes)
+
+
+def score_entropy(log_score, sigma, x, x0):
+    """Lou et al., Eq. 5: how far these scores are from the ratio that x0 has; 0 at the least, and where x is no mask.
+
+    log_score: (B, m, V + 1); sigma: (B,); x: (B, m) noisy tokens; x0: (B, m) the codes. -> (B, m) nats, in
+    float32 or better
+    """
+    log_score = log_score.to(torch.promote_types(log_score.dtype, torch.float32))[..., :-1]
+    a = 1 / torch.expm1(sigma)[:, None]  # the ratio: expm1, as sigma goes down to 1e-3
+    own = log_score.gather(2, x0[..., None])[..., 0]
+    entropy = log_score.exp().sum(2) - a * own + a * (a.log() - 1)
+    return torch.where(x == log_score.shape[2], entropy, 0)
+
+
+def sedd_loss(log_score, t, x, x0):
+    """Denoising score entropy, weighted by dsigma/dt: a bound on -ln p(x0), on average over t and x. -> (B,) nats"""
+    sigma, dsigma = log_linear(t)
+    return dsigma * score_entropy(log_score, sigma, x, x0).sum(1)
+
+
+def step_probs(rate, log_score, x):
+    """A masked position becomes y with probability rate_b s_y, the rest stays masked; other positions stay as they are."""
+    p = F.pad(rate[:, None, None] * log_score[..., :-1].exp(), (0, 1))
+    p[..., -1] = 1 - p.sum(2)
+    return torch.where(x[..., None] == p.shape[2] - 1, p, F.one_hot(x, p.shape[2]).to(p.dtype))
+
+
+def analytic_probs(log_score, x, t, s):
+    """Tweedie tau-leaping from t to s, both (B,) (Lou et al., Thm. 4.2). -> (B, m, V + 1), rows sum to 1
+
+    A wrong score can make "stays masked" negative, as it can for `euler_probs`.
+    """
+    return step_probs(torch.expm1(log_linear(t)[0] - log_linear(s)[0]), log_score, x)
+
+
+def euler_probs(log_score, x, t, s):
+    """An Euler step from t to s. For the log-linear noise it is the analytic one: both rates are the same number."""
+    return step_probs((t - s) * log_linear(t)[1], log_score, x)
+
+
+def denoise_probs(log_score, x, t):
+    """The last step, to t = 0: without the mask. -> (B, m, V), in proportion to the probabilities"""
+    return analytic_probs(log_score, x, t, torch.zeros_like(t))[..., :-1]
+
+
+class SEDD(nn.Module):
+    """The network of log-scores: a bidirectional Transformer that time and class modulate.
+
+    label_dim = 0: not class-conditional. Samplers: `first_hitting` and `tau_leaping` in sample.py.
+    """
+
+    def __init__(self, num_latents, codebook_size, label_dim=0, layers=12, dim=512, heads=8):
+        super().__init__()
+        self.num_latents, self.codebook_size, self.label_dim = num_latents, codebook_size, label_dim
+        self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.label = nn.Parameter(0.02 * torch.randn(label_dim + 1, dim))  # the last one: "no class"
+        self.codebook = nn.Parameter(0.02 * torch.randn(codebook_size + 1, dim))  # the last one: mask
+        self.position = nn.Parameter(0.02 * torch.randn(num_latents, dim))
+        self.blocks = transformer(layers, dim, heads, block=AdaLNBlock)
+        self.norm = nn.LayerNorm(dim)
+        self.modulation = zero(nn.Linear(dim, 2 * dim))
+        self.head = zero(nn.Linear(dim, codebook_size))  # starts uniform
+
+    def forward(self, x, t, labels=None):
+        """x: (B, m) int64, mask = k; t: (B,) in (0, 1]; labels: (B,) int64, -1 for none -> log-scores (B, m, k + 1)"""
+        if labels is None or not self.label_dim:
+            labels = torch.full((len(x),), -1, device=x.device)
+        emb = F.silu(float32(self.time, sinusoids(1000 * t, self.position.shape[1])) + self.label[labels])
+        h = self.codebook[x] + self.position
+        for block in self.blocks:
+            h = block(h, emb)
+        shift, scale = self.modulation(emb)[:, None].chunk(2, dim=2)
+        logits = float32(self.head, torch.addcmul(shift, self.norm(h), scale + 1))
+        sigma = log_linear(t.float())[0][:, None, None]
+        log_score = F.pad(logits - torch.expm1(sigma).log() - math.log(self.codebook_size), (0, 1))
+        return log_score.scatter(2, x[..., None], 0)  # the score of the token that is there is 1
+
+    def nats(self, codes, labels, generator):
+        """At least -ln p(codes | labels) of `first_hitting`, on average over the generator: (B,), m evaluations. Its
+        negative ELBO, where what is unseen is the time in (0, 1) at which each token unmasks."""
+        nats, rows = 0, torch.arange(len(codes), device=codes.device)
+        times = torch.rand(codes.shape, generator=generator, device=codes.device)
+        for t, i in zip(*(column.T for column in times.sort(dim=1, descending=True))):
+            x = torch.where(times <= t[:, None], self.codebook_size, codes)
+            nats += F.cross_entropy(self(x, t, labels)[rows, i, :-1], codes[rows, i], reduction="none")
+        return nats

@@ -4,7 +4,10 @@ Samples of a trained DisCo-Diff (Alg. 3): codes from the prior, then the denoise
     python sample.py                                   # out/samples.png and out/samples.npz
     python sample.py --guidance=2 --class_label=9      # stronger latents (App. B), one class
     python sample.py --encode=fashion-mnist-10k        # the codes of these images, by the encoder
-    python sample.py --code=3,1,4,1,5,9 --per_code=16  # a code by hand
+    python sample.py --code=3,1,4,1,5,9,2,6            # a code by hand
+    python sample.py --encode=a.png --compose=b.png --class_label=4   # codes of both, mixed
+    python sample.py --prior=sedd --sedd_sampler=analytic --eta=0.02  # the other prior, remasking
+    python sample.py config/restart39.py               # the Restart sampler
     torchrun --nproc_per_node=8 sample.py --num_images=50000 --per_code=1 --batch_size=256
 
 Image i comes from the seed `seed + i` alone, whatever the batch size and the number of processes. Writes
@@ -14,17 +17,20 @@ codes int64 (N, m) and seeds int64 (N,). An interrupted run continues when it is
 
 import json
 import math
+import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
 from configurator import UserError, configure, require, start_processes
-from model import DisCoDiff, Prior, draw_codes, seed_of
+from model import DisCoDiff, Prior, SEDD, analytic_probs, denoise_probs, draw_codes, euler_probs, seed_of
 
 # run
 out_dir = "out"  # where the checkpoints are, and the samples go
@@ -38,9 +44,17 @@ per_code = 8
 class_label = -1  # one class for all; -1: the classes in turn
 code = ()  # a code by hand, m numbers in 0 ... k - 1
 encode = ""  # codes of these images: an image file, a folder of them, an .npz, or a prepared data set's name
+compose = ""  # a second code or second images, to mix with the first: of four rows in turn, two have one code each, two mix
 guidance = 1.0  # w in D~ = w D(z) + (1 - w) D(null), App. B; Table 3 counts cfg = w - 1
-temperature = 1.0  # of the prior
-# sampler: EDM's
+# codes: which prior, and its sampler
+prior = "ar"  # or "sedd"
+temperature = 1.0  # of "ar"
+sedd_sampler = "first-hitting"  # m evaluations; "analytic" or "euler": sedd_steps of them
+sedd_steps = 128
+eta = 0.0  # probability of masking a token again, in each of these steps from time t1 to t0 (DLC Eq. 4; 0.01, 0.02)
+t0 = 0.3
+t1 = 0.55
+# images: EDM's sampler
 num_steps = 18
 sigma_min = 0.002
 sigma_max = 80.0
@@ -49,9 +63,30 @@ S_churn = 0.0  # 0: the ODE, by Heun's method
 S_min = 0.0
 S_max = math.inf
 S_noise = 1.0
+restarts = ()  # (N_restart, K, t_min, t_max), ...: Restart sampling, as in config/restart*.py
+gamma = 0.0  # of its steps
 
 # ----------------------------------------------------------------------------------------------------
 # samplers: functions of a denoiser, free of networks and images
+
+
+def noise_levels(num_steps, sigma_min, sigma_max, rho, dtype=torch.float64):
+    """EDM Eq. 5: from sigma_max down to sigma_min. (num_steps,)"""
+    i = torch.arange(num_steps, dtype=dtype) / max(num_steps - 1, 1)
+    return (sigma_max ** (1 / rho) + i * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))).double().pow(rho).to(dtype)
+
+
+def heun_step(denoise, x, t, t_next, gamma=0, S_noise=1, randn_like=torch.randn_like):
+    """From noise level t to t_next, by way of t (1 + gamma) (EDM Alg. 2, lines 4-11). -> x at t_next"""
+    t_hat = t + gamma * t
+    if gamma > 0:
+        x = x + (t_hat ** 2 - t ** 2).sqrt() * S_noise * randn_like(x)
+    d = (x - denoise(x, t_hat.double())) / t_hat
+    x_next = x + (t_next - t_hat) * d  # Euler
+    if t_next > 0:  # second-order correction
+        d_next = (x_next - denoise(x_next, t_next.double())) / t_next
+        x_next = x + (t_next - t_hat) * (d + d_next) / 2
+    return x_next
 
 
 def heun(denoise, latents, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7,
@@ -63,24 +98,97 @@ def heun(denoise, latents, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7,
     S_churn, S_min, S_max, S_noise: amount of churn, its range of sigma, and the scale of its noise, which
     randn_like(x) draws. -> the sample, float64, shaped like latents.
     """
-    i = torch.arange(num_steps, dtype=torch.float64, device=latents.device)
-    t = (sigma_max ** (1 / rho) + i / max(num_steps - 1, 1) * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
-    t = torch.cat([t, t.new_zeros(1)])  # t_N = 0
+    t = torch.cat([noise_levels(num_steps, sigma_min, sigma_max, rho), torch.zeros(1)]).to(latents.device)  # t_N = 0
     x = latents.double() * t[0]
+    gamma = min(S_churn / num_steps, math.sqrt(2) - 1)
     for i in range(num_steps):
-        # raise the noise level from t_i to t_hat
-        t_hat = t[i]
-        if S_churn > 0 and S_min <= t[i] <= S_max:
-            t_hat = t[i] * (1 + min(S_churn / num_steps, math.sqrt(2) - 1))
-            x = x + (t_hat ** 2 - t[i] ** 2).sqrt() * S_noise * randn_like(x)
-        # Euler step to t_{i+1}
-        d = (x - denoise(x, t_hat)) / t_hat
-        x_next = x + (t[i + 1] - t_hat) * d
-        # second-order correction
-        if i < num_steps - 1:
-            d_next = (x_next - denoise(x_next, t[i + 1])) / t[i + 1]
-            x_next = x + (t[i + 1] - t_hat) * (d + d_next) / 2
-        x = x_next
+        x = heun_step(denoise, x, t[i], t[i + 1], gamma if S_min <= t[i] <= S_max else 0, S_noise, randn_like)
+    return x
+
+
+def restart_loops(num_steps, restarts, sigma_min=0.002, sigma_max=80, rho=7):
+    """The noise levels of each way down again, by the number of the main noise level at which it starts and ends.
+
+    Raises UserError for restarts that these noise levels have no place for.
+    """
+    t = noise_levels(num_steps, sigma_min, sigma_max, rho)
+    loops = [[] for _ in range(num_steps + 1)]
+    for interval in restarts:
+        fits = isinstance(interval, (tuple, list)) and len(interval) == 4 and all(isinstance(v, (int, float)) for v in interval)
+        require(fits, f"restarts takes (N_restart, K, t_min, t_max), ...; not {interval}")
+        n, K, t_min, t_max = interval
+        require(n == int(n) >= 2 and K == int(K) >= 1 and 0 < t_min < t_max < math.inf and num_steps > 1,
+                f"restarts has {interval}: N_restart is 2 or more, K is 1 or more, 0 < t_min < t_max, num_steps is 2 or more")
+        i = int((t[1:] - t_min).abs().argmin()) + 1
+        require(t[i] < t_max, f"restarts has {interval}: {t[i]:.3g} is the noise level nearest to t_min, and not below t_max")
+        # float32 is the precision of the authors' program, whose numbers tests/test_sample.py has to 1e-9
+        loops[i] += [noise_levels(n, t[i].item(), t_max, rho, torch.float32)] * int(K)
+    return loops
+
+
+def restart(denoise, latents, num_steps, restarts, sigma_min=0.002, sigma_max=80, rho=7,
+            gamma=0, S_min=0, S_max=math.inf, S_noise=1, randn_like=torch.randn_like):
+    """Restart sampling (Xu et al. 2023a, Alg. 1; DisCo-Diff App. D.2): Heun's method that goes back up, and down again.
+
+    restarts: (N_restart, K, t_min, t_max), ...: on arrival at the noise level nearest to t_min, K times: noise takes
+    x up to t_max, and Heun's method down again on N_restart noise levels. gamma, in [S_min, S_max], is the churn of
+    these steps; the rest as in `heun`. 2 N - 1 + sum of 2 K (N_restart - 1) evaluations.
+    """
+    t = torch.cat([noise_levels(num_steps, sigma_min, sigma_max, rho), torch.zeros(1)]).to(latents.device)
+    x = latents.double() * t[0]
+    for i, loops in enumerate(restart_loops(num_steps, restarts, sigma_min, sigma_max, rho)[1:]):
+        x = heun_step(denoise, x, t[i], t[i + 1])
+        for s in loops:
+            s = s.to(x.device)
+            x = x + S_noise * randn_like(x) * (s[0] ** 2 - s[-1] ** 2).sqrt()
+            for s_i, s_next in zip(s, s[1:]):
+                x = heun_step(denoise, x, s_i, s_next, gamma if S_min <= s_i <= S_max else 0, S_noise, randn_like)
+    return x
+
+
+# ----------------------------------------------------------------------------------------------------
+# samplers of discrete diffusion: functions of score(x, t) -> log-scores (B, m, V + 1), for x int64 (B, m), mask = V,
+# and times t float64 (B,). They start from x, all mask; gumbel(*shape) draws Gumbel(0, 1), rand(*shape) U(0, 1)
+# noise (B, *shape).
+
+
+@torch.no_grad()
+def tau_leaping(score, x, num_steps, gumbel, probs=analytic_probs, eta=0.0, t0=0.3, t1=0.55):
+    """SEDD-absorb (Lou et al. 2024, Alg. 2) from t = 1 to 0 in num_steps >= 1 evaluations; probs: one step's.
+
+    eta > 0 adds remasking (DLC Eq. 4): while t0 < t < t1, a token that is there is masked again with
+    probability eta, or as much of it as the schedule has room for. -> codes (B, m)
+    """
+    def times(t):
+        return torch.full((len(x),), t, dtype=torch.float64, device=x.device)
+
+    for i in reversed(range(1, num_steps)):
+        t, s = (i + 1) / num_steps, i / num_steps
+        log_score = score(x, times(t))
+        # P(masked at t) = t. With `again` of the others masked too, the masked ones go on to s - again (1 - t), so
+        # that P(masked at s) = s
+        again = min(eta, s / (1 - t)) if t0 < t < t1 else 0
+        p = probs(log_score, x, times(t), times(s - again * (1 - t)))
+        if again:
+            mask = torch.full_like(x, p.shape[2] - 1)
+            p = p + again * (x != mask)[..., None] * (F.one_hot(mask) - p)
+        x = draw_codes(p.clamp_min(0).log(), gumbel(*p.shape[1:]))
+    p = denoise_probs(score(x, times(1 / num_steps)), x, times(1 / num_steps))
+    return draw_codes(p.log(), gumbel(*p.shape[1:]))
+
+
+@torch.no_grad()
+def first_hitting(score, x, rand, gumbel):
+    """The limit of `tau_leaping` for infinitely many steps, in m evaluations (Zheng et al. 2024, sec. 4).
+
+    P(masked at t) = t, so that each token unmasks at a time of its own, uniform on (0, 1). The latest comes first;
+    going from one to the next is the same as t <- t u^(1/n) for n masked tokens, and a position at random.
+    -> codes (B, m)
+    """
+    x, rows = x.clone(), torch.arange(len(x), device=x.device)
+    for t, i in zip(*(column.T for column in rand(x.shape[1]).sort(dim=1, descending=True))):
+        log_p = score(x, t)[rows, i, :-1]
+        x[rows, i] = draw_codes(log_p, gumbel(log_p.shape[1]))
     return x
 
 
@@ -127,8 +235,14 @@ class SeededNoise:
     def randn_like(self, x):
         return self.randn(*x.shape[1:])
 
+    def rand(self, *shape):
+        return torch.from_numpy(np.stack([g.random(shape) for g in self.generators])).to(self.device)
+
     def gumbel(self, *shape):
         return torch.from_numpy(np.stack([g.gumbel(size=shape) for g in self.generators])).to(self.device)
+
+
+PRIORS = {"ar": Prior, "sedd": SEDD}
 
 
 def load_stage1(out_dir, device):
@@ -137,17 +251,22 @@ def load_stage1(out_dir, device):
     return build(DisCoDiff, checkpoint, checkpoint["ema"], device), checkpoint
 
 
-def load_prior(out_dir, device, stage1):
-    """-> the trained Prior of a run's folder. Raises UserError if it is of other codes than `stage1`'s."""
-    checkpoint = data.load_checkpoint(f"{out_dir}/prior.pt", "train_prior")
+def load_prior(out_dir, kind, device, stage1):
+    """-> the trained Prior ("ar") or SEDD ("sedd"; its moving average) of a run's folder, in eval mode.
+
+    Raises UserError if it is of the other kind, or of other codes than `stage1`'s.
+    """
+    path, command = f"{out_dir}/prior_{kind}.pt", f"`python train_prior.py --prior={kind} --out_dir={out_dir}"
+    require(Path(path).is_file(), f"there is no checkpoint {path}: run {command}` first")
+    checkpoint = data.load_checkpoint(path, "train_prior")
+    have = checkpoint["config"].get("prior")
+    require(have == kind, f"{path} holds a prior of the kind {have!r}, not {kind!r}: was another file copied over it?")
     require(checkpoint["encoder"] == data.fingerprint(stage1["ema"]),
-            f"{out_dir}/prior.pt was trained on codes of another stage 1: run "
-            f"`python train_prior.py --out_dir={out_dir} --overwrite=True`")
-    prior = build(Prior, checkpoint, checkpoint["model"], device)
-    have, want = [[a[k] for k in ("num_latents", "codebook_size", "label_dim")]
+            f"{path} was trained on codes of another stage 1: run {command} --overwrite=True`")
+    have, want = [[a.get(key) for key in ("num_latents", "codebook_size", "label_dim")]
                   for a in (checkpoint["model_args"], stage1["model_args"])]
-    require(have == want, f"{out_dir}/prior.pt has m, k, classes = {have}, stage 1 has {want}")
-    return prior
+    require(have == want, f"{path} has m, k, classes = {have}, stage 1 has {want}: run {command} --overwrite=True`")
+    return build(PRIORS[kind], checkpoint, checkpoint["ema"], device)
 
 
 def build(network, checkpoint, state, device):
@@ -164,41 +283,78 @@ def build(network, checkpoint, state, device):
 # the run
 
 
-def row_conditions(rows, model, given, prior, device):
-    """Codes (R, m) and class labels (R,) of the rows with these numbers, each from its number alone."""
-    gumbel = SeededNoise("codes", rows, device).gumbel(model.num_latents, model.codebook_size)
-    if given is not None:
-        images, given_labels, order = given
-        chosen = order[rows % len(order)]
-    if not model.label_dim:
-        labels = torch.full((len(rows),), -1)
-    elif class_label >= 0:
-        labels = torch.full((len(rows),), class_label)
-    elif given is not None:
-        labels = torch.from_numpy(given_labels[chosen])
-    else:  # the classes in turn
-        labels = torch.from_numpy(rows // (2 if per_code > 1 else 1) % model.label_dim)
-    labels = labels.to(device)
-    if not model.num_latents:
-        codes = torch.empty(len(rows), 0, dtype=torch.int64)
-    elif code:
-        codes = torch.tensor([code] * len(rows))
-    elif given is not None:
+def codes_of_prior(prior, noise, labels=None, temperature=1.0, sampler="first-hitting", num_steps=128, eta=0.0, t0=0.3, t1=0.55):
+    """A code (B, m) for each generator of `noise`. labels: (B,) int64, -1 for none; the rest as the settings above."""
+    m, k = prior.num_latents, prior.codebook_size
+    if isinstance(prior, Prior):
+        return prior.sample(noise.gumbel(m, k), labels, temperature)
+
+    def score(x, t):
+        return prior(x, t, labels)
+
+    masks = torch.full((len(noise.generators), m), k, device=noise.device)
+    if sampler == "first-hitting":
+        return first_hitting(score, masks, noise.rand, noise.gumbel)
+    probs = {"analytic": analytic_probs, "euler": euler_probs}[sampler]
+    return tau_leaping(score, masks, num_steps, noise.gumbel, probs, eta, t0, t1)
+
+
+def row_conditions(rows, model, sources, prior, device):
+    """Codes (R, m) and class labels (R,) of the rows with these numbers, each from its number alone.
+
+    sources: [] for the prior's codes, [one] or, to compose, [first, second]: a code, or images as from `read_images`.
+    Of four rows in turn, the first two have the codes of the two, and the others mix them.
+    """
+    which = rows // 4 if len(sources) == 2 else rows
+    noise = SeededNoise("codes", which, device)
+    in_turn = which if len(sources) == 2 or per_code == 1 else rows // 2
+    labels = [torch.from_numpy(in_turn % max(model.label_dim, 1)).to(device)] * max(len(sources), 1)
+    codes = []
+    for i, source in enumerate(sources):
+        if isinstance(source[0], int):
+            codes.append(torch.tensor(source, device=device).expand(len(rows), -1))
+            continue
+        images, given_labels, order = source
+        chosen = order[which % len(order)]
         with torch.no_grad():
-            codes = draw_codes(model.encoder(data.to_float(images[chosen], device)), gumbel)
-    else:
-        codes = prior.sample(gumbel, labels, temperature)
-    return codes.to(device), labels
+            codes.append(draw_codes(model.encoder(data.to_float(images[chosen], device)),
+                                    noise.gumbel(model.num_latents, model.codebook_size)))
+        if given_labels is not None:
+            labels[i] = torch.from_numpy(given_labels[chosen]).to(device)
+    if not model.label_dim or class_label >= 0:
+        labels = [torch.full_like(c, class_label if model.label_dim else -1) for c in labels]
+    if not model.num_latents:
+        codes = [torch.empty(len(rows), 0, dtype=torch.int64, device=device)]
+    elif not sources:
+        codes = [codes_of_prior(prior, noise, labels[0], temperature, sedd_sampler, sedd_steps, eta, t0, t1)]
+    if len(sources) == 2:  # each position from the first or the second (DLC sec. 5.2)
+        coins = SeededNoise("compose", rows, device).rand(model.num_latents) < 0.5
+        turn = torch.from_numpy(rows % 4).to(device)
+        first = torch.where(turn[:, None] < 2, turn[:, None] == 0, coins)
+        return torch.where(first, *codes), torch.where(turn % 2 == 0, *labels)
+    return codes[0], labels[0]
 
 
 def main():
-    for setting in ("num_images", "batch_size", "per_code", "num_steps", "sigma_min", "sigma_max", "rho"):
+    for setting in ("num_images", "batch_size", "per_code", "sedd_steps", "num_steps", "sigma_min", "sigma_max", "rho"):
         require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
-    require(temperature >= 0 and S_churn >= 0 and seed >= 0, "temperature, S_churn and seed can't be negative")
+    require(min(temperature, S_churn, gamma, seed) >= 0, "temperature, S_churn, gamma and seed can't be negative")
     require(sigma_min < sigma_max < math.inf, f"sigma_min {sigma_min} must be below sigma_max {sigma_max}")
     require(math.isfinite(guidance) and math.isfinite(temperature), "guidance and temperature must be finite")
     require(name, "--name= is empty: it names the two files")
     require(not (code and encode), "--code and --encode both give codes: choose one")
+    require(code or encode or not compose, "--compose mixes two codes: give the first by --code or --encode")
+    require(prior in PRIORS, f"--prior is ar or sedd, not {prior}")
+    require(sedd_sampler in ("first-hitting", "analytic", "euler"), "--sedd_sampler is first-hitting, analytic or euler")
+    require(0 <= eta < 1, f"eta is a probability below 1, not {eta}")
+    require(0 <= t0 < t1 <= 1, f"remasking goes from t1 {t1} down to t0 {t0}: 0 <= t0 < t1 <= 1 is wanted")
+    require(eta == 0 or sedd_sampler != "first-hitting", "eta > 0 masks tokens again at every step: "
+            "say --sedd_sampler=analytic, since first-hitting has no steps")
+    require(prior == "sedd" or sedd_sampler == "first-hitting", "sedd_sampler and eta are of --prior=sedd")
+    require(prior == "ar" or temperature == 1, "temperature is of --prior=ar")
+    require(not (restarts and S_churn), "S_churn is Heun's churn: with restarts, gamma is theirs")
+    require(restarts or not gamma, "gamma is the churn of restarts: there are none")
+    loops = restart_loops(num_steps, restarts, sigma_min, sigma_max, rho)
     rank, world, place = start_processes(device)
     model, stage1 = load_stage1(out_dir, place)
     m, k = model.num_latents, model.codebook_size
@@ -207,19 +363,27 @@ def main():
             f"class_label {class_label}: this model was trained without classes")
     require(m or not (code or encode or guidance != 1),
             "this model has no discrete latents (num_latents=0): --code, --encode and --guidance need them")
-    require(not code or (len(code) == m and all(isinstance(c, int) and 0 <= c < k for c in code)),
-            f"--code takes {m} numbers in 0 ... {k - 1}, not {code}")
-    given = data.read_images(encode, model.img_shape) if encode else None
-    if given and model.label_dim and class_label < 0:
-        require(given[1] is not None, f"{encode} has no class labels: say --class_label=, a class for all images")
-        require(0 <= given[1].min() and given[1].max() < model.label_dim,
-                f"{encode} has classes up to {given[1].max()}: this model has {model.label_dim}, 0 ... {model.label_dim - 1}")
-    prior = load_prior(out_dir, place, stage1) if m and not (code or encode) else None
+    sources = []
+    for setting, source in ("code", code), ("encode", encode), ("compose", compose):
+        if setting == "compose" and re.fullmatch(r"[\d\s,]+", source):
+            source = tuple(map(int, re.findall(r"\d+", source)))
+        if isinstance(source, tuple) and source:
+            require(len(source) == m and all(isinstance(c, int) and 0 <= c < k for c in source),
+                    f"--{setting} takes {m} numbers in 0 ... {k - 1}, not {source}")
+            sources.append(source)
+        elif source:
+            images, labels, order = data.read_images(source, model.img_shape)
+            if model.label_dim and class_label < 0:
+                require(labels is not None, f"{source} has no class labels: say --class_label=, a class for all images")
+                require(0 <= labels.min() and labels.max() < model.label_dim, f"{source} has classes up to {labels.max()}: "
+                        f"this model has {model.label_dim}, 0 ... {model.label_dim - 1}")
+            sources.append((images, labels, np.roll(order, 1) if sources and compose == encode else order))
+    prior_net = load_prior(out_dir, prior, place, stage1) if m and not sources else None
 
     # one file a batch; a run that was interrupted finds those that it has
     parts = Path(f"{out_dir}/{name}.parts")
     made_with = json.dumps({**config, "out_dir": "", "device": "", "stage1": data.fingerprint(stage1["ema"]),
-                            "prior": prior and data.fingerprint(prior.state_dict())})
+                            "prior_net": prior_net and data.fingerprint(prior_net.state_dict())})
     if rank == 0:
         if not any(parts.glob("*.npz")):
             with data.atomic(parts / "settings.json") as f:
@@ -230,19 +394,31 @@ def main():
     missing = [start for start in starts if not (parts / f"{start:09d}.npz").exists()]
     if world > 1:
         dist.barrier()
-    nfe = 2 * num_steps - 1
+    nfe = 2 * num_steps - 1 + sum(2 * (len(s) - 1) for levels in loops for s in levels)
     if rank == 0:
         print(f"{num_images:,} images, {nfe} evaluations each" + (" of D(z) and D(null) in one batch" if guidance != 1 else ""))
+    seconds, made = {"codes": 0.0, "images": 0.0}, np.zeros(2, int)
     for start in tqdm(missing[rank::world], unit="batch", disable=rank > 0):
         seeds = seed + np.arange(start, min(start + batch_size, num_images))
         rows, row_of = np.unique(seeds // per_code, return_inverse=True)
-        row_codes, row_labels = row_conditions(rows, model, given, prior, place)
-        codes, labels = row_codes[row_of], row_labels[row_of]
+        began = time.perf_counter()
+        row_codes, row_labels = (t.cpu() for t in row_conditions(rows, model, sources, prior_net, place))
+        seconds["codes"] += time.perf_counter() - began
+        began = time.perf_counter()
+        codes, labels = row_codes[row_of].to(place), row_labels[row_of].to(place)
+        denoise = denoiser(model, labels if model.label_dim else None, codes, guidance)
         noise = SeededNoise("images", seeds, place)
-        x = heun(denoiser(model, labels if model.label_dim else None, codes, guidance), noise.randn(*model.img_shape),
-                 num_steps, sigma_min, sigma_max, rho, S_churn, S_min, S_max, S_noise, noise.randn_like)
+        latents = noise.randn(*model.img_shape)
+        if restarts:
+            x = restart(denoise, latents, num_steps, restarts, sigma_min, sigma_max, rho, gamma, S_min, S_max, S_noise,
+                        noise.randn_like)
+        else:
+            x = heun(denoise, latents, num_steps, sigma_min, sigma_max, rho, S_churn, S_min, S_max, S_noise, noise.randn_like)
+        images = data.to_uint8(x)
+        seconds["images"] += time.perf_counter() - began
+        made += len(rows), len(seeds)
         with data.atomic(parts / f"{start:09d}.npz") as f:
-            np.savez(f, images=data.to_uint8(x), labels=labels.cpu().numpy(), codes=codes.cpu().numpy(), seeds=seeds)
+            np.savez(f, images=images, labels=labels.cpu().numpy(), codes=codes.cpu().numpy(), seeds=seeds)
     if world > 1:
         dist.barrier()
     if rank == 0:
@@ -252,6 +428,8 @@ def main():
         data.merge_npz(files, f"{target}.npz")
         data.save_grid(shown, f"{target}.png", 2 * per_code if per_code > 1 else math.isqrt(len(shown)))
         shutil.rmtree(parts)
+        print(f"{made[0]:,} codes in {seconds['codes']:.2f} s, {made[1]:,} images in {seconds['images']:.2f} s"
+              + (" (the share of process 0)" if world > 1 else ""))
         print(f"{target}.png and {target}.npz are ready")
     if world > 1:
         dist.destroy_process_group()

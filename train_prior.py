@@ -1,17 +1,20 @@
 """
-Stage 2 of DisCo-Diff: trains the autoregressive prior on the codes of stage 1's encoder (Alg. 2).
+Stage 2 of DisCo-Diff: trains a prior on the codes of stage 1's encoder (Alg. 2): the autoregressive one, or
+SEDD-absorb, as Discrete Latent Codes has it (sec. 4).
 
     python train_prior.py
+    python train_prior.py --prior=sedd
     python train_prior.py config/cifar10_prior.py
     torchrun --nproc_per_node=8 train_prior.py config/imagenet64_prior.py
 
-Reads out_dir/stage1.pt, which says on which images, split and classes; leaves out_dir/prior.pt. Codes are
-drawn afresh each time an image is visited; the encoder itself runs once an image, and its logits are kept
+Reads out_dir/stage1.pt, which says on which images, split and classes; leaves out_dir/prior_ar.pt or
+prior_sedd.pt. Codes are drawn afresh each time an image is visited; the encoder itself runs once an image, and its logits are kept
 in half precision in out_dir/logits-*.npy (for ImageNet-64, m = 10 and k = 100: 2.6 GB). The same command
 again continues where it stopped.
 """
 
 import contextlib
+import copy
 import math
 from pathlib import Path
 
@@ -20,12 +23,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
 from configurator import UserError, configure, require, start_processes
-from model import Prior, draw_codes, gumbel_noise, seeded_generator
-from sample import load_stage1
+from model import absorb, draw_codes, gumbel_noise, sedd_loss, seeded_generator
+from sample import PRIORS, load_stage1
 
 # run
 out_dir = "out"
@@ -33,6 +37,7 @@ overwrite = False  # start anew where out_dir already has a prior
 seed = 0
 device = "auto"
 # the Transformer
+prior = "ar"  # autoregressive; "sedd": discrete diffusion
 layers = 4
 dim = 128
 heads = 4
@@ -41,6 +46,9 @@ total_images = 100_000  # codes to train on, in all
 batch_size = 250  # over all processes
 lr = 1e-3
 warmup_images = 10_000
+label_drop = 0.1  # probability of training without the class
+grad_clip = 1.0  # this and the next: SEDD's
+ema = 0.9999  # of the weights, per step; at step n no more than (1 + n) / (10 + n)
 # memory and reports
 cache_gb = 16.0  # beyond this, logits are not kept: the encoder runs on every batch
 log_every = 10_000  # images; held-out bits
@@ -53,9 +61,11 @@ config = configure(globals())
 
 rank, world, device = start_processes(device)
 master, on_gpu = rank == 0, device.type == "cuda"
-for setting in ("layers", "dim", "heads", "total_images", "batch_size", "lr", "log_every", "save_every"):
+require(prior in PRIORS, f"--prior is ar or sedd, not {prior}")
+for setting in ("layers", "dim", "heads", "total_images", "batch_size", "lr", "grad_clip", "log_every", "save_every"):
     require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
 require(seed >= 0 and warmup_images >= 0 and cache_gb >= 0, "seed, warmup_images and cache_gb can't be negative")
+require(0 <= label_drop <= 1 and 0 <= ema < 1, f"label_drop {label_drop} is a probability, and ema {ema} is below 1")
 require(batch_size % world == 0, f"batch_size {batch_size} can't be shared among {world} processes equally")
 local_batch = batch_size // world
 torch.set_float32_matmul_precision("high")
@@ -116,12 +126,13 @@ def labels_of(indices):
 model_args = dict(num_latents=m, codebook_size=k, label_dim=label_dim, layers=layers, dim=dim, heads=heads)
 torch.manual_seed(seed)
 try:
-    model = Prior(**model_args).to(device)
+    model = PRIORS[prior](**model_args).to(device)
 except ValueError as error:  # sizes that don't fit each other
     raise UserError(error) from None
+averaged = copy.deepcopy(model).eval().requires_grad_(False)
 optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
 
-checkpoint_path = f"{out_dir}/prior.pt"
+checkpoint_path = f"{out_dir}/prior_{prior}.pt"
 FREE = ("out_dir", "overwrite", "device", "total_images", "cache_gb", "log_every", "save_every")
 step = 0
 if checkpoint := data.resume(checkpoint_path, config, model_args, FREE, "train_prior"):
@@ -129,6 +140,7 @@ if checkpoint := data.resume(checkpoint_path, config, model_args, FREE, "train_p
                                                  "start anew with --overwrite=True")
     step = checkpoint["step"]
     model.load_state_dict(checkpoint["model"])
+    averaged.load_state_dict(checkpoint["ema"])
     optimizer.load_state_dict(checkpoint["optimizer"])
 if master and step * batch_size >= total_images:
     print(f"{checkpoint_path} is finished: it has seen {step * batch_size:,} codes. "
@@ -140,17 +152,17 @@ forward = DistributedDataParallel(model, device_ids=[device.index] if on_gpu els
 
 
 @torch.no_grad()
-def held_out_bits(draws=8):
-    """-log2 p(z | c) of codes drawn for held-out images: mean over images, and its standard error."""
+def held_out_bits(draws=1, with_class=True):
+    """-log2 p(z | c) of codes drawn for held-out images, or SEDD's bound on it: mean over images, and its standard error."""
     g = seeded_generator(device, "held-out", seed)
     bits = []
     for part in np.array_split(held_out_indices, -(-len(held_out_indices) // 500)):
-        logits, c = logits_of(part, np.zeros(len(part), bool)), labels_of(part)
+        logits, c = logits_of(part, np.zeros(len(part), bool)), labels_of(part) if with_class else None
         total = 0
         for _ in range(draws):
             z = draw_codes(logits, gumbel_noise(logits.shape, g))
             with autocast:
-                total += F.cross_entropy(model(z, c).flatten(0, 1), z.flatten(), reduction="none").view(z.shape).sum(1)
+                total += averaged.nats(z, c, g)
         bits.append(total / draws / math.log(2))
     bits = torch.cat(bits)
     return bits.mean().item(), bits.std(correction=0).item() / len(bits) ** 0.5
@@ -177,12 +189,22 @@ def independent_bits():
 # ----------------------------------------------------------------------------------------------------
 # Alg. 2
 
+
+def loss_of(z, c, t, u):
+    """For each code (B,), in nats: the cross-entropy (Eq. 4), or the score entropy at times t (B,) (DLC sec. 4)."""
+    if prior == "ar":
+        return F.cross_entropy(forward(z, c).transpose(1, 2), z, reduction="none").sum(1)
+    x = absorb(z, t, u, mask=k)
+    return sedd_loss(forward(x, t, c), t, x, z)
+
+
 def due(every, seen):
     return seen // every != (seen - batch_size) // every or seen >= total_images
 
 
 batches = data.Shuffle(train_indices, seed)
 bar = tqdm(total=total_images, initial=step * batch_size, unit="img", disable=not master, mininterval=1)
+parameters, averaged_parameters = list(model.parameters()), list(averaged.parameters())
 model.train()
 loss_sum, steps = 0, 0
 while step * batch_size < total_images:
@@ -191,16 +213,20 @@ while step * batch_size < total_images:
     # for the whole batch, as in stage 1
     gumbel = gumbel_noise((batch_size, m, k), seeded_generator(device, "codes", seed, step))[rows]
     flip = torch.rand(batch_size, generator=seeded_generator("cpu", "flip", seed, step))[rows] < (0.5 if flips == 2 else 0)
+    u = torch.rand(batch_size, m + 2, device=device, generator=seeded_generator(device, "noise", seed, step))[rows]
     indices = batches.take(step * batch_size + start, local_batch)
     z, c = draw_codes(logits_of(indices, flip), gumbel), labels_of(indices)
+    c = torch.where(u[:, 0] < label_drop, -1, c) if label_dim else None
     with autocast:
-        loss = F.cross_entropy(forward(z, c).flatten(0, 1), z.flatten()) * m  # Eq. 4, per image
+        loss = loss_of(z, c, 1e-3 + (1 - 1e-3) * u[:, 1], u[:, 2:]).mean()
     loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
     seen = step * batch_size
     for group in optimizer.param_groups:
         group["lr"] = lr * min(seen / max(warmup_images, 1), 1)
     optimizer.step()
     optimizer.zero_grad()
+    get_ema_multi_avg_fn(min(ema, (1 + step) / (10 + step)))(averaged_parameters, parameters, None)
     loss_sum += loss.detach()
     step, steps, seen = step + 1, steps + 1, seen + batch_size
     bar.update(batch_size)
@@ -214,19 +240,19 @@ while step * batch_size < total_images:
     if master and due(save_every, seen):
         data.save_checkpoint(checkpoint_path, dict(
             made_by="train_prior", config=config, model_args=model_args, encoder=encoder_id, step=step,
-            model=model.state_dict(), optimizer=optimizer.state_dict()))
+            model=model.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict()))
 
 bar.close()
 if master:
     if len(held_out_indices):
-        mean, error = held_out_bits()
         without, given_class = independent_bits()
-        print(f"bits per image on {len(held_out_indices)} held-out images")
+        print(f"bits per image on {len(held_out_indices)} held-out images" + ", this prior's at most" * (prior == "sedd"))
         print(f"  uniform codes, m log2 k            {m * math.log2(k):7.2f}")
         print(f"  independent latents                {without:7.2f}")
+        print("  this prior                         {:7.2f} +- {:.2f}".format(*held_out_bits(8, with_class=False)))
         if label_dim:
             print(f"  independent latents given the class{given_class:7.2f}")
-        print(f"  this prior{', given the class' if label_dim else ''}".ljust(37) + f"{mean:7.2f} +- {error:.2f}")
-    print(f"{checkpoint_path} is ready; next: python sample.py --out_dir={out_dir}")
+            print("  this prior, given the class        {:7.2f} +- {:.2f}".format(*held_out_bits(8)))
+    print(f"{checkpoint_path} is ready; next: python sample.py --out_dir={out_dir}" + " --prior=sedd" * (prior == "sedd"))
 if world > 1:
     dist.destroy_process_group()

@@ -33,9 +33,10 @@ def run(script, *arguments):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A folder with a finished stage 1 and prior (of a few steps)."""
+    """A folder with a finished stage 1 and both priors (of a few steps)."""
     folder = tmp_path_factory.mktemp("trained")
     run("train_stage1.py", f"--out_dir={folder}", *TINY)
-    run("train_prior.py", f"--out_dir={folder}", "--layers=1", "--dim=16", "--heads=2", "--total_images=500",
-        "--device=cpu")
+    for prior in ("ar", "sedd"):
+        run("train_prior.py", f"--out_dir={folder}", f"--prior={prior}", "--layers=1", "--dim=16", "--heads=2",
+            "--total_images=500", "--device=cpu")
     return folder

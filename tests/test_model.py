@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import (DisCoDiff, Prior, UNet, draw_codes, edm_settings, gumbel_noise, gumbel_softmax, seed_of,
+from model import (SEDD, DisCoDiff, Prior, UNet, absorb, analytic_probs, denoise_probs, draw_codes, edm_settings,
+                   euler_probs, gumbel_noise, gumbel_softmax, log_linear, score_entropy, sedd_loss, seed_of,
                    seeded_generator)
+from sample import SeededNoise, codes_of_prior
 
 REFERENCE = Path(__file__).parent / "reference"
 SHAPES = json.loads((REFERENCE / "edm_shapes.json").read_text())
@@ -195,27 +197,136 @@ def test_prior_samples_its_own_distribution():
     assert ((counts - expected) ** 2 / expected).sum() < 103.4  # chi-square, 63 degrees of freedom, p = 0.001
 
 
-def test_prior_reaches_the_entropy_of_a_known_distribution():
+def known_codes(n):
     """z_1 uniform, z_2 = z_1 with probability 0.9, z_3 = the class: entropy 2 + 0.63 + 0 bits."""
+    c, first = torch.randint(4, (n,)), torch.randint(4, (n,))
+    second = torch.where(torch.rand(n) < 0.9, first, (first + torch.randint(1, 4, (n,))) % 4)
+    return torch.stack([first, second, c], 1), c
+
+
+ENTROPY = 2 - 0.9 * math.log2(0.9) - 0.1 * math.log2(0.1 / 3)
+
+
+def test_prior_reaches_the_entropy_of_a_known_distribution():
     torch.manual_seed(0)
     prior = Prior(num_latents=3, codebook_size=4, label_dim=4, layers=2, dim=32, heads=2)
     optimizer = torch.optim.Adam(prior.parameters(), lr=3e-3)
 
-    def draw(n):
-        c, first = torch.randint(4, (n,)), torch.randint(4, (n,))
-        second = torch.where(torch.rand(n) < 0.9, first, (first + torch.randint(1, 4, (n,))) % 4)
-        return torch.stack([first, second, c], 1), c
-
     def bits(z, c):
-        return F.cross_entropy(prior(z, c).flatten(0, 1), z.flatten()) * 3 / math.log(2)
+        return prior.nats(z, c).mean() / math.log(2)
 
-    assert bits(*draw(1000)).item() == pytest.approx(6, abs=1e-4)  # starts uniform: m log2 k
+    assert bits(*known_codes(1000)).item() == pytest.approx(6, abs=1e-4)  # starts uniform: m log2 k
     for _ in range(250):
         optimizer.zero_grad()
-        bits(*draw(256)).backward()
+        bits(*known_codes(256)).backward()
         optimizer.step()
-    entropy = 2 - 0.9 * math.log2(0.9) - 0.1 * math.log2(0.1 / 3)
-    assert bits(*draw(20_000)).item() == pytest.approx(entropy, abs=0.06)
+    assert bits(*known_codes(20_000)).item() == pytest.approx(ENTROPY, abs=0.06)
+
+
+# SEDD-absorb
+
+ABSORB = {k: torch.from_numpy(v) for k, v in np.load(REFERENCE / "sedd_absorb.npz").items()}
+
+
+def test_sedd_equals_its_authors():
+    """Lou et al.'s program, float64, random log-scores."""
+    t, x, x0, log_score = (ABSORB[k] for k in ("t", "x", "x0", "log_score"))
+    sigma, dsigma = log_linear(t)
+    s = t - ABSORB["step"]
+    for mine, theirs in ((sigma, "sigma"), (dsigma, "dsigma"), (score_entropy(log_score, sigma, x, x0), "score_entropy"),
+                         (sedd_loss(log_score, t, x, x0), "loss"), (analytic_probs(log_score, x, t, s), "analytic_probs"),
+                         (euler_probs(log_score, x, t, s), "euler_probs"), (denoise_probs(log_score, x, t), "denoise_probs")):
+        assert mine.dtype == torch.float64 and mine.shape == ABSORB[theirs].shape
+        assert torch.allclose(mine, ABSORB[theirs], rtol=1e-6, atol=1e-6 if mine.ndim > 1 else 0), theirs
+
+
+def test_score_entropy_is_zero_at_the_true_score_alone():
+    sigma, x, x0 = torch.tensor([0.01, 3.0], dtype=torch.float64), torch.full((2, 1), 3), torch.tensor([[0], [2]])
+    p = torch.nn.functional.one_hot(x0, 3).double().clamp_min(1e-12)
+    true = F.pad((p / torch.expm1(sigma)[:, None, None]).log(), (0, 1))
+    assert score_entropy(true, sigma, x, x0).abs().max() < 1e-8
+    for change in (0.1, -0.1):
+        assert (score_entropy(true + change, sigma, x, x0) > 1e-4).all()
+    assert (score_entropy(true, sigma, x0, x0) == 0).all()  # no mask, nothing to learn
+
+
+def test_score_entropy_in_half_precision_is_computed_in_float32():
+    """At the smallest sigma of training, against float64: where e^sigma - 1 would keep 13 bits in float32."""
+    g = torch.Generator().manual_seed(0)
+    logits, x0 = torch.randn(200, 5, 8, generator=g).bfloat16(), torch.randint(8, (200, 5), generator=g)
+    x, t = torch.full_like(x0, 8), torch.full((200,), 1.0e-3)
+    sigma = log_linear(t)[0]
+
+    def loss(logits, t):
+        return sedd_loss(F.pad(logits - torch.expm1(log_linear(t)[0]).log()[:, None, None] - math.log(8), (0, 1)), t, x, x0)
+
+    low, high = loss(logits.float(), t), loss(logits.double(), t.double())
+    assert low.dtype == torch.float32 and torch.allclose(low.double(), high, rtol=1e-5)
+    assert score_entropy(F.pad(logits, (0, 1)), sigma, x, x0).dtype == torch.float32
+    naive = 1 / (sigma.exp() - 1)
+    assert ((naive.double() * torch.expm1(sigma.double()) - 1).abs() > 2e-5).all()  # what it would have been without
+
+
+def small_sedd(**settings):
+    torch.manual_seed(0)
+    return SEDD(**dict(dict(num_latents=3, codebook_size=4, label_dim=4, layers=2, dim=32, heads=2), **settings))
+
+
+def test_sedd_starts_uniform_and_sees_everything_but_what_is_masked():
+    model = small_sedd().eval()
+    x, t = torch.tensor([[4, 1, 4], [4, 4, 4]]), torch.tensor([0.5, 0.9])
+    with torch.no_grad():
+        log_score = model(x, t)
+        assert log_score.shape == (2, 3, 5) and log_score[0, 1, 1] == 0 and (log_score[..., 4] == 0).all()
+        p = log_score[1, :, :4].exp() * torch.expm1(log_linear(t)[0])[1]
+        assert torch.allclose(p, torch.full((3, 4), 0.25))
+        z = torch.randint(4, (50, 3))
+        assert torch.allclose(model.nats(z, None, torch.Generator()), torch.tensor(3 * math.log(4)))
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        base = model(x, t, torch.tensor([0, 1]))
+        for other in (model(torch.tensor([[4, 2, 4], [4, 4, 4]]), t, torch.tensor([0, 1])),
+                      model(x, torch.tensor([0.6, 0.9]), torch.tensor([0, 1])), model(x, t, torch.tensor([3, 1]))):
+            a, b = base[0, [0, 2], :4].log_softmax(1), other[0, [0, 2], :4].log_softmax(1)
+            assert (a - b).abs().amax(1).min() > 1e-3 and torch.equal(base[1], other[1])  # token, time and class; both ways
+        assert torch.equal(model(x, t), model(x, t, torch.tensor([-1, -1])))  # labels can be left out
+    without = small_sedd(label_dim=0)
+    assert torch.equal(without(x, t), without(x, t, torch.tensor([2, 3])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sedd_learns_a_known_distribution(dtype):
+    """Its bound comes down to the entropy, and first-hitting draws from the distribution; in bfloat16 too."""
+    model = small_sedd()
+    optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
+    worst = 0
+    for step in range(300):
+        z, c = known_codes(128)
+        t = 1e-3 + (1 - 1e-3) * torch.rand(128)
+        x = absorb(z, t, torch.rand(128, 3), mask=4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = sedd_loss(model(x, t, c), t, x, z).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        worst = max(worst, loss.item()) if step > 100 else 0
+    assert worst < 3 * 6 * math.log(2)  # no step blew up
+    with torch.no_grad():
+        z, c = known_codes(5000)
+        bound = model.nats(z, c, torch.Generator().manual_seed(0)).mean().item() / math.log(2)
+        assert bound == pytest.approx(ENTROPY, abs=0.12)
+        codes = codes_of_prior(model, SeededNoise("test", range(5000), "cpu"), c)
+    assert (codes[:, 2] == c).double().mean() > 0.985
+    assert (codes[:, 0] == codes[:, 1]).double().mean().item() == pytest.approx(0.9, abs=0.04)
+    assert (torch.bincount(codes[:, 0], minlength=4) / 5000 - 0.25).abs().max() < 0.04
+
+
+def test_absorb_masks_by_time():
+    t = torch.tensor([0.0, 0.3, 1.0]).repeat_interleave(10_000)
+    x = absorb(torch.zeros(30_000, 2, dtype=torch.int64), t, torch.rand(30_000, 2, generator=torch.Generator().manual_seed(0)), mask=7)
+    share = (x == 7).float().mean(1).view(3, -1).mean(1)
+    assert share.tolist() == pytest.approx([0, 0.3 * 0.999, 0.999], abs=0.01) and set(x.unique().tolist()) == {0, 7}
 
 
 def test_seeds_depend_on_the_whole_key():

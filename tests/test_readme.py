@@ -1,5 +1,6 @@
 """The README and config/ say what is there."""
 import ast
+import math
 import re
 
 import pytest
@@ -24,7 +25,7 @@ def names_in(file):
 
 
 ROWS = [[cell.strip() for cell in line.strip("| \n").split(" | ")]
-        for line in README.splitlines() if re.match(r"\| (DisCo-Diff|EDM|ADM)", line)]
+        for line in README.splitlines() if re.match(r"\| (DisCo-Diff|EDM|ADM|DLC|SEDD|Restart)", line)]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
@@ -51,11 +52,12 @@ def test_the_two_commands_are_single_lines():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.name)
 def test_config_files_fit_their_script(path):
-    script = "train_prior.py" if path.stem.endswith("_prior") else "train_stage1.py"
-    settings = (ROOT / script).read_text().split("\nconfig = configure(")[0]
-    scope = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(settings).body
-             if isinstance(node, ast.Assign)}
-    assert configure(scope, [str(path)])["out_dir"].startswith("out/")
+    script = "train_prior.py" if path.stem.endswith("_prior") else "sample.py" if path.stem.startswith("restart") \
+        else "train_stage1.py"
+    settings = ast.parse((ROOT / script).read_text().split("\n# ------")[0].split("\nconfig = configure(")[0])
+    scope = {node.targets[0].id: math.inf if ast.unparse(node.value) == "math.inf" else ast.literal_eval(node.value)
+             for node in settings.body if isinstance(node, ast.Assign)}
+    assert configure(scope, [str(path)])["out_dir"].startswith("out" if script == "sample.py" else "out/")
 
 
 def test_images_are_there():

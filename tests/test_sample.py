@@ -1,4 +1,5 @@
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,10 @@ import torch
 from PIL import Image
 
 import data
-from configurator import UserError
+from configurator import UserError, configure
 from conftest import ROOT, TINY, run
-from model import DisCoDiff
-from sample import SeededNoise, denoiser, heun
+from model import DisCoDiff, euler_probs, log_linear
+from sample import SeededNoise, denoiser, first_hitting, heun, restart, restart_loops, tau_leaping
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "samplers.npz")
 CENTRES = 3 * torch.tensor([(math.cos(i * math.pi / 4), math.sin(i * math.pi / 4)) for i in range(8)], dtype=torch.float64)
@@ -45,6 +46,74 @@ def test_heun_equals_edm(name, nfe, settings):
     assert len(calls) == nfe
 
 
+def preset(evaluations):
+    """The settings of config/restart39.py and so on."""
+    settings = dict(num_steps=0, restarts=(), gamma=0.0, S_min=0.0, S_max=0.0, S_noise=0.0)
+    return configure(settings, [str(ROOT / "config" / f"restart{evaluations}.py")])
+
+
+PUBLISHED = dict(gamma=0.05, S_min=0.01, S_max=1, S_noise=1.003)  # as all of Xu et al.'s for ImageNet-64
+RESTARTS = {
+    "restart39": (39, preset(39)),
+    "restart67": (67, dict(num_steps=18, **PUBLISHED, restarts=(
+        (5, 1, 19.35, 40.79), (5, 1, 1.09, 1.92), (5, 1, 0.59, 1.09), (5, 1, 0.06, 0.3)))),
+    "restart99": (99, dict(num_steps=18, **PUBLISHED, restarts=(
+        (3, 1, 19.35, 40.79), (4, 1, 1.09, 1.92), (4, 4, 0.59, 1.09), (4, 1, 0.3, 0.59), (4, 4, 0.06, 0.3)))),
+    "restart165": (165, dict(num_steps=18, **PUBLISHED, restarts=(
+        (3, 1, 19.35, 40.79), (4, 1, 1.09, 1.92), (4, 5, 0.59, 1.09), (4, 5, 0.3, 0.59), (4, 10, 0.06, 0.3)))),
+    "restart203": (203, preset(203)),
+    "restart385": (385, dict(num_steps=36, **PUBLISHED, restarts=(
+        (3, 1, 19.35, 40.79), (6, 1, 1.09, 1.92), (6, 5, 0.59, 1.09), (6, 5, 0.3, 0.59), (6, 20, 0.06, 0.3)))),
+    "restart535": (535, dict(num_steps=36, **PUBLISHED, restarts=(
+        (6, 1, 19.35, 40.79), (6, 1, 1.09, 1.92), (7, 6, 0.59, 1.09), (7, 6, 0.3, 0.59), (7, 25, 0.06, 0.3)))),
+    "restart623": (623, preset(623)),
+    "restart_simple": (43, dict(num_steps=18, restarts=((3, 2, 0.06, 0.3),))),
+}
+
+
+@pytest.mark.parametrize("name", RESTARTS)
+def test_restart_equals_its_authors(name):
+    nfe, settings = RESTARTS[name]
+    noise, calls = np.random.RandomState(11), []
+    x = restart(exact_denoiser(calls), torch.from_numpy(REFERENCE["latents"]),
+                randn_like=lambda x: torch.from_numpy(noise.standard_normal(tuple(x.shape))), **settings)
+    assert x.dtype == torch.float64 and np.abs(x.numpy() - REFERENCE[name]).max() < 1e-9
+    assert len(calls) == nfe
+
+
+def test_restart_without_restarts_is_heun():
+    latents = torch.from_numpy(REFERENCE["latents"])
+    assert torch.equal(restart(exact_denoiser(), latents, 18, []), heun(exact_denoiser(), latents, 18))
+
+
+def test_restart_keeps_the_distribution():
+    """Noise up and an ODE down leave the marginals as they are: one Gaussian stays one, whatever goes in between."""
+    g = torch.Generator().manual_seed(0)
+    x = restart(lambda x, sigma: x * 0.25 / (0.25 + sigma ** 2), torch.randn(20_000, 1, generator=g), 40,
+                [(20, 3, 0.3, 2.0), (20, 2, 5.0, 20.0)],
+                randn_like=lambda x: torch.randn(x.shape, generator=g, dtype=torch.float64))
+    assert abs(x.mean()) < 0.02 and x.std().item() == pytest.approx(0.5, rel=0.03)
+
+
+@pytest.mark.parametrize("restarts, message", [
+    ((3, 1, 0.06, 0.3), r"takes \(N_restart, K, t_min, t_max\), ...; not 3"),
+    (((3, 1, 0.06),), "not .3, 1, 0.06."),
+    (((1, 1, 0.06, 0.3),), "N_restart is 2 or more"),
+    (((3, 0, 0.06, 0.3),), "K is 1 or more"),
+    (((3, 1.5, 0.06, 0.3),), "K is 1 or more"),
+    (((3, 1, 0.3, 0.06),), "t_min < t_max"),
+    (((3, 1, 0.06, math.inf),), "t_min < t_max"),
+    (((3, 1, 90.0, 100.0), (3, 1, 70.0, 71.0)), None),
+    (((3, 1, 0.061, 0.062), (3, 1, 50.0, 51.0)), "the noise level nearest to t_min, and not below t_max"),
+])
+def test_restarts_that_do_not_fit(restarts, message):
+    if message is None:  # above the first step: from where that arrives
+        assert [len(loops) for loops in restart_loops(18, restarts)] == [0, 2] + [0] * 17
+        return
+    with pytest.raises(UserError, match=message):
+        restart_loops(18, restarts)
+
+
 def test_heun_is_of_second_order():
     """Of one Gaussian the ODE is solved in closed form: x(0) = x(sigma_max) sd / sqrt(sd^2 + sigma_max^2)."""
     latents, sd = torch.randn(5, 1, generator=torch.Generator().manual_seed(0)).double(), 0.5
@@ -59,6 +128,94 @@ def test_one_step_is_one_denoising():
     latents = torch.ones(1, 2)
     x = heun(exact_denoiser(calls), latents, num_steps=1)
     assert calls == [80.0] and torch.allclose(x, exact_denoiser()(80 * latents.double(), torch.tensor(80.0)))
+
+
+# discrete diffusion, with the exact scores of a known distribution of m = 3 tokens with V = 4 values
+
+STATES = torch.cartesian_prod(*[torch.arange(4)] * 3)  # (64, 3)
+P = torch.rand(64, generator=torch.Generator().manual_seed(5), dtype=torch.float64) ** 3 + 0.02
+P /= P.sum()
+
+
+def exact_score(seen=None):
+    """s_y = p(x0 = y | what is unmasked) / (e^sigma - 1)"""
+    def score(x, t):
+        if seen is not None:
+            seen.append((x.clone(), t))
+        fits = ((x[:, None] == STATES) | (x[:, None] == 4)).all(2) * P  # (B, 64)
+        p = torch.einsum("bs,siy->biy", fits / fits.sum(1, keepdim=True), torch.nn.functional.one_hot(STATES, 4).double())
+        p = torch.nn.functional.pad(p / torch.expm1(log_linear(t)[0])[:, None, None], (0, 1))
+        return p.log().scatter(2, x[..., None], 0)
+    return score
+
+
+def noise(seed):
+    g = np.random.default_rng(seed)
+    return (lambda n: (lambda *shape: torch.from_numpy(g.random((n, *shape))))), \
+        (lambda n: (lambda *shape: torch.from_numpy(g.gumbel(size=(n, *shape)))))
+
+
+def chi_square(codes):
+    """Of these samples against P: 63 degrees of freedom, so that 103.4 is exceeded with probability 0.001."""
+    counts = torch.bincount((codes * torch.tensor([16, 4, 1])).sum(1), minlength=64)
+    expected = len(codes) * P
+    assert expected.min() > 5
+    return ((counts - expected) ** 2 / expected).sum().item()
+
+
+def all_mask(n):
+    return torch.full((n, 3), 4)
+
+
+def test_first_hitting_samples_the_distribution():
+    """Exactly, in one evaluation a token, at falling times whose mean is that of the order statistics."""
+    n, seen, (rand, gumbel) = 30_000, [], noise(0)
+    start = all_mask(n)
+    codes = first_hitting(exact_score(seen), start, rand(n), gumbel(n))
+    assert chi_square(codes) < 103.4 and (start == 4).all()
+    assert [(x == 4).sum(1).unique().tolist() for x, _ in seen] == [[3], [2], [1]]
+    times = torch.stack([t for _, t in seen])
+    assert (times[:-1] > times[1:]).all()
+    assert torch.allclose(times.mean(1), torch.tensor([3 / 4, 2 / 4, 1 / 4], dtype=torch.float64), atol=0.01)
+    unmasked_first = (seen[1][0] != 4).double().mean(0)
+    assert torch.allclose(unmasked_first, torch.full((3,), 1 / 3, dtype=torch.float64), atol=0.02)
+
+
+def test_a_wrong_sampler_is_found_out():
+    """What the chi-square is worth: tokens by confidence, or all in one step, have another distribution."""
+    n, (_, gumbel) = 30_000, noise(0)
+    assert chi_square(tau_leaping(exact_score(), all_mask(n), 1, gumbel(n))) > 1000
+
+
+def test_analytic_sampler_agrees_in_1000_steps():
+    n, seen, (_, gumbel) = 8_000, [], noise(1)
+    codes = tau_leaping(exact_score(seen), all_mask(n), 1000, gumbel(n))
+    assert chi_square(codes) < 103.4 and len(seen) == 1000
+
+
+@pytest.mark.parametrize("eta, t0, t1", [(0.0, 0.3, 0.55), (0.02, 0.3, 0.55), (0.3, 0.3, 0.55), (0.9, 0.05, 0.99)])
+def test_masked_tokens_follow_the_schedule(eta, t0, t1):
+    """P(masked at t) = t at every step, with and without remasking; tokens are masked again in (t0, t1) alone."""
+    n, steps, seen, (_, gumbel) = 20_000, 40, [], noise(2)
+    tau_leaping(exact_score(seen), all_mask(n), steps, gumbel(n), eta=eta, t0=t0, t1=t1)
+    assert len(seen) == steps
+    for (x, t), (x_next, _) in zip(seen, seen[1:]):
+        t = t[0].item()
+        assert (x == 4).double().mean().item() == pytest.approx(t, abs=5 * math.sqrt(t * (1 - t) / (3 * n)) + 1e-12)
+        again = ((x_next == 4) & (x != 4)).sum() / max((x != 4).sum(), 1)
+        wanted = min(eta, (t - 1 / steps) / (1 - t)) if t0 < t < t1 else 0
+        assert again.item() == pytest.approx(wanted, abs=5 * math.sqrt(wanted / max((x != 4).sum().item(), 1)))
+
+
+def test_remasking_ends_in_the_distribution():
+    n, (_, gumbel) = 8_000, noise(3)
+    assert chi_square(tau_leaping(exact_score(), all_mask(n), 400, gumbel(n), eta=0.02)) < 103.4
+
+
+def test_euler_and_analytic_are_one_for_the_log_linear_noise():
+    n = 500
+    a, b = (tau_leaping(exact_score(), all_mask(n), 20, noise(4)[1](n), **how) for how in ({}, dict(probs=euler_probs)))
+    assert torch.equal(a, b)
 
 
 def small_model():
@@ -151,6 +308,25 @@ def test_the_batch_size_changes_nothing(trained, samples):
     assert close(load(trained, "b"), samples)
 
 
+@pytest.mark.parametrize("how", [[], ["--sedd_sampler=analytic", "--sedd_steps=5", "--eta=0.3"], ["--sedd_sampler=euler"]], ids=str)
+def test_sedd_codes_do_not_depend_on_the_batch_size(trained, samples, how):
+    for name, size in (("f", 20), ("g", 3)):
+        printed = run("sample.py", f"--out_dir={trained}", f"--name={name}", *SAMPLE, f"--batch_size={size}", "--prior=sedd", *how)
+        assert re.search(r"\d+ codes in \d+\.\d\d s, 20 images in \d+\.\d\d s", printed)
+    assert close(load(trained, "f"), load(trained, "g"))
+    assert 0 <= load(trained, "f")["codes"].min() and load(trained, "f")["codes"].max() < 5
+    assert not np.array_equal(load(trained, "f")["codes"], samples["codes"])
+
+
+@pytest.mark.parametrize("arguments, nfe", [([str(ROOT / "config" / "restart39.py")], 39), (["--num_steps=4"], 7),
+                                            (["--num_steps=4", "--restarts=(3,2,0.06,0.3),(2,1,1,2)"], 17)])
+def test_the_script_spends_the_evaluations_that_it_prints(trained, monkeypatch, arguments, nfe):
+    calls = []
+    monkeypatch.setattr(DisCoDiff, "denoise", lambda self, x, sigma, *_: (calls.append(len(x)), x * 0)[1])
+    printed = run("sample.py", f"--out_dir={trained}", "--name=n", "--num_images=5", "--device=cpu", *arguments)
+    assert f"5 images, {nfe} evaluations each" in printed and calls == [5] * nfe
+
+
 def test_any_seeds_can_be_made_alone(trained, samples):
     run("sample.py", f"--out_dir={trained}", "--name=c", *SAMPLE, "--seed=6", "--num_images=7")
     assert close(load(trained, "c"), {k: v[6:13] for k, v in samples.items()})
@@ -220,6 +396,27 @@ def test_codes_by_hand_and_from_images(trained):
     assert len(np.unique(load(trained, "set")["labels"])) > 1
 
 
+def test_composed_codes(trained):
+    """Of four rows: one code, the other, and two that take each position from the one or the other."""
+    compose = ["--per_code=2", "--num_images=160", "--num_steps=1"]
+    run("sample.py", f"--out_dir={trained}", "--name=hands", *SAMPLE, *compose, "--code=0,1,2", "--compose=3, 4,1")
+    codes = load(trained, "hands")["codes"].reshape(20, 4, 2, 3)
+    assert (codes[:, :, 0] == codes[:, :, 1]).all()
+    assert (codes[:, 0, 0] == [0, 1, 2]).all() and (codes[:, 1, 0] == [3, 4, 1]).all()
+    from_second = codes[:, 2:, 0] == [3, 4, 1]
+    assert (from_second | (codes[:, 2:, 0] == [0, 1, 2])).all()
+    assert len(np.unique(from_second.reshape(-1, 3), axis=0)) == 8  # all mixtures, in 40 draws
+    run("sample.py", f"--out_dir={trained}", "--name=again", *SAMPLE, *compose, "--code=0,1,2", "--compose=3,4,1", "--batch_size=7")
+    assert close(load(trained, "hands"), load(trained, "again"))
+    run("sample.py", f"--out_dir={trained}", "--name=data", *SAMPLE, *compose, "--encode=fashion-mnist-10k",
+        "--compose=fashion-mnist-10k")
+    made, (_, labels, order) = load(trained, "data"), data.read_images("fashion-mnist-10k", (1, 28, 28))
+    codes, c = made["codes"].reshape(20, 4, 2, 3)[:, :, 0], made["labels"].reshape(20, 4, 2)[:, :, 0]
+    assert (c[:, 0] == labels[order[:20]]).all() and (c[:, 1] == labels[np.roll(order, 1)[:20]]).all()
+    assert (c[:, 2:] == c[:, :2]).all() and len(np.unique(codes[:, 0], axis=0)) > 1
+    assert ((codes[:, 2:] == codes[:, :1]) | (codes[:, 2:] == codes[:, 1:2])).all()
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--class_label=10"], "class_label 10 is out of range: this model has 10 classes, 0 ... 9"),
     (["--class_label=-2"], "out of range"),
@@ -231,6 +428,23 @@ def test_codes_by_hand_and_from_images(trained):
     (["--sigma_min=90"], "sigma_min 90.0 must be below sigma_max 80.0"),
     (["--guidance=inf"], "guidance and temperature must be finite"),
     (["--num_steps=0"], "num_steps must be positive"),
+    (["--sedd_steps=0"], "sedd_steps must be positive"),
+    (["--prior=gpt"], "--prior is ar or sedd, not gpt"),
+    (["--prior=sedd", "--sedd_sampler=tweedie"], "--sedd_sampler is first-hitting, analytic or euler"),
+    (["--prior=sedd", "--sedd_sampler=analytic", "--eta=1"], "eta is a probability below 1, not 1.0"),
+    (["--prior=sedd", "--sedd_sampler=analytic", "--eta=-0.1"], "eta is a probability below 1"),
+    (["--prior=sedd", "--sedd_sampler=analytic", "--eta=nan"], "eta takes a float"),
+    (["--prior=sedd", "--t0=0.6"], "from t1 0.55 down to t0 0.6: 0 <= t0 < t1 <= 1"),
+    (["--prior=sedd", "--eta=0.02"], "say --sedd_sampler=analytic"),
+    (["--sedd_sampler=analytic"], "sedd_sampler and eta are of --prior=sedd"),
+    (["--prior=sedd", "--temperature=0.5"], "temperature is of --prior=ar"),
+    (["--gamma=0.05"], "gamma is the churn of restarts: there are none"),
+    (["--restarts=(3,1,0.06,0.3),", "--S_churn=3"], "with restarts, gamma is theirs"),
+    (["--restarts=(3,1,0.3,0.06),"], "restarts has .3, 1, 0.3, 0.06.: N_restart is 2 or more"),
+    (["--restarts=39"], "restarts takes a tuple"),
+    (["--compose=1,2,3"], "give the first by --code or --encode"),
+    (["--code=1,2,3", "--compose=1,2"], r"--compose takes 3 numbers in 0 ... 4, not \(1, 2\)"),
+    (["--code=1,2,3", "--compose=nothing"], "there is no data set 'nothing'"),
     (["--batch_size=0"], "batch_size must be positive"),
     (["--device=mps"], "--device=mps can't be used here: it is auto, cpu or cuda"),
     (["--out_dir=/nowhere"], r"there is no checkpoint /nowhere/stage1.pt: run `python train_stage1.py"),
@@ -252,28 +466,37 @@ def test_a_device_that_is_not_there(trained):
 def test_checkpoints_that_do_not_fit(trained, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(trained, broken)
-    whole = (trained / "prior.pt").read_bytes()
-    (broken / "prior.pt").write_bytes(whole[:-1000])
-    with pytest.raises(UserError, match="prior.pt is truncated or damaged"):
+    whole = (trained / "prior_ar.pt").read_bytes()
+    (broken / "prior_ar.pt").write_bytes(whole[:-1000])
+    with pytest.raises(UserError, match="prior_ar.pt is truncated or damaged"):
         run("sample.py", f"--out_dir={broken}", *SAMPLE)
-    (broken / "prior.pt").unlink()
-    with pytest.raises(UserError, match=r"there is no checkpoint .*prior.pt: run `python train_prior.py"):
+    (broken / "prior_ar.pt").unlink()
+    with pytest.raises(UserError, match=r"there is no checkpoint .*prior_ar.pt: run `python train_prior.py"):
         run("sample.py", f"--out_dir={broken}", *SAMPLE)
-    (broken / "prior.pt").write_bytes(whole)
+    (broken / "prior_ar.pt").write_bytes(whole)
     state = torch.load(trained / "stage1.pt")
     other = {**state, "model_args": {**state["model_args"], "model_channels": 16}}
     torch.save(other, broken / "stage1.pt")
     with pytest.raises(UserError, match="another architecture than this DisCoDiff"):
         run("sample.py", f"--out_dir={broken}", *SAMPLE)
     torch.save(state, broken / "stage1.pt")
-    prior = torch.load(trained / "prior.pt")
-    torch.save({**prior, "model_args": {**prior["model_args"], "codebook_size": 4}}, broken / "prior.pt")
+    prior = torch.load(trained / "prior_ar.pt")
+    torch.save({**prior, "model_args": {**prior["model_args"], "dim": 32}}, broken / "prior_ar.pt")
     with pytest.raises(UserError, match="another architecture than this Prior"):
         run("sample.py", f"--out_dir={broken}", *SAMPLE)
-    torch.save({k: v for k, v in prior.items() if k != "encoder"}, broken / "prior.pt")
+    torch.save({k: v for k, v in prior.items() if k != "encoder"}, broken / "prior_ar.pt")
     with pytest.raises(UserError, match="is not a checkpoint of train_prior.py"):
         run("sample.py", f"--out_dir={broken}", *SAMPLE)
-    (broken / "prior.pt").write_bytes(whole)
+    shutil.copy(trained / "prior_sedd.pt", broken / "prior_ar.pt")
+    with pytest.raises(UserError, match="prior_ar.pt holds a prior of the kind 'sedd', not 'ar'"):
+        run("sample.py", f"--out_dir={broken}", *SAMPLE)
+    torch.save({**prior, "model_args": {**prior["model_args"], "num_latents": 4}}, broken / "prior_ar.pt")
+    with pytest.raises(UserError, match=r"prior_ar.pt has m, k, classes = \[4, 5, 10\], stage 1 has \[3, 5, 10\]"):
+        run("sample.py", f"--out_dir={broken}", *SAMPLE)
+    (broken / "prior_ar.pt").write_bytes(whole)
+    (broken / "prior_sedd.pt").unlink()
+    with pytest.raises(UserError, match="prior_sedd.pt: run `python train_prior.py --prior=sedd --out_dir="):
+        run("sample.py", f"--out_dir={broken}", *SAMPLE, "--prior=sedd")
     state["ema"]["model.out_conv.bias"] += 1
     torch.save(state, broken / "stage1.pt")
     with pytest.raises(UserError, match="trained on codes of another stage 1"):

@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import data
+from compare_priors import distances, shuffled_in_class
 from configurator import UserError
 from conftest import ROOT, TINY, run
 from sample import load_prior, load_stage1
@@ -45,10 +47,11 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path):
     assert whole["step"] == 6 and same_training(whole, parts)
     run("train_stage1.py", f"--out_dir={tmp_path / 'other'}", *settings, "--seed=1")
     assert not same(whole["ema"], checkpoint(tmp_path / "other")["ema"])
-    for script in ("whole", "parts"):
-        run("train_prior.py", f"--out_dir={tmp_path / script}", *PRIOR, f"--total_images={200 if script == 'whole' else 100}")
-    run("train_prior.py", f"--out_dir={tmp_path / 'parts'}", *PRIOR, "--total_images=200")
-    assert same_training(checkpoint(tmp_path / "whole", "prior.pt"), checkpoint(tmp_path / "parts", "prior.pt"))
+    for prior in ("ar", "sedd"):
+        for name, images in (("whole", 200), ("parts", 100), ("parts", 200)):
+            run("train_prior.py", f"--out_dir={tmp_path / name}", *PRIOR, f"--prior={prior}", f"--total_images={images}")
+        whole, parts = (checkpoint(tmp_path / name, f"prior_{prior}.pt") for name in ("whole", "parts"))
+        assert whole["step"] == 4 and same_training(whole, parts) and not same(whole["model"], whole["ema"])
 
 
 def test_a_killed_run_continues(tmp_path):
@@ -155,7 +158,7 @@ def test_bits_are_what_they_say(trained):
     q = np.stack([p[train][labels[train] == c].mean(0) for c in range(10)])
     wanted = -(p[held_out] * np.log2(q[labels[held_out]])).sum() / 16
     assert bits["independent latents given the class"] == pytest.approx(wanted, abs=0.01)
-    model = load_prior(trained, "cpu", load_stage1(trained, "cpu")[1])
+    model = load_prior(trained, "ar", "cpu", load_stage1(trained, "cpu")[1])
     codes = torch.from_numpy((p + 0.0).argmax(-1))[held_out]
     nats = torch.nn.functional.cross_entropy(model(codes, torch.from_numpy(labels[held_out])).flatten(0, 1), codes.flatten())
     assert bits["this prior, given the class"] == pytest.approx(3 * nats.item() / np.log(2), rel=0.1)
@@ -216,7 +219,102 @@ def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path):
 
 
 def test_help_shows_the_settings():
-    for script in ("train_stage1.py", "train_prior.py", "sample.py", "data.py"):
+    for script in ("train_stage1.py", "train_prior.py", "sample.py", "data.py", "compare_priors.py"):
         done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-        assert "python " + script in done.stdout and "overwrite = False" in done.stdout or script == "sample.py"
+        assert "python " + script in done.stdout
+        assert "overwrite = False" in done.stdout or script in ("sample.py", "compare_priors.py")
         assert "num_steps = 18" in done.stdout or script != "sample.py"
+
+
+def test_processes_change_nothing_for_the_priors(tmp_path, trained):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_prior.py"]
+    for prior in ("ar", "sedd"):
+        settings = [*PRIOR, f"--prior={prior}", "--total_images=200"]
+        for name in ("one", "two"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            shutil.copy(trained / "stage1.pt", tmp_path / name)
+        run("train_prior.py", f"--out_dir={tmp_path / 'one'}", *settings)
+        subprocess.run([*torchrun, f"--out_dir={tmp_path / 'two'}", *settings], cwd=ROOT, check=True, capture_output=True)
+        one, two = (checkpoint(tmp_path / name, f"prior_{prior}.pt") for name in ("one", "two"))
+        moved = False
+        for name, p in one["model"].items():
+            assert torch.allclose(p, two["model"][name], atol=1e-4), name
+            moved = moved or (p - one["ema"][name]).abs().max() > 1e-5
+        assert moved
+
+
+def test_sedd_training_prints_bounds_and_starts_uniform(trained):
+    settings = [*PRIOR, "--prior=sedd", "--overwrite=True", "--total_images=50"]
+    before = (trained / "prior_sedd.pt").read_bytes()
+    printed = run("train_prior.py", f"--out_dir={trained}", *settings, "--lr=1e-12")
+    (trained / "prior_sedd.pt").write_bytes(before)
+    assert "on 16 held-out images, this prior's at most\n" in printed
+    bits = {line[:37].strip(): float(line[37:].split()[0]) for line in printed.splitlines() if line.startswith("  ")}
+    assert bits["this prior"] == bits["this prior, given the class"] == pytest.approx(3 * np.log2(5), abs=0.01)
+    assert printed.endswith(f"next: python sample.py --out_dir={trained} --prior=sedd\n")
+
+
+def test_the_class_is_dropped_as_often_as_said(trained, tmp_path):
+    """With probability 1 the class can't have been learned from; with 0, "no class" has not."""
+    shutil.copy(trained / "stage1.pt", tmp_path)
+    for prior, name in (("ar", "class_token"), ("sedd", "label")):
+        for drop, used in ((0.0, slice(0, 10)), (1.0, slice(10, 11))):
+            settings = [*PRIOR, f"--prior={prior}", "--total_images=250", f"--label_drop={drop}", "--overwrite=True"]
+            run("train_prior.py", f"--out_dir={tmp_path}", *settings)
+            state = checkpoint(tmp_path, f"prior_{prior}.pt")["optimizer"]["state"]
+            model = load_prior(tmp_path, prior, "cpu", checkpoint(tmp_path))
+            index = [n for n, _ in model.named_parameters()].index(name)
+            moment = state[index]["exp_avg"].abs().amax(1)
+            assert (moment[used] > 0).all() and moment.sum() == moment[used].sum()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--prior=gpt"], "--prior is ar or sedd, not gpt"),
+    (["--label_drop=1.5"], "label_drop 1.5 is a probability"),
+    (["--ema=1"], "ema 1.0 is below 1"),
+    (["--grad_clip=0"], "grad_clip must be positive"),
+    (["--dim=15"], "15 is not by 2"),
+    (["--layers=3", "--dim=16"], "layers=1 there, 3 here"),
+])
+def test_bad_input_to_the_priors(trained, arguments, message):
+    for prior in ("ar", "sedd"):
+        with pytest.raises(UserError, match=message) as error:
+            run("train_prior.py", f"--out_dir={trained}", *PRIOR, f"--prior={prior}", *arguments)
+        assert "\n" not in str(error.value)
+
+
+def test_a_prior_of_the_other_kind_is_not_continued(trained, tmp_path):
+    shutil.copy(trained / "stage1.pt", tmp_path)
+    shutil.copy(trained / "prior_ar.pt", tmp_path / "prior_sedd.pt")
+    with pytest.raises(UserError, match="prior='ar' there, 'sedd' here"):
+        run("train_prior.py", f"--out_dir={tmp_path}", "--prior=sedd", "--layers=1", "--dim=16", "--heads=2", "--device=cpu")
+
+
+def test_compare_priors(trained):
+    settings = [f"--out_dir={trained}", "--num_codes=300", "--batch_size=128", "--sedd_steps=4", "--etas=0.1,", "--device=cpu"]
+    printed = run("compare_priors.py", *settings)
+    assert (trained / "compare_priors.txt").read_text() in printed and (trained / "compare_priors.png").stat().st_size > 1000
+    rows = {line[:36].strip(): line[36:].split() for line in printed.splitlines()[2:-2]}
+    assert list(rows) == ["real codes (the floor)", "independent latents given the class", "AR", "SEDD, first-hitting",
+                          "SEDD, analytic, 3 steps", "SEDD, analytic, 4 steps", "and remasking, eta = 0.1"]
+    assert [row[-4] for row in list(rows.values())[2:]] == ["3", "3", "3", "4", "4"]  # evaluations
+    assert all(0 < float(v) < 1 for row in rows.values() for v in row[-2:])
+    floor, ar = rows["real codes (the floor)"], rows["AR"]
+    assert float(ar[-2]) > 1.5 * float(floor[-2])  # a prior after two steps is no good, and that shows
+    for changes, message in ((["--etas=1.0,"], "etas are probabilities below 1"), (["--sedd_steps=0"], "sedd_steps must be positive"),
+                             (["--out_dir=/nowhere"], "there is no checkpoint")):
+        with pytest.raises(UserError, match=message):
+            run("compare_priors.py", *settings, *changes)
+
+
+def test_distances_between_codes():
+    """Total variation where it is known: z_2 = z_1 against independent ones, both uniform; and shuffling undoes pairs."""
+    equal, every = torch.tensor([[0, 0], [1, 1]]), torch.cartesian_prod(torch.arange(2), torch.arange(2))
+    assert distances(equal, every, k=2) == (0, 0.5)
+    assert distances(torch.tensor([[0, 0]]), torch.tensor([[1, 0]]), k=2) == (0.5, 1)
+    codes, labels = equal.repeat(4000, 1), torch.zeros(8000, dtype=torch.int64)
+    labels[:4000] = 1
+    codes[labels == 1] += 2
+    shuffled = shuffled_in_class(codes, labels, torch.Generator().manual_seed(0))
+    single, pairs = distances(codes, shuffled, k=4)
+    assert single == 0 and pairs == pytest.approx(0.5, abs=0.02) and (shuffled[labels == 1] >= 2).all()

@@ -1,0 +1,13 @@
+"""The SEDD prior of config/imagenet64.py: the small network and the optimisation of Lou et al. (2024) and Discrete
+Latent Codes (Table 6): batch 512, 3e-4, 2,500 steps of warm-up. How long the codes of images take is our guess."""
+out_dir = "out/imagenet64"
+prior = "sedd"
+layers = 12
+dim = 768
+heads = 12
+total_images = 200_000_000
+batch_size = 512
+lr = 3e-4
+warmup_images = 1_280_000
+log_every = 10_000_000
+save_every = 10_000_000
