@@ -107,7 +107,7 @@ def main():
     m, k, g = stage1.num_latents, stage1.codebook_size, seeded_generator(place, "compare", seed)
 
     @torch.no_grad()
-    def real(indices):
+    def real(indices, g=g):
         """Codes of these images, and their labels."""
         logits = torch.cat([stage1.encoder(data.to_float(images[i], place)) for i in np.split(indices, range(500, len(indices), 500))])
         c = torch.from_numpy(labels[indices]) if stage1.label_dim else torch.full((len(indices),), -1)
@@ -118,7 +118,9 @@ def main():
 
     @torch.no_grad()
     def held_out_bits(prior, draws=8):
-        bits = sum(prior.nats(*real(held_out), g) for _ in range(draws)) / draws / math.log(2)
+        """As in train_prior.py: the same codes for both priors."""
+        g_codes, g_times = (seeded_generator(place, purpose, seed) for purpose in ("held-out", "times"))
+        bits = sum(prior.nats(*real(held_out, g_codes), g_times) for _ in range(draws)) / draws / math.log(2)
         return f"{bits.mean():.2f} +- {bits.std() / len(bits) ** 0.5:.2f}"
 
     (codes, _), (others, c) = real_sample(), real_sample()

@@ -20,6 +20,7 @@ import math
 import re
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ per_code = 8
 class_label = -1  # one class for all; -1: the classes in turn
 code = ()  # a code by hand, m numbers in 0 ... k - 1
 encode = ""  # codes of these images: an image file, a folder of them, an .npz, or a prepared data set's name
-compose = ""  # a second code or second images, to mix with the first: of four rows in turn, two have one code each, two mix
+compose = ""  # a second code, or images: of four rows in turn, two have the codes of the two, two are mixtures of both
 guidance = 1.0  # w in D~ = w D(z) + (1 - w) D(null), App. B; Table 3 counts cfg = w - 1
 # codes: which prior, and its sampler
 prior = "ar"  # or "sedd"
@@ -299,40 +300,58 @@ def codes_of_prior(prior, noise, labels=None, temperature=1.0, sampler="first-hi
     return tau_leaping(score, masks, num_steps, noise.gumbel, probs, eta, t0, t1)
 
 
+def read_source(setting, source, model):
+    """What --code, --encode or --compose names, checked: a code, or images, labels and order as of `read_images`."""
+    m, k = model.num_latents, model.codebook_size
+    if setting == "compose" and re.fullmatch(r"[\d\s,]+", source):
+        source = tuple(map(int, re.findall(r"\d+", source)))
+    if isinstance(source, tuple):
+        require(len(source) == m and all(isinstance(c, int) and 0 <= c < k for c in source),
+                f"--{setting} takes {m} numbers in 0 ... {k - 1}, not {source}")
+        return source
+    images, labels, order = data.read_images(source, model.img_shape)
+    if model.label_dim and class_label < 0:
+        require(labels is not None, f"{source} has no class labels: say --class_label=, a class for all images")
+        require(0 <= labels.min() and labels.max() < model.label_dim, f"{source} has classes up to {labels.max()}: "
+                f"this model has {model.label_dim}, 0 ... {model.label_dim - 1}")
+    return images, labels, np.roll(order, 1) if setting == "compose" and source == encode else order
+
+
+def given_conditions(source, which, model, noise):
+    """Codes (R, m), and class labels (R,) or None, of a source's items with these numbers."""
+    if isinstance(source[0], int):
+        return torch.tensor(source, device=noise.device).expand(len(which), -1), None
+    images, labels, order = source
+    chosen = order[which % len(order)]
+    with torch.no_grad():
+        logits = model.encoder(data.to_float(images[chosen], noise.device))
+    codes = draw_codes(logits, noise.gumbel(model.num_latents, model.codebook_size))
+    return codes, None if labels is None else torch.from_numpy(labels[chosen]).to(noise.device)
+
+
 def row_conditions(rows, model, sources, prior, device):
     """Codes (R, m) and class labels (R,) of the rows with these numbers, each from its number alone.
 
-    sources: [] for the prior's codes, [one] or, to compose, [first, second]: a code, or images as from `read_images`.
-    Of four rows in turn, the first two have the codes of the two, and the others mix them.
+    sources: [] for the prior's codes, [one], or two to compose: of four rows in turn, two have the codes of the
+    two, and in the others each position comes from the one or the other (DLC sec. 5.2).
     """
     which = rows // 4 if len(sources) == 2 else rows
     noise = SeededNoise("codes", which, device)
     in_turn = which if len(sources) == 2 or per_code == 1 else rows // 2
-    labels = [torch.from_numpy(in_turn % max(model.label_dim, 1)).to(device)] * max(len(sources), 1)
-    codes = []
-    for i, source in enumerate(sources):
-        if isinstance(source[0], int):
-            codes.append(torch.tensor(source, device=device).expand(len(rows), -1))
-            continue
-        images, given_labels, order = source
-        chosen = order[which % len(order)]
-        with torch.no_grad():
-            codes.append(draw_codes(model.encoder(data.to_float(images[chosen], device)),
-                                    noise.gumbel(model.num_latents, model.codebook_size)))
-        if given_labels is not None:
-            labels[i] = torch.from_numpy(given_labels[chosen]).to(device)
-    if not model.label_dim or class_label >= 0:
-        labels = [torch.full_like(c, class_label if model.label_dim else -1) for c in labels]
+    fixed = -1 if not model.label_dim else class_label if class_label >= 0 else in_turn % model.label_dim
+    labels = torch.as_tensor(np.broadcast_to(fixed, rows.shape).copy(), device=device)
     if not model.num_latents:
-        codes = [torch.empty(len(rows), 0, dtype=torch.int64, device=device)]
-    elif not sources:
-        codes = [codes_of_prior(prior, noise, labels[0], temperature, sedd_sampler, sedd_steps, eta, t0, t1)]
-    if len(sources) == 2:  # each position from the first or the second (DLC sec. 5.2)
-        coins = SeededNoise("compose", rows, device).rand(model.num_latents) < 0.5
-        turn = torch.from_numpy(rows % 4).to(device)
-        first = torch.where(turn[:, None] < 2, turn[:, None] == 0, coins)
-        return torch.where(first, *codes), torch.where(turn % 2 == 0, *labels)
-    return codes[0], labels[0]
+        return torch.empty(len(rows), 0, dtype=torch.int64, device=device), labels
+    if not sources:
+        return codes_of_prior(prior, noise, labels, temperature, sedd_sampler, sedd_steps, eta, t0, t1), labels
+    codes, own_labels = zip(*(given_conditions(source, which, model, noise) for source in sources))
+    own_labels = [labels if c is None or not model.label_dim or class_label >= 0 else c for c in own_labels]
+    if len(sources) == 1:
+        return codes[0], own_labels[0]
+    turn = torch.from_numpy(rows % 4).to(device)
+    coins = SeededNoise("compose", rows, device).rand(model.num_latents) < 0.5
+    first = torch.where(turn[:, None] < 2, turn[:, None] == 0, coins)
+    return torch.where(first, *codes), torch.where(turn % 2 == 0, *own_labels)
 
 
 def main():
@@ -357,28 +376,14 @@ def main():
     loops = restart_loops(num_steps, restarts, sigma_min, sigma_max, rho)
     rank, world, place = start_processes(device)
     model, stage1 = load_stage1(out_dir, place)
-    m, k = model.num_latents, model.codebook_size
     require(-1 <= class_label < max(model.label_dim, 0), f"class_label {class_label} is out of range: "
             f"this model has {model.label_dim} classes, 0 ... {model.label_dim - 1}" if model.label_dim else
             f"class_label {class_label}: this model was trained without classes")
-    require(m or not (code or encode or guidance != 1),
+    require(model.num_latents or not (code or encode or guidance != 1),
             "this model has no discrete latents (num_latents=0): --code, --encode and --guidance need them")
-    sources = []
-    for setting, source in ("code", code), ("encode", encode), ("compose", compose):
-        if setting == "compose" and re.fullmatch(r"[\d\s,]+", source):
-            source = tuple(map(int, re.findall(r"\d+", source)))
-        if isinstance(source, tuple) and source:
-            require(len(source) == m and all(isinstance(c, int) and 0 <= c < k for c in source),
-                    f"--{setting} takes {m} numbers in 0 ... {k - 1}, not {source}")
-            sources.append(source)
-        elif source:
-            images, labels, order = data.read_images(source, model.img_shape)
-            if model.label_dim and class_label < 0:
-                require(labels is not None, f"{source} has no class labels: say --class_label=, a class for all images")
-                require(0 <= labels.min() and labels.max() < model.label_dim, f"{source} has classes up to {labels.max()}: "
-                        f"this model has {model.label_dim}, 0 ... {model.label_dim - 1}")
-            sources.append((images, labels, np.roll(order, 1) if sources and compose == encode else order))
-    prior_net = load_prior(out_dir, prior, place, stage1) if m and not sources else None
+    given = {"code": code, "encode": encode, "compose": compose}
+    sources = [read_source(setting, source, model) for setting, source in given.items() if source]
+    prior_net = load_prior(out_dir, prior, place, stage1) if model.num_latents and not sources else None
 
     # one file a batch; a run that was interrupted finds those that it has
     parts = Path(f"{out_dir}/{name}.parts")
@@ -394,6 +399,7 @@ def main():
     missing = [start for start in starts if not (parts / f"{start:09d}.npz").exists()]
     if world > 1:
         dist.barrier()
+    sampler = partial(restart, restarts=restarts, gamma=gamma) if restarts else partial(heun, S_churn=S_churn)
     nfe = 2 * num_steps - 1 + sum(2 * (len(s) - 1) for levels in loops for s in levels)
     if rank == 0:
         print(f"{num_images:,} images, {nfe} evaluations each" + (" of D(z) and D(null) in one batch" if guidance != 1 else ""))
@@ -408,12 +414,8 @@ def main():
         codes, labels = row_codes[row_of].to(place), row_labels[row_of].to(place)
         denoise = denoiser(model, labels if model.label_dim else None, codes, guidance)
         noise = SeededNoise("images", seeds, place)
-        latents = noise.randn(*model.img_shape)
-        if restarts:
-            x = restart(denoise, latents, num_steps, restarts, sigma_min, sigma_max, rho, gamma, S_min, S_max, S_noise,
-                        noise.randn_like)
-        else:
-            x = heun(denoise, latents, num_steps, sigma_min, sigma_max, rho, S_churn, S_min, S_max, S_noise, noise.randn_like)
+        x = sampler(denoise, noise.randn(*model.img_shape), num_steps=num_steps, sigma_min=sigma_min, sigma_max=sigma_max,
+                    rho=rho, S_min=S_min, S_max=S_max, S_noise=S_noise, randn_like=noise.randn_like)
         images = data.to_uint8(x)
         seconds["images"] += time.perf_counter() - began
         made += len(rows), len(seeds)

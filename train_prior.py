@@ -154,15 +154,15 @@ forward = DistributedDataParallel(model, device_ids=[device.index] if on_gpu els
 @torch.no_grad()
 def held_out_bits(draws=1, with_class=True):
     """-log2 p(z | c) of codes drawn for held-out images, or SEDD's bound on it: mean over images, and its standard error."""
-    g = seeded_generator(device, "held-out", seed)
+    g_codes, g_times = (seeded_generator(device, purpose, seed) for purpose in ("held-out", "times"))
     bits = []
     for part in np.array_split(held_out_indices, -(-len(held_out_indices) // 500)):
         logits, c = logits_of(part, np.zeros(len(part), bool)), labels_of(part) if with_class else None
         total = 0
         for _ in range(draws):
-            z = draw_codes(logits, gumbel_noise(logits.shape, g))
+            z = draw_codes(logits, gumbel_noise(logits.shape, g_codes))
             with autocast:
-                total += averaged.nats(z, c, g)
+                total += averaged.nats(z, c, g_times)
         bits.append(total / draws / math.log(2))
     bits = torch.cat(bits)
     return bits.mean().item(), bits.std(correction=0).item() / len(bits) ** 0.5
