@@ -29,7 +29,7 @@ seed = 0
 num_codes = 4000  # of each sample
 batch_size = 1000
 sedd_steps = 64  # of the samplers that have steps
-etas = (0.005, 0.01, 0.02, 0.05, 0.1)  # remasking probabilities to try
+etas = (0.01, 0.02, 0.05, 0.1, 0.3)  # remasking probabilities to try
 
 # ----------------------------------------------------------------------------------------------------
 # measures

@@ -496,7 +496,7 @@ def absorb(codes, t, u, mask):
 
 
 def score_entropy(log_score, sigma, x, x0):
-    """Lou et al., Eq. 5: how far these scores are from the ratio that x0 has; 0 at the least, and where x is no mask.
+    """How far these scores are from those that x0 has (Lou et al. 2024): 0 at the least, and where x is no mask.
 
     log_score: (B, m, V + 1); sigma: (B,); x: (B, m) noisy tokens; x0: (B, m) the codes. -> (B, m) nats, in
     float32 or better
@@ -522,7 +522,7 @@ def step_probs(rate, log_score, x):
 
 
 def analytic_probs(log_score, x, t, s):
-    """Tweedie tau-leaping from t to s, both (B,) (Lou et al., Thm. 4.2). -> (B, m, V + 1), rows sum to 1
+    """Tweedie tau-leaping from t to s, both (B,) (Lou et al. 2024). -> (B, m, V + 1), rows sum to 1
 
     A wrong score can make "stays masked" negative, as it can for `euler_probs`.
     """

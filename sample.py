@@ -155,7 +155,7 @@ def restart(denoise, latents, num_steps, restarts, sigma_min=0.002, sigma_max=80
 
 @torch.no_grad()
 def tau_leaping(score, x, num_steps, gumbel, probs=analytic_probs, eta=0.0, t0=0.3, t1=0.55):
-    """SEDD-absorb (Lou et al. 2024, Alg. 2) from t = 1 to 0 in num_steps >= 1 evaluations; probs: one step's.
+    """SEDD-absorb (Lou et al. 2024) from t = 1 to 0 in num_steps >= 1 evaluations; probs: one step's.
 
     eta > 0 adds remasking (DLC Eq. 4): while t0 < t < t1, a token that is there is masked again with
     probability eta, or as much of it as the schedule has room for. -> codes (B, m)
@@ -180,7 +180,7 @@ def tau_leaping(score, x, num_steps, gumbel, probs=analytic_probs, eta=0.0, t0=0
 
 @torch.no_grad()
 def first_hitting(score, x, rand, gumbel):
-    """The limit of `tau_leaping` for infinitely many steps, in m evaluations (Zheng et al. 2024, sec. 4).
+    """The limit of `tau_leaping` for infinitely many steps, in m evaluations (Zheng et al. 2024).
 
     P(masked at t) = t, so that each token unmasks at a time of its own, uniform on (0, 1). The latest comes first;
     going from one to the next is the same as t <- t u^(1/n) for n masked tokens, and a position at random.

@@ -204,8 +204,11 @@ def test_a_data_set_without_labels(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no class labels: train with --class_cond=False"):
         run("train_stage1.py", f"--out_dir={tmp_path}", *TINY)
     run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--class_cond=False")
-    run("train_prior.py", f"--out_dir={tmp_path}", *PRIOR, "--total_images=100")
-    run("sample.py", f"--out_dir={tmp_path}", "--num_images=4", "--num_steps=2", "--device=cpu")
+    for prior in ("ar", "sedd"):
+        run("train_prior.py", f"--out_dir={tmp_path}", *PRIOR, f"--prior={prior}", "--total_images=100")
+        run("sample.py", f"--out_dir={tmp_path}", f"--prior={prior}", "--num_images=4", "--num_steps=2", "--device=cpu")
+    printed = run("compare_priors.py", f"--out_dir={tmp_path}", "--num_codes=50", "--sedd_steps=2", "--etas=0.1,", "--device=cpu")
+    assert "bits per image on 16 held-out images" in printed
 
 
 def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path):
