@@ -6,8 +6,9 @@ The two priors side by side, on the codes of one encoder: how close to the real 
 Reads out_dir/stage1.pt, prior_ar.pt and prior_sedd.pt; prints a table, and writes it to out_dir/compare_priors.txt
 and, as bars, to out_dir/compare_priors.png. What is compared is the total-variation distance, 0 ... 1, between the
 distributions of a latent's codes (mean over latents), and of two latents' codes (mean over pairs), in two samples of
-equal size: the prior's, and the encoder's for training images of the same classes. Two samples of real codes are
-some distance apart, too: that is the floor.
+equal size: the prior's, and the encoder's for other training images, whose classes have the same distribution. Two
+samples of real codes are some distance apart, too: that is the floor. +- is the standard deviation over samples, for
+held-out bits the standard error. Seconds are those of drawing codes, seeded noise included.
 """
 
 import math
@@ -26,7 +27,8 @@ from sample import SeededNoise, codes_of_prior, load_prior, load_stage1
 out_dir = "out"
 device = "auto"
 seed = 0
-num_codes = 4000  # of each sample
+samples = 3
+num_codes = 2000  # of each sample
 batch_size = 1000
 sedd_steps = 64  # of the samplers that have steps
 etas = (0.01, 0.02, 0.05, 0.1, 0.3)  # remasking probabilities to try
@@ -57,28 +59,28 @@ def shuffled_in_class(codes, labels, g):
     return result
 
 
-def generate(prior, labels, **how):
-    """-> codes of these classes (N, m), and seconds per 1,000 of them"""
-    began, codes = time.perf_counter(), []
-    for part in tqdm(torch.arange(len(labels)).split(batch_size), desc=", ".join(map(str, how.values())) or "ar", leave=False):
-        noise = SeededNoise("compare", (seed + part).tolist(), labels.device)
+def generate(prior, labels, first_seed, **how):
+    """Codes of these classes, (N, m)"""
+    codes = []
+    for part in torch.arange(len(labels)).split(batch_size):
+        noise = SeededNoise("compare", (first_seed + part).tolist(), labels.device)
         codes.append(codes_of_prior(prior, noise, labels[part], **how).cpu())
-    return torch.cat(codes), (time.perf_counter() - began) / len(labels) * 1000
+    return torch.cat(codes)
 
 
 def draw_bars(rows, path):
-    """rows: [name, ..., distance of single latents, of pairs]; the first row's are the floor, drawn as lines."""
-    font, scale, colours = ImageFont.load_default(22), 640 / max(max(row[-2:]) for row in rows), ("#78aadc", "#144682")
+    """rows: [name, distance of single latents, of pairs]; the first row's are the floor, drawn as lines."""
+    font, scale, colours = ImageFont.load_default(22), 640 / max(max(row[1:]) for row in rows), ("#78aadc", "#144682")
     canvas = Image.new("RGB", (1280, 80 + 64 * len(rows)), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((20, 18), "total variation, lower is better:", "black", font)
     draw.text((440, 18), "single latents", colours[0], font)
     draw.text((620, 18), "pairs of latents", colours[1], font)
-    for value, colour in zip(rows[0][-2:], colours):
+    for value, colour in zip(rows[0][1:], colours):
         draw.line((440 + scale * value, 60, 440 + scale * value, canvas.height - 10), colour, 2)
     for i, row in enumerate(rows):
         draw.text((20, 80 + 64 * i), row[0].strip(), "black", font)
-        for y, value, colour in zip((70 + 64 * i, 94 + 64 * i), row[-2:], colours):
+        for y, value, colour in zip((70 + 64 * i, 94 + 64 * i), row[1:], colours):
             draw.rectangle((440, y, 440 + scale * value, y + 20), colour)
             at, text = (450 + scale * value, y - 4), f"{value:.3f}"
             draw.rectangle(draw.textbbox(at, text, font), "white")
@@ -91,7 +93,7 @@ def draw_bars(rows, path):
 
 
 def main():
-    for setting in ("num_codes", "batch_size", "sedd_steps"):
+    for setting in ("samples", "num_codes", "batch_size", "sedd_steps"):
         require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
     require(seed >= 0, f"seed can't be negative: it is {seed}")
     require(all(0 <= eta < 1 for eta in etas), f"etas are probabilities below 1, not {etas}")
@@ -107,46 +109,57 @@ def main():
     m, k, g = stage1.num_latents, stage1.codebook_size, seeded_generator(place, "compare", seed)
 
     @torch.no_grad()
-    def real(indices, g=g):
-        """Codes of these images, and their labels."""
-        logits = torch.cat([stage1.encoder(data.to_float(images[i], place)) for i in np.split(indices, range(500, len(indices), 500))])
+    def encode(indices):
+        """The encoder's logits for these images, and their class labels."""
+        parts = np.split(indices, range(500, len(indices), 500))
+        logits = torch.cat([stage1.encoder(data.to_float(images[part], place)) for part in parts])
         c = torch.from_numpy(labels[indices]) if stage1.label_dim else torch.full((len(indices),), -1)
-        return draw_codes(logits, gumbel_noise(logits.shape, g)), c.to(place)
-
-    def real_sample():
-        return real(train[torch.randint(len(train), (num_codes,), generator=g, device=place).cpu()])
+        return logits, c.to(place)
 
     @torch.no_grad()
     def held_out_bits(prior, draws=8):
-        """As in train_prior.py: the same codes for both priors."""
+        """As train_prior.py has them: of the same codes for both priors."""
         g_codes, g_times = (seeded_generator(place, purpose, seed) for purpose in ("held-out", "times"))
-        bits = sum(prior.nats(*real(held_out, g_codes), g_times) for _ in range(draws)) / draws / math.log(2)
-        return f"{bits.mean():.2f} +- {bits.std() / len(bits) ** 0.5:.2f}"
+        (logits, c), bits = encode(held_out), 0
+        for _ in range(draws):
+            bits += prior.nats(draw_codes(logits, gumbel_noise(logits.shape, g_codes)), c, g_times) / draws / math.log(2)
+        return f"{bits.mean():.2f} +- {bits.std(correction=0) / len(bits) ** 0.5:.2f}"
 
-    (codes, _), (others, c) = real_sample(), real_sample()
-    floors = np.array([distances(real_sample()[0], real_sample()[0], k) for _ in range(10)])
-    rows = [("real codes (the floor)", "", "", "", *floors.mean(0)),
-            ("independent latents given the class", "", "", "", *distances(codes, shuffled_in_class(others, c, g), k))]
-    stepped = dict(sampler="analytic", num_steps=sedd_steps)
+    def real_codes():
+        """Of training images, with their labels."""
+        logits, c = encode(train[torch.randint(len(train), (num_codes,), generator=g, device=place).cpu()])
+        return draw_codes(logits, gumbel_noise(logits.shape, g)), c
+
+    stepped = dict(sampler="analytic", num_steps=sedd_steps, t0=0.3, t1=0.55)
     ar_bits, sedd_bits = held_out_bits(ar), "<= " + held_out_bits(sedd)
-    for name, prior, bits, evaluations, how in [
-            ("AR", ar, ar_bits, m, {}),
-            ("SEDD, first-hitting", sedd, sedd_bits, m, dict(sampler="first-hitting")),
-            (f"SEDD, analytic, {m} steps", sedd, sedd_bits, m, dict(sampler="analytic", num_steps=m)),
-            (f"SEDD, analytic, {sedd_steps} steps", sedd, sedd_bits, sedd_steps, stepped),
-            *((f"  and remasking, eta = {eta:g}", sedd, sedd_bits, sedd_steps, stepped | dict(eta=eta)) for eta in etas)]:
-        made, seconds = generate(prior, c, **how)
-        rows.append((name, bits, evaluations, f"{seconds:.2f}", *distances(codes, made, k)))
+    methods = [("AR", ar, ar_bits, m, {}),
+               ("SEDD, first-hitting", sedd, sedd_bits, m, dict(sampler="first-hitting")),
+               (f"SEDD, analytic, {m} steps", sedd, sedd_bits, m, dict(sampler="analytic", num_steps=m)),
+               (f"SEDD, analytic, {sedd_steps} steps", sedd, sedd_bits, sedd_steps, stepped),
+               *((f"  and remasking, eta = {eta:g}", sedd, sedd_bits, sedd_steps, stepped | dict(eta=eta)) for eta in etas)]
+    found = np.empty((len(methods) + 2, samples, 2))
+    seconds = np.zeros(len(methods))
+    for i in range(samples):
+        (real, _), (other, c) = real_codes(), real_codes()
+        found[0, i] = distances(real, other, k)
+        found[1, i] = distances(real, shuffled_in_class(other, c, g), k)
+        for j, (_, prior, _, _, how) in enumerate(tqdm(methods, desc=f"sample {i + 1} of {samples}", unit="sampler")):
+            began = time.perf_counter()
+            made = generate(prior, c, seed + i * num_codes, **how)
+            seconds[j] += (time.perf_counter() - began) / samples / num_codes * 1000
+            found[j + 2, i] = distances(real, made, k)
 
+    rows = [("real codes (the floor)", "", "", ""), ("independent latents given the class", "", "", ""),
+            *((name, bits, n, f"{s:.2f}") for (name, _, bits, n, _), s in zip(methods, seconds))]
+    rows = [(*row, *distance) for row, distance in zip(rows, np.stack([found.mean(1), found.std(1)], 2).reshape(len(rows), 4))]
     table = "\n".join([
-        f"{num_codes:,} codes of {m} latents with {k} values; bits per image on {len(held_out)} held-out images (<=: a bound)",
-        f"{'':36}{'held-out bits':>19}{'evaluations':>13}{'s per 1,000':>13}{'TV single':>11}{'TV pairs':>10}",
-        *(f"{name:36}{bits:>19}{n:>13}{s:>13}{single:11.4f}{pairs:10.4f}" for name, bits, n, s, single, pairs in rows),
-        f"the floor is a mean of 10; their standard deviation is {floors.std(0)[0]:.4f} and {floors.std(0)[1]:.4f}"])
+        f"{samples} x {num_codes:,} codes of {m} latents with {k} values; bits per image on {len(held_out)} held-out images (<=: a bound)",
+        f"{'':36}{'held-out bits':>18}{'evaluations':>12}{'s per 1,000':>12}{'TV single':>18}{'TV pairs':>18}",
+        *(f"{name:36}{bits:>18}{n:>12}{s:>12}{v[0]:9.4f} +- {v[1]:.4f}{v[2]:8.4f} +- {v[3]:.4f}" for name, bits, n, s, *v in rows)])
     print(table)
     with data.atomic(f"{out_dir}/compare_priors.txt") as file:
         file.write(table.encode() + b"\n")
-    draw_bars(rows, f"{out_dir}/compare_priors.png")
+    draw_bars([(row[0], row[4], row[6]) for row in rows], f"{out_dir}/compare_priors.png")
     print(f"{out_dir}/compare_priors.txt and {out_dir}/compare_priors.png are ready")
 
 

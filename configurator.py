@@ -94,6 +94,8 @@ def _checked(name, value, default, where):
         value = float(value)
     if kind is tuple and type(value) is list:
         value = tuple(value)
+    if kind is tuple and type(value) is tuple and default and type(default[0]) is float:
+        value = tuple(float(item) if type(item) is int else item for item in value)
     fits = type(value) is kind
     if fits and kind is tuple and default:
         fits = all(type(item) is type(default[0]) for item in value)

@@ -133,6 +133,8 @@ def read_images(source, img_shape):
         try:
             with np.load(path) as found:
                 images, labels = found["images"], found["labels"] if "labels" in found else None
+            if images.ndim != 4:
+                raise ValueError(f"their shape is {images.shape}, not (N, H, W, C)")
             if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
                 raise ValueError(f"its labels are {labels.dtype} {labels.shape}, not one integer an image")
             labels = None if labels is None else labels.astype(np.int64)

@@ -255,7 +255,8 @@ class TransformerBlock(nn.Module):
 
 
 class AdaLNBlock(TransformerBlock):
-    """One that an embedding (B, dim) modulates: adaLN-zero (DiT: Peebles & Xie 2023, sec. 3.2). Starts as the identity."""
+    """One that an embedding (B, dim), after its SiLU, modulates: adaLN-zero (DiT: Peebles & Xie 2023, sec. 3.2). Starts
+    as the identity."""
 
     def __init__(self, dim, heads, causal=False):
         super().__init__(dim, heads, causal)
@@ -455,7 +456,7 @@ class Prior(nn.Module):
         return float32(self.head, self.norm(x))
 
     def nats(self, codes, labels=None, generator=None):
-        """-ln p(codes | labels). (B,)"""
+        """-ln p(codes | labels), (B,); the generator is for `SEDD.nats`, which has the same signature."""
         return F.cross_entropy(self(codes, labels).transpose(1, 2), codes, reduction="none").sum(1)
 
     @torch.no_grad()
@@ -479,8 +480,9 @@ class Prior(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------
 # priors: SEDD-absorb (Lou et al. 2024; Discrete Latent Codes, sec. 4). Tokens 0 ... V - 1 and a mask token V, with
-# V = k; t runs from 0, the codes, to 1, all masked. Log-scores are (B, m, V + 1); the true score of token y at a
-# masked position is p(x0 = y | what is unmasked) / (e^sigma - 1).
+# V = k; t runs from 0, the codes, to 1, where the share 1 - EPS is masked (samplers start from all mask). Log-scores
+# are (B, m, V + 1), of which the last column, the mask's, says nothing; the true score of token y at a masked
+# position is p(x0 = y | what is unmasked) / (e^sigma - 1).
 
 EPS = 1e-3
 
@@ -491,7 +493,7 @@ def log_linear(t):
 
 
 def absorb(codes, t, u, mask):
-    """Codes (B, m) at times t (B,): each token is `mask` with probability (1 - EPS) t; u: (B, m) uniform on (0, 1)."""
+    """Codes (B, m) at times t (B,): each token is `mask` with probability (1 - EPS) t; u: (B, m) uniform on [0, 1)."""
     return torch.where(u < (1 - EPS) * t[:, None], mask, codes)
 
 
@@ -509,7 +511,9 @@ def score_entropy(log_score, sigma, x, x0):
 
 
 def sedd_loss(log_score, t, x, x0):
-    """Denoising score entropy, weighted by dsigma/dt: a bound on -ln p(x0), on average over t and x. -> (B,) nats"""
+    """Denoising score entropy, weighted by dsigma/dt: on average over t and x a bound on -ln p(x0), but for terms of
+    the order of EPS that are left out. `SEDD.nats` leaves out none. -> (B,) nats
+    """
     sigma, dsigma = log_linear(t)
     return dsigma * score_entropy(log_score, sigma, x, x0).sum(1)
 
@@ -540,13 +544,16 @@ def denoise_probs(log_score, x, t):
 
 
 class SEDD(nn.Module):
-    """The network of log-scores: a bidirectional Transformer that time and class modulate.
+    """The network of log-scores: a bidirectional Transformer that time and class modulate, DiT's blocks (Lou et al. have
+    rotary positions, and no class).
 
     label_dim = 0: not class-conditional. Samplers: `first_hitting` and `tau_leaping` in sample.py.
     """
 
     def __init__(self, num_latents, codebook_size, label_dim=0, layers=12, dim=512, heads=8):
         super().__init__()
+        if dim % 2:
+            raise ValueError(f"the width of the SEDD prior must be even, for its sines and cosines: {dim} is not")
         self.num_latents, self.codebook_size, self.label_dim = num_latents, codebook_size, label_dim
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Parameter(0.02 * torch.randn(label_dim + 1, dim))  # the last one: "no class"
@@ -571,12 +578,13 @@ class SEDD(nn.Module):
         log_score = F.pad(logits - torch.expm1(sigma).log() - math.log(self.codebook_size), (0, 1))
         return log_score.scatter(2, x[..., None], 0)  # the score of the token that is there is 1
 
-    def nats(self, codes, labels, generator):
+    def nats(self, codes, labels=None, generator=None):
         """At least -ln p(codes | labels) of `first_hitting`, on average over the generator: (B,), m evaluations. Its
-        negative ELBO, where what is unseen is the time in (0, 1) at which each token unmasks."""
+        negative ELBO, where what is unseen is the time in (0, 1] at which each token unmasks."""
         nats, rows = 0, torch.arange(len(codes), device=codes.device)
-        times = torch.rand(codes.shape, generator=generator, device=codes.device)
-        for t, i in zip(*(column.T for column in times.sort(dim=1, descending=True))):
-            x = torch.where(times <= t[:, None], self.codebook_size, codes)
+        unmasked_at = 1 - torch.rand(codes.shape, generator=generator, device=codes.device)
+        times, order = unmasked_at.sort(dim=1, descending=True)
+        for t, i in zip(times.T, order.T):
+            x = torch.where(unmasked_at <= t[:, None], self.codebook_size, codes)
             nats += F.cross_entropy(self(x, t, labels)[rows, i, :-1], codes[rows, i], reduction="none")
         return nats

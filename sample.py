@@ -10,7 +10,7 @@ Samples of a trained DisCo-Diff (Alg. 3): codes from the prior, then the denoise
     python sample.py config/restart39.py               # the Restart sampler
     torchrun --nproc_per_node=8 sample.py --num_images=50000 --per_code=1 --batch_size=256
 
-Image i comes from the seed `seed + i` alone, whatever the batch size and the number of processes. Writes
+Image i comes from the seed `seed + i` alone, whatever the batch size and the number of processes (to rounding). Writes
 out_dir/NAME.png, a grid, and out_dir/NAME.npz with images uint8 (N, H, W, C), labels int64 (N,) (-1: none),
 codes int64 (N, m) and seeds int64 (N,). An interrupted run continues when it is started again.
 """
@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -50,7 +49,7 @@ guidance = 1.0  # w in D~ = w D(z) + (1 - w) D(null), App. B; Table 3 counts cfg
 # codes: which prior, and its sampler
 prior = "ar"  # or "sedd"
 temperature = 1.0  # of "ar"
-sedd_sampler = "first-hitting"  # m evaluations; "analytic" or "euler": sedd_steps of them
+sedd_sampler = "first-hitting"  # m evaluations; "analytic" or "euler" (one and the same for this noise): sedd_steps
 sedd_steps = 128
 eta = 0.0  # probability of masking a token again, in each of these steps from time t1 to t0 (DLC Eq. 4; 0.01, 0.02)
 t0 = 0.3
@@ -65,14 +64,14 @@ S_min = 0.0
 S_max = math.inf
 S_noise = 1.0
 restarts = ()  # (N_restart, K, t_min, t_max), ...: Restart sampling, as in config/restart*.py
-gamma = 0.0  # of its steps
+gamma = 0.0  # churn of the restarts' steps: from t by way of t (1 + gamma)
 
 # ----------------------------------------------------------------------------------------------------
 # samplers: functions of a denoiser, free of networks and images
 
 
 def noise_levels(num_steps, sigma_min, sigma_max, rho, dtype=torch.float64):
-    """EDM Eq. 5: from sigma_max down to sigma_min. (num_steps,)"""
+    """EDM Eq. 5: from sigma_max down to sigma_min. (num_steps,) of this precision"""
     i = torch.arange(num_steps, dtype=dtype) / max(num_steps - 1, 1)
     return (sigma_max ** (1 / rho) + i * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))).double().pow(rho).to(dtype)
 
@@ -108,22 +107,23 @@ def heun(denoise, latents, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7,
 
 
 def restart_loops(num_steps, restarts, sigma_min=0.002, sigma_max=80, rho=7):
-    """The noise levels of each way down again, by the number of the main noise level at which it starts and ends.
-
-    Raises UserError for restarts that these noise levels have no place for.
+    """-> num_steps + 1 lists: on arrival at main noise level i, x goes up to s[0] and down again to s[-1], for each s
+    in the list i. Raises UserError for restarts that these noise levels have no place for.
     """
     t = noise_levels(num_steps, sigma_min, sigma_max, rho)
     loops = [[] for _ in range(num_steps + 1)]
     for interval in restarts:
-        fits = isinstance(interval, (tuple, list)) and len(interval) == 4 and all(isinstance(v, (int, float)) for v in interval)
-        require(fits, f"restarts takes (N_restart, K, t_min, t_max), ...; not {interval}")
+        require(isinstance(interval, (tuple, list)) and [*map(type, interval[:2])] == [int, int] and len(interval) == 4
+                and all(isinstance(v, (int, float)) for v in interval),
+                f"restarts takes (N_restart, K, t_min, t_max), ..., the first two whole numbers; not {interval}")
         n, K, t_min, t_max = interval
-        require(n == int(n) >= 2 and K == int(K) >= 1 and 0 < t_min < t_max < math.inf and num_steps > 1,
-                f"restarts has {interval}: N_restart is 2 or more, K is 1 or more, 0 < t_min < t_max, num_steps is 2 or more")
+        require(n >= 2 and K >= 1 and sigma_min <= t_min < t_max <= sigma_max and num_steps > 1,
+                f"restarts has {interval}: N_restart and num_steps are 2 or more, K is 1 or more, and "
+                f"sigma_min {sigma_min} <= t_min < t_max <= sigma_max {sigma_max}")
         i = int((t[1:] - t_min).abs().argmin()) + 1
         require(t[i] < t_max, f"restarts has {interval}: {t[i]:.3g} is the noise level nearest to t_min, and not below t_max")
-        # float32 is the precision of the authors' program, whose numbers tests/test_sample.py has to 1e-9
-        loops[i] += [noise_levels(n, t[i].item(), t_max, rho, torch.float32)] * int(K)
+        # in float32, as in the authors' program, so that the results are the same to 1e-9
+        loops[i] += [noise_levels(n, t[i].item(), t_max, rho, torch.float32)] * K
     return loops
 
 
@@ -133,7 +133,8 @@ def restart(denoise, latents, num_steps, restarts, sigma_min=0.002, sigma_max=80
 
     restarts: (N_restart, K, t_min, t_max), ...: on arrival at the noise level nearest to t_min, K times: noise takes
     x up to t_max, and Heun's method down again on N_restart noise levels. gamma, in [S_min, S_max], is the churn of
-    these steps; the rest as in `heun`. 2 N - 1 + sum of 2 K (N_restart - 1) evaluations.
+    these steps (the main ones have none), and S_noise scales this noise and that of the way up; the rest as in `heun`.
+    2 N - 1 + sum of 2 K (N_restart - 1) evaluations. Raises UserError as `restart_loops` does.
     """
     t = torch.cat([noise_levels(num_steps, sigma_min, sigma_max, rho), torch.zeros(1)]).to(latents.device)
     x = latents.double() * t[0]
@@ -149,13 +150,14 @@ def restart(denoise, latents, num_steps, restarts, sigma_min=0.002, sigma_max=80
 
 # ----------------------------------------------------------------------------------------------------
 # samplers of discrete diffusion: functions of score(x, t) -> log-scores (B, m, V + 1), for x int64 (B, m), mask = V,
-# and times t float64 (B,). They start from x, all mask; gumbel(*shape) draws Gumbel(0, 1), rand(*shape) U(0, 1)
+# and times t float64 (B,). They start from x, all mask; gumbel(*shape) draws Gumbel(0, 1), rand(*shape) U(0, 1]
 # noise (B, *shape).
 
 
 @torch.no_grad()
 def tau_leaping(score, x, num_steps, gumbel, probs=analytic_probs, eta=0.0, t0=0.3, t1=0.55):
-    """SEDD-absorb (Lou et al. 2024) from t = 1 to 0 in num_steps >= 1 evaluations; probs: one step's.
+    """SEDD-absorb (Lou et al. 2024) from t = 1 to 0 in num_steps >= 1 evaluations, the last of which leaves no mask;
+    probs: those of a step.
 
     eta > 0 adds remasking (DLC Eq. 4): while t0 < t < t1, a token that is there is masked again with
     probability eta, or as much of it as the schedule has room for. -> codes (B, m)
@@ -166,13 +168,14 @@ def tau_leaping(score, x, num_steps, gumbel, probs=analytic_probs, eta=0.0, t0=0
     for i in reversed(range(1, num_steps)):
         t, s = (i + 1) / num_steps, i / num_steps
         log_score = score(x, times(t))
-        # P(masked at t) = t. With `again` of the others masked too, the masked ones go on to s - again (1 - t), so
-        # that P(masked at s) = s
+        # with scores of the right sum, P(masked at t) = t. With `again` of the others masked too, the masked ones go on
+        # to s - again (1 - t), so that P(masked at s) = s
         again = min(eta, s / (1 - t)) if t0 < t < t1 else 0
         p = probs(log_score, x, times(t), times(s - again * (1 - t)))
         if again:
-            mask = torch.full_like(x, p.shape[2] - 1)
-            p = p + again * (x != mask)[..., None] * (F.one_hot(mask) - p)
+            seen = x != p.shape[2] - 1
+            p[seen] *= 1 - again
+            p[..., -1] += again * seen
         x = draw_codes(p.clamp_min(0).log(), gumbel(*p.shape[1:]))
     p = denoise_probs(score(x, times(1 / num_steps)), x, times(1 / num_steps))
     return draw_codes(p.log(), gumbel(*p.shape[1:]))
@@ -183,11 +186,12 @@ def first_hitting(score, x, rand, gumbel):
     """The limit of `tau_leaping` for infinitely many steps, in m evaluations (Zheng et al. 2024).
 
     P(masked at t) = t, so that each token unmasks at a time of its own, uniform on (0, 1). The latest comes first;
-    going from one to the next is the same as t <- t u^(1/n) for n masked tokens, and a position at random.
-    -> codes (B, m)
+    going from one to the next is the same as t <- t u^(1/n) for n masked tokens, and a position at random. Of wrong
+    scores it takes what they say of the token, not what their sum says of the time. -> codes (B, m)
     """
     x, rows = x.clone(), torch.arange(len(x), device=x.device)
-    for t, i in zip(*(column.T for column in rand(x.shape[1]).sort(dim=1, descending=True))):
+    times, order = rand(x.shape[1]).sort(dim=1, descending=True)
+    for t, i in zip(times.T, order.T):
         log_p = score(x, t)[rows, i, :-1]
         x[rows, i] = draw_codes(log_p, gumbel(log_p.shape[1]))
     return x
@@ -237,7 +241,7 @@ class SeededNoise:
         return self.randn(*x.shape[1:])
 
     def rand(self, *shape):
-        return torch.from_numpy(np.stack([g.random(shape) for g in self.generators])).to(self.device)
+        return 1 - torch.from_numpy(np.stack([g.random(shape) for g in self.generators])).to(self.device)
 
     def gumbel(self, *shape):
         return torch.from_numpy(np.stack([g.gumbel(size=shape) for g in self.generators])).to(self.device)
@@ -284,8 +288,11 @@ def build(network, checkpoint, state, device):
 # the run
 
 
-def codes_of_prior(prior, noise, labels=None, temperature=1.0, sampler="first-hitting", num_steps=128, eta=0.0, t0=0.3, t1=0.55):
-    """A code (B, m) for each generator of `noise`. labels: (B,) int64, -1 for none; the rest as the settings above."""
+def codes_of_prior(prior, noise, labels=None, temperature=1.0, sampler="first-hitting", **leaping):
+    """A code (B, m) for each generator of `noise`, by a Prior with this temperature or a SEDD with this sampler.
+
+    labels: (B,) int64, -1 for none; leaping: num_steps, eta, t0 and t1 of `tau_leaping`.
+    """
     m, k = prior.num_latents, prior.codebook_size
     if isinstance(prior, Prior):
         return prior.sample(noise.gumbel(m, k), labels, temperature)
@@ -297,28 +304,29 @@ def codes_of_prior(prior, noise, labels=None, temperature=1.0, sampler="first-hi
     if sampler == "first-hitting":
         return first_hitting(score, masks, noise.rand, noise.gumbel)
     probs = {"analytic": analytic_probs, "euler": euler_probs}[sampler]
-    return tau_leaping(score, masks, num_steps, noise.gumbel, probs, eta, t0, t1)
+    return tau_leaping(score, masks, gumbel=noise.gumbel, probs=probs, **leaping)
 
 
 def read_source(setting, source, model):
-    """What --code, --encode or --compose names, checked: a code, or images, labels and order as of `read_images`."""
+    """What --code, --encode or --compose names, checked: a code, a tuple of m numbers; or images, labels and the order to
+    take them in, as of `read_images`. The second of two data sets that are one is taken from its last image on."""
     m, k = model.num_latents, model.codebook_size
-    if setting == "compose" and re.fullmatch(r"[\d\s,]+", source):
+    if setting == "compose" and re.fullmatch(r"\(?[\d\s,]+\)?", source):
         source = tuple(map(int, re.findall(r"\d+", source)))
     if isinstance(source, tuple):
-        require(len(source) == m and all(isinstance(c, int) and 0 <= c < k for c in source),
+        require(len(source) == m and all(type(c) is int and 0 <= c < k for c in source),
                 f"--{setting} takes {m} numbers in 0 ... {k - 1}, not {source}")
         return source
     images, labels, order = data.read_images(source, model.img_shape)
     if model.label_dim and class_label < 0:
         require(labels is not None, f"{source} has no class labels: say --class_label=, a class for all images")
-        require(0 <= labels.min() and labels.max() < model.label_dim, f"{source} has classes up to {labels.max()}: "
-                f"this model has {model.label_dim}, 0 ... {model.label_dim - 1}")
+        require(0 <= labels.min() and labels.max() < model.label_dim, f"{source} has classes {labels.min()} ... "
+                f"{labels.max()}: this model has {model.label_dim}, 0 ... {model.label_dim - 1}")
     return images, labels, np.roll(order, 1) if setting == "compose" and source == encode else order
 
 
 def given_conditions(source, which, model, noise):
-    """Codes (R, m), and class labels (R,) or None, of a source's items with these numbers."""
+    """Codes (R, m), and class labels (R,) or None, of a source's items with these numbers (R,), taken modulo their count."""
     if isinstance(source[0], int):
         return torch.tensor(source, device=noise.device).expand(len(which), -1), None
     images, labels, order = source
@@ -337,21 +345,26 @@ def row_conditions(rows, model, sources, prior, device):
     """
     which = rows // 4 if len(sources) == 2 else rows
     noise = SeededNoise("codes", which, device)
-    in_turn = which if len(sources) == 2 or per_code == 1 else rows // 2
-    fixed = -1 if not model.label_dim else class_label if class_label >= 0 else in_turn % model.label_dim
-    labels = torch.as_tensor(np.broadcast_to(fixed, rows.shape).copy(), device=device)
+    if not model.label_dim or class_label >= 0:
+        labels = torch.full((len(rows),), class_label, device=device)
+    else:  # the classes in turn
+        in_turn = which if len(sources) == 2 or per_code == 1 else rows // 2
+        labels = torch.from_numpy(in_turn % model.label_dim).to(device)
     if not model.num_latents:
         return torch.empty(len(rows), 0, dtype=torch.int64, device=device), labels
     if not sources:
-        return codes_of_prior(prior, noise, labels, temperature, sedd_sampler, sedd_steps, eta, t0, t1), labels
+        return codes_of_prior(prior, noise, labels, temperature, sedd_sampler, num_steps=sedd_steps, eta=eta, t0=t0, t1=t1), labels
     codes, own_labels = zip(*(given_conditions(source, which, model, noise) for source in sources))
-    own_labels = [labels if c is None or not model.label_dim or class_label >= 0 else c for c in own_labels]
+    if model.label_dim and class_label < 0:
+        c = [labels if c is None else c for c in own_labels]
+    else:
+        c = [labels] * len(sources)
     if len(sources) == 1:
-        return codes[0], own_labels[0]
+        return codes[0], c[0]
     turn = torch.from_numpy(rows % 4).to(device)
     coins = SeededNoise("compose", rows, device).rand(model.num_latents) < 0.5
     first = torch.where(turn[:, None] < 2, turn[:, None] == 0, coins)
-    return torch.where(first, *codes), torch.where(turn % 2 == 0, *own_labels)
+    return torch.where(first, *codes), torch.where(turn % 2 == 0, *c)
 
 
 def main():
@@ -360,34 +373,35 @@ def main():
     require(min(temperature, S_churn, gamma, seed) >= 0, "temperature, S_churn, gamma and seed can't be negative")
     require(sigma_min < sigma_max < math.inf, f"sigma_min {sigma_min} must be below sigma_max {sigma_max}")
     require(math.isfinite(guidance) and math.isfinite(temperature), "guidance and temperature must be finite")
-    require(name, "--name= is empty: it names the two files")
+    require(Path(name).name == name and name.strip("."), f"--name={name} names the two files in out_dir: it can't have folders")
     require(not (code and encode), "--code and --encode both give codes: choose one")
     require(code or encode or not compose, "--compose mixes two codes: give the first by --code or --encode")
     require(prior in PRIORS, f"--prior is ar or sedd, not {prior}")
     require(sedd_sampler in ("first-hitting", "analytic", "euler"), "--sedd_sampler is first-hitting, analytic or euler")
     require(0 <= eta < 1, f"eta is a probability below 1, not {eta}")
     require(0 <= t0 < t1 <= 1, f"remasking goes from t1 {t1} down to t0 {t0}: 0 <= t0 < t1 <= 1 is wanted")
+    require(prior == "sedd" or (sedd_sampler == "first-hitting" and eta == 0), "sedd_sampler and eta are of --prior=sedd")
     require(eta == 0 or sedd_sampler != "first-hitting", "eta > 0 masks tokens again at every step: "
             "say --sedd_sampler=analytic, since first-hitting has no steps")
-    require(prior == "sedd" or sedd_sampler == "first-hitting", "sedd_sampler and eta are of --prior=sedd")
     require(prior == "ar" or temperature == 1, "temperature is of --prior=ar")
     require(not (restarts and S_churn), "S_churn is Heun's churn: with restarts, gamma is theirs")
     require(restarts or not gamma, "gamma is the churn of restarts: there are none")
     loops = restart_loops(num_steps, restarts, sigma_min, sigma_max, rho)
     rank, world, place = start_processes(device)
     model, stage1 = load_stage1(out_dir, place)
-    require(-1 <= class_label < max(model.label_dim, 0), f"class_label {class_label} is out of range: "
+    require(-1 <= class_label < model.label_dim, f"class_label {class_label} is out of range: "
             f"this model has {model.label_dim} classes, 0 ... {model.label_dim - 1}" if model.label_dim else
             f"class_label {class_label}: this model was trained without classes")
     require(model.num_latents or not (code or encode or guidance != 1),
             "this model has no discrete latents (num_latents=0): --code, --encode and --guidance need them")
-    given = {"code": code, "encode": encode, "compose": compose}
-    sources = [read_source(setting, source, model) for setting, source in given.items() if source]
+    sources = [read_source(setting, source, model)
+               for setting, source in (("code", code), ("encode", encode), ("compose", compose)) if source]
     prior_net = load_prior(out_dir, prior, place, stage1) if model.num_latents and not sources else None
 
     # one file a batch; a run that was interrupted finds those that it has
     parts = Path(f"{out_dir}/{name}.parts")
-    made_with = json.dumps({**config, "out_dir": "", "device": "", "stage1": data.fingerprint(stage1["ema"]),
+    given = [source if isinstance(source[0], int) else data.identity(*source[:2]) for source in sources]
+    made_with = json.dumps({**config, "out_dir": "", "device": "", "given": given, "stage1": data.fingerprint(stage1["ema"]),
                             "prior_net": prior_net and data.fingerprint(prior_net.state_dict())})
     if rank == 0:
         if not any(parts.glob("*.npz")):
@@ -402,7 +416,10 @@ def main():
     sampler = partial(restart, restarts=restarts, gamma=gamma) if restarts else partial(heun, S_churn=S_churn)
     nfe = 2 * num_steps - 1 + sum(2 * (len(s) - 1) for levels in loops for s in levels)
     if rank == 0:
-        print(f"{num_images:,} images, {nfe} evaluations each" + (" of D(z) and D(null) in one batch" if guidance != 1 else ""))
+        print(f"{num_images:,} images, {nfe} evaluations each" + " of D(z) and D(null) in one batch" * (guidance != 1))
+        if prior_net:
+            steps = model.num_latents if prior == "ar" or sedd_sampler == "first-hitting" else sedd_steps
+            print(f"codes of the prior {prior}, {steps} evaluations each" + f", by {sedd_sampler}" * (prior == "sedd"))
     seconds, made = {"codes": 0.0, "images": 0.0}, np.zeros(2, int)
     for start in tqdm(missing[rank::world], unit="batch", disable=rank > 0):
         seeds = seed + np.arange(start, min(start + batch_size, num_images))
@@ -416,6 +433,7 @@ def main():
         noise = SeededNoise("images", seeds, place)
         x = sampler(denoise, noise.randn(*model.img_shape), num_steps=num_steps, sigma_min=sigma_min, sigma_max=sigma_max,
                     rho=rho, S_min=S_min, S_max=S_max, S_noise=S_noise, randn_like=noise.randn_like)
+        require(x.isfinite().all(), "the images are not finite: is a setting of the sampler, or guidance, far too large?")
         images = data.to_uint8(x)
         seconds["images"] += time.perf_counter() - began
         made += len(rows), len(seeds)
@@ -428,7 +446,9 @@ def main():
         files = [parts / f"{start:09d}.npz" for start in starts]
         shown = np.concatenate([np.load(file)["images"] for file in files[:-(-256 // batch_size)]])[:256]
         data.merge_npz(files, f"{target}.npz")
-        data.save_grid(shown, f"{target}.png", 2 * per_code if per_code > 1 else math.isqrt(len(shown)))
+        data.save_grid(shown, f"{target}.png", 2 * per_code if 1 < per_code <= 16 else math.isqrt(len(shown)))
+        for file in files:  # settings.json last: what is left after a power cut can be gone on with
+            file.unlink()
         shutil.rmtree(parts)
         print(f"{made[0]:,} codes in {seconds['codes']:.2f} s, {made[1]:,} images in {seconds['images']:.2f} s"
               + (" (the share of process 0)" if world > 1 else ""))

@@ -65,7 +65,7 @@ require(prior in PRIORS, f"--prior is ar or sedd, not {prior}")
 for setting in ("layers", "dim", "heads", "total_images", "batch_size", "lr", "grad_clip", "log_every", "save_every"):
     require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
 require(seed >= 0 and warmup_images >= 0 and cache_gb >= 0, "seed, warmup_images and cache_gb can't be negative")
-require(0 <= label_drop <= 1 and 0 <= ema < 1, f"label_drop {label_drop} is a probability, and ema {ema} is below 1")
+require(0 <= label_drop <= 1 and 0 <= ema < 1, f"label_drop must be in 0 ... 1, and ema in 0 ... below 1; they are {label_drop} and {ema}")
 require(batch_size % world == 0, f"batch_size {batch_size} can't be shared among {world} processes equally")
 local_batch = batch_size // world
 torch.set_float32_matmul_precision("high")
@@ -231,6 +231,9 @@ while step * batch_size < total_images:
     step, steps, seen = step + 1, steps + 1, seen + batch_size
     bar.update(batch_size)
 
+    if due(log_every, seen) or due(save_every, seen):
+        require(torch.as_tensor(loss_sum).isfinite(), f"the loss is not finite any more after {seen:,} images: a lower --lr "
+                f"may help; {checkpoint_path} is left as it was")
     if master and due(log_every, seen):
         shown = {"bits": f"{loss_sum.item() / steps / math.log(2):.2f}"}
         if len(held_out_indices):

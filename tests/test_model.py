@@ -250,8 +250,8 @@ def test_score_entropy_is_zero_at_the_true_score_alone():
     assert (score_entropy(true, sigma, x0, x0) == 0).all()  # no mask, nothing to learn
 
 
-def test_score_entropy_in_half_precision_is_computed_in_float32():
-    """At the smallest sigma of training, against float64: where e^sigma - 1 would keep 13 bits in float32."""
+def test_score_entropy_is_computed_in_float32_or_better():
+    """At the smallest sigma of training, against float64: where e^sigma - 1 without expm1 is off by 2e-5 and more."""
     g = torch.Generator().manual_seed(0)
     logits, x0 = torch.randn(200, 5, 8, generator=g).bfloat16(), torch.randint(8, (200, 5), generator=g)
     x, t = torch.full_like(x0, 8), torch.full((200,), 1.0e-3)
@@ -262,9 +262,19 @@ def test_score_entropy_in_half_precision_is_computed_in_float32():
 
     low, high = loss(logits.float(), t), loss(logits.double(), t.double())
     assert low.dtype == torch.float32 and torch.allclose(low.double(), high, rtol=1e-5)
-    assert score_entropy(F.pad(logits, (0, 1)), sigma, x, x0).dtype == torch.float32
-    naive = 1 / (sigma.exp() - 1)
-    assert ((naive.double() * torch.expm1(sigma.double()) - 1).abs() > 2e-5).all()  # what it would have been without
+    half = score_entropy(F.pad(logits, (0, 1)), sigma, x, x0)
+    assert half.dtype == torch.float32 and torch.equal(half, score_entropy(F.pad(logits.float(), (0, 1)), sigma, x, x0))
+
+
+def test_what_the_loss_of_uniform_scores_is():
+    """(1 - EPS) m ln V on average: the bound on -ln p = m ln V but for the terms of order EPS."""
+    t, g = 1e-3 + (1 - 1e-3) * (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000, torch.Generator().manual_seed(0)
+    x0 = torch.randint(4, (100_000, 3), generator=g)
+    x = absorb(x0, t, torch.rand(100_000, 3, generator=g), mask=4)
+    log_score = (-torch.expm1(log_linear(t)[0]).log() - math.log(4))[:, None, None].expand(-1, 3, 5)
+    assert sedd_loss(log_score, t, x, x0).mean().item() == pytest.approx(0.999 * 3 * math.log(4), rel=0.02)
+    masks_known = torch.where(x == 4, 1 / (0.999 * t[:, None]), 0).mean()  # the part that the draws of x decide
+    assert (sedd_loss(log_score, t, x, x0).mean() / masks_known).item() == pytest.approx(0.999 * 3 * math.log(4), rel=1e-6)
 
 
 def small_sedd(**settings):
@@ -317,16 +327,20 @@ def test_sedd_learns_a_known_distribution(dtype):
         bound = model.nats(z, c, torch.Generator().manual_seed(0)).mean().item() / math.log(2)
         assert bound == pytest.approx(ENTROPY, abs=0.12)
         codes = codes_of_prior(model, SeededNoise("test", range(5000), "cpu"), c)
-    assert (codes[:, 2] == c).double().mean() > 0.985
+    assert (codes[:, 2] == c).double().mean() > 0.97
     assert (codes[:, 0] == codes[:, 1]).double().mean().item() == pytest.approx(0.9, abs=0.04)
     assert (torch.bincount(codes[:, 0], minlength=4) / 5000 - 0.25).abs().max() < 0.04
 
 
+def test_sedd_of_an_odd_width():
+    with pytest.raises(ValueError, match="must be even, for its sines and cosines: 7 is not"):
+        small_sedd(dim=7, heads=1)
+
+
 def test_absorb_masks_by_time():
-    t = torch.tensor([0.0, 0.3, 1.0]).repeat_interleave(10_000)
-    x = absorb(torch.zeros(30_000, 2, dtype=torch.int64), t, torch.rand(30_000, 2, generator=torch.Generator().manual_seed(0)), mask=7)
-    share = (x == 7).float().mean(1).view(3, -1).mean(1)
-    assert share.tolist() == pytest.approx([0, 0.3 * 0.999, 0.999], abs=0.01) and set(x.unique().tolist()) == {0, 7}
+    t = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+    u = (0.999 * t)[:, None] + torch.tensor([-1e-6, 1e-6])
+    assert absorb(torch.tensor([[1, 2]] * 3), t, u.clamp_min(0), mask=7).tolist() == [[1, 2], [7, 2], [7, 2]]
 
 
 def test_seeds_depend_on_the_whole_key():

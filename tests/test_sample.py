@@ -13,7 +13,7 @@ from PIL import Image
 import data
 from configurator import UserError, configure
 from conftest import ROOT, TINY, run
-from model import DisCoDiff, euler_probs, log_linear
+from model import SEDD, DisCoDiff, euler_probs, log_linear
 from sample import SeededNoise, denoiser, first_hitting, heun, restart, restart_loops, tau_leaping
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "samplers.npz")
@@ -96,18 +96,23 @@ def test_restart_keeps_the_distribution():
 
 
 @pytest.mark.parametrize("restarts, message", [
-    ((3, 1, 0.06, 0.3), r"takes \(N_restart, K, t_min, t_max\), ...; not 3"),
+    ((3, 1, 0.06, 0.3), r"takes \(N_restart, K, t_min, t_max\), ..., the first two whole numbers; not 3"),
     (((3, 1, 0.06),), "not .3, 1, 0.06."),
-    (((1, 1, 0.06, 0.3),), "N_restart is 2 or more"),
+    (((math.inf, 1, 0.06, 0.3),), "the first two whole numbers"),
+    (((3, math.nan, 0.06, 0.3),), "the first two whole numbers"),
+    (((3, 1, math.nan, 0.3),), "t_min < t_max"),
+    (((1, 1, 0.06, 0.3),), "N_restart and num_steps are 2 or more"),
     (((3, 0, 0.06, 0.3),), "K is 1 or more"),
-    (((3, 1.5, 0.06, 0.3),), "K is 1 or more"),
+    (((3, 1.5, 0.06, 0.3),), "the first two whole numbers"),
     (((3, 1, 0.3, 0.06),), "t_min < t_max"),
     (((3, 1, 0.06, math.inf),), "t_min < t_max"),
-    (((3, 1, 90.0, 100.0), (3, 1, 70.0, 71.0)), None),
+    (((3, 1, 1e-9, 0.3),), "sigma_min 0.002 <= t_min"),
+    (((3, 1, 0.06, 100.0),), "t_max <= sigma_max 80"),
+    (((3, 1, 79.0, 80), (3, 1, 70.0, 71.0)), None),
     (((3, 1, 0.061, 0.062), (3, 1, 50.0, 51.0)), "the noise level nearest to t_min, and not below t_max"),
 ])
 def test_restarts_that_do_not_fit(restarts, message):
-    if message is None:  # above the first step: from where that arrives
+    if message is None:  # nothing arrives at sigma_max: the next level below is taken
         assert [len(loops) for loops in restart_loops(18, restarts)] == [0, 2] + [0] * 17
         return
     with pytest.raises(UserError, match=message):
@@ -181,8 +186,31 @@ def test_first_hitting_samples_the_distribution():
     assert torch.allclose(unmasked_first, torch.full((3,), 1 / 3, dtype=torch.float64), atol=0.02)
 
 
+def test_the_bound_is_exact_for_exact_scores():
+    """SEDD.nats is then -ln p itself, whatever the times."""
+    class Exact:
+        codebook_size = 4
+
+        def __call__(self, x, t, labels):
+            return exact_score()(x, t.double())
+
+    for seed in range(5):
+        nats = SEDD.nats(Exact(), STATES, None, torch.Generator().manual_seed(seed))
+        assert torch.allclose(nats, -P.log(), atol=1e-6)
+
+
+def test_wrong_sums_of_scores_are_survived():
+    """30 % too much: tokens unmask early, and probabilities to stay masked are negative; no mask is left all the same."""
+    seen, (_, gumbel) = [], noise(0)
+    score = exact_score(seen)
+    codes = tau_leaping(lambda x, t: score(x, t) + math.log(1.3), all_mask(5000), 10, gumbel(5000), eta=0.1)
+    assert codes.min() >= 0 and codes.max() <= 3
+    masked = [(x == 4).double().mean().item() for x, _ in seen]
+    assert masked[5] < 0.45 and masked == sorted(masked, reverse=True)
+
+
 def test_a_wrong_sampler_is_found_out():
-    """What the chi-square is worth: tokens by confidence, or all in one step, have another distribution."""
+    """What the chi-square is worth: all tokens in one step have another distribution."""
     n, (_, gumbel) = 30_000, noise(0)
     assert chi_square(tau_leaping(exact_score(), all_mask(n), 1, gumbel(n))) > 1000
 
@@ -318,6 +346,24 @@ def test_sedd_codes_do_not_depend_on_the_batch_size(trained, samples, how):
     assert not np.array_equal(load(trained, "f")["codes"], samples["codes"])
 
 
+def test_every_setting_of_the_sedd_sampler_arrives(trained, monkeypatch):
+    seen = []
+    monkeypatch.setattr(SEDD, "forward", lambda self, x, t, labels: (seen.append((x, t)), torch.zeros(*x.shape, 6))[1])
+    arguments = [f"--out_dir={trained}", "--name=h", *SAMPLE, "--prior=sedd"]
+
+    def masked_again(*more):
+        seen.clear()
+        run("sample.py", *arguments, "--sedd_sampler=analytic", "--sedd_steps=10", "--per_code=1", "--num_steps=1", *more)
+        return [round(t[0].item(), 1) for (x, t), (x_next, _) in zip(seen, seen[1:]) if ((x != 5) & (x_next == 5)).any()]
+
+    assert masked_again() == [] and len(seen) == 10
+    assert set(masked_again("--eta=0.9")) <= {0.5, 0.4} and masked_again("--eta=0.9")
+    assert 0.8 in masked_again("--eta=0.9", "--t0=0.05", "--t1=0.95")
+    seen.clear()
+    run("sample.py", *arguments)
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize("arguments, nfe", [([str(ROOT / "config" / "restart39.py")], 39), (["--num_steps=4"], 7),
                                             (["--num_steps=4", "--restarts=(3,2,0.06,0.3),(2,1,1,2)"], 17)])
 def test_the_script_spends_the_evaluations_that_it_prints(trained, monkeypatch, arguments, nfe):
@@ -371,6 +417,18 @@ def test_an_interrupted_run_goes_on(trained, samples, monkeypatch):
         run("sample.py", *arguments, "--num_steps=4")
     run("sample.py", *arguments)
     assert kept == [before] and close(load(trained, "part"), samples)
+    monkeypatch.setattr(data, "merge_npz", power_cut)
+    for brightness in (10, 200):  # of the image whose code is taken: the second run must not go on with the first's
+        Image.new("L", (28, 28), brightness).save(trained / "source.png")
+        with pytest.raises(KeyboardInterrupt if brightness == 10 else UserError):
+            run("sample.py", *arguments, "--name=source", f"--encode={trained / 'source.png'}", "--class_label=1")
+
+
+def test_images_that_are_not_finite_are_not_written(trained):
+    with pytest.raises(UserError, match="the images are not finite"):
+        run("sample.py", f"--out_dir={trained}", "--name=inf", *SAMPLE, "--guidance=1e300")
+    assert not (trained / "inf.npz").exists() and not list((trained / "inf.parts").glob("*.npz"))
+    run("sample.py", f"--out_dir={trained}", "--name=inf", *SAMPLE, "--num_images=2")  # and nothing is in the way
 
 
 def test_codes_by_hand_and_from_images(trained):
@@ -380,7 +438,7 @@ def test_codes_by_hand_and_from_images(trained):
     images, labels, _ = data.load("fashion-mnist-10k")
     np.savez(trained / "given.npz", images=images[:3], labels=labels[:3])
     np.savez(trained / "odd.npz", images=images[:3], labels=labels[:3] + 10)
-    with pytest.raises(UserError, match="has classes up to 1"):
+    with pytest.raises(UserError, match=r"has classes \d+ ... 1\d: this model has 10, 0 ... 9"):
         run("sample.py", f"--out_dir={trained}", "--name=npz", *SAMPLE, f"--encode={trained / 'odd.npz'}")
     run("sample.py", f"--out_dir={trained}", "--name=npz", *SAMPLE, f"--encode={trained / 'given.npz'}")
     assert load(trained, "npz")["labels"].tolist() == labels[[0, 1, 2, 0, 1]].repeat(4).tolist()
@@ -399,7 +457,7 @@ def test_codes_by_hand_and_from_images(trained):
 def test_composed_codes(trained):
     """Of four rows: one code, the other, and two that take each position from the one or the other."""
     compose = ["--per_code=2", "--num_images=160", "--num_steps=1"]
-    run("sample.py", f"--out_dir={trained}", "--name=hands", *SAMPLE, *compose, "--code=0,1,2", "--compose=3, 4,1")
+    run("sample.py", f"--out_dir={trained}", "--name=hands", *SAMPLE, *compose, "--code=0,1,2", "--compose=(3, 4,1)")
     codes = load(trained, "hands")["codes"].reshape(20, 4, 2, 3)
     assert (codes[:, :, 0] == codes[:, :, 1]).all()
     assert (codes[:, 0, 0] == [0, 1, 2]).all() and (codes[:, 1, 0] == [3, 4, 1]).all()
@@ -434,17 +492,21 @@ def test_composed_codes(trained):
     (["--prior=sedd", "--sedd_sampler=analytic", "--eta=1"], "eta is a probability below 1, not 1.0"),
     (["--prior=sedd", "--sedd_sampler=analytic", "--eta=-0.1"], "eta is a probability below 1"),
     (["--prior=sedd", "--sedd_sampler=analytic", "--eta=nan"], "eta takes a float"),
+    (["--name=a/b"], "--name=a/b names the two files in out_dir: it can't have folders"),
+    (["--name=.."], "can't have folders"),
     (["--prior=sedd", "--t0=0.6"], "from t1 0.55 down to t0 0.6: 0 <= t0 < t1 <= 1"),
     (["--prior=sedd", "--eta=0.02"], "say --sedd_sampler=analytic"),
     (["--sedd_sampler=analytic"], "sedd_sampler and eta are of --prior=sedd"),
+    (["--eta=0.02"], "sedd_sampler and eta are of --prior=sedd"),
     (["--prior=sedd", "--temperature=0.5"], "temperature is of --prior=ar"),
     (["--gamma=0.05"], "gamma is the churn of restarts: there are none"),
     (["--restarts=(3,1,0.06,0.3),", "--S_churn=3"], "with restarts, gamma is theirs"),
-    (["--restarts=(3,1,0.3,0.06),"], "restarts has .3, 1, 0.3, 0.06.: N_restart is 2 or more"),
+    (["--restarts=(3,1,0.3,0.06),"], "restarts has .3, 1, 0.3, 0.06.: N_restart and num_steps are 2 or more"),
     (["--restarts=39"], "restarts takes a tuple"),
     (["--compose=1,2,3"], "give the first by --code or --encode"),
     (["--code=1,2,3", "--compose=1,2"], r"--compose takes 3 numbers in 0 ... 4, not \(1, 2\)"),
     (["--code=1,2,3", "--compose=nothing"], "there is no data set 'nothing'"),
+    (["--code=1,2,True"], "--code takes"),
     (["--batch_size=0"], "batch_size must be positive"),
     (["--device=mps"], "--device=mps can't be used here: it is auto, cpu or cuda"),
     (["--out_dir=/nowhere"], r"there is no checkpoint /nowhere/stage1.pt: run `python train_stage1.py"),

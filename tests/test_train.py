@@ -273,10 +273,10 @@ def test_the_class_is_dropped_as_often_as_said(trained, tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--prior=gpt"], "--prior is ar or sedd, not gpt"),
-    (["--label_drop=1.5"], "label_drop 1.5 is a probability"),
-    (["--ema=1"], "ema 1.0 is below 1"),
+    (["--label_drop=1.5"], "label_drop must be in 0 ... 1, .* they are 1.5 and 0.9999"),
+    (["--ema=1"], "ema in 0 ... below 1"),
     (["--grad_clip=0"], "grad_clip must be positive"),
-    (["--dim=15"], "15 is not by 2"),
+    (["--dim=14", "--heads=4"], "14 is not by 4"),
     (["--layers=3", "--dim=16"], "layers=1 there, 3 here"),
 ])
 def test_bad_input_to_the_priors(trained, arguments, message):
@@ -286,6 +286,14 @@ def test_bad_input_to_the_priors(trained, arguments, message):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("prior", ["ar", "sedd"])
+def test_a_prior_that_diverges_is_not_saved(trained, tmp_path, prior):
+    shutil.copy(trained / "stage1.pt", tmp_path)
+    with pytest.raises(UserError, match="the loss is not finite any more after 200 images: a lower --lr"):
+        run("train_prior.py", f"--out_dir={tmp_path}", *PRIOR, f"--prior={prior}", "--lr=inf", "--total_images=200")
+    assert not (tmp_path / f"prior_{prior}.pt").exists()
+
+
 def test_a_prior_of_the_other_kind_is_not_continued(trained, tmp_path):
     shutil.copy(trained / "stage1.pt", tmp_path)
     shutil.copy(trained / "prior_ar.pt", tmp_path / "prior_sedd.pt")
@@ -293,17 +301,24 @@ def test_a_prior_of_the_other_kind_is_not_continued(trained, tmp_path):
         run("train_prior.py", f"--out_dir={tmp_path}", "--prior=sedd", "--layers=1", "--dim=16", "--heads=2", "--device=cpu")
 
 
-def test_compare_priors(trained):
-    settings = [f"--out_dir={trained}", "--num_codes=300", "--batch_size=128", "--sedd_steps=4", "--etas=0.1,", "--device=cpu"]
-    printed = run("compare_priors.py", *settings)
-    assert (trained / "compare_priors.txt").read_text() in printed and (trained / "compare_priors.png").stat().st_size > 1000
-    rows = {line[:36].strip(): line[36:].split() for line in printed.splitlines()[2:-2]}
+def test_compare_priors(trained, tmp_path):
+    shutil.copy(trained / "stage1.pt", tmp_path)
+    bits = {}
+    for kind, name in (("ar", "AR"), ("sedd", "SEDD, first-hitting")):
+        table = run("train_prior.py", f"--out_dir={tmp_path}", *PRIOR, f"--prior={kind}", "--total_images=100")
+        bits[name] = [line for line in table.splitlines() if line.startswith("  this prior, given the class")][0][37:].split()[0]
+    settings = [f"--out_dir={tmp_path}", "--num_codes=300", "--batch_size=128", "--sedd_steps=4", "--etas=0.1,", "--device=cpu"]
+    printed = run("compare_priors.py", *settings, "--samples=2")
+    assert (tmp_path / "compare_priors.txt").read_text() in printed and (tmp_path / "compare_priors.png").stat().st_size > 1000
+    rows = {line[:36].strip(): line[36:].replace("+-", "").split() for line in printed.splitlines()[2:-1]}
     assert list(rows) == ["real codes (the floor)", "independent latents given the class", "AR", "SEDD, first-hitting",
                           "SEDD, analytic, 3 steps", "SEDD, analytic, 4 steps", "and remasking, eta = 0.1"]
-    assert [row[-4] for row in list(rows.values())[2:]] == ["3", "3", "3", "4", "4"]  # evaluations
-    assert all(0 < float(v) < 1 for row in rows.values() for v in row[-2:])
+    assert [row[-6] for row in list(rows.values())[2:]] == ["3", "3", "3", "4", "4"]  # evaluations
+    assert all(0 < float(v) < 1 for row in rows.values() for v in (row[-4], row[-2]))
     floor, ar = rows["real codes (the floor)"], rows["AR"]
-    assert float(ar[-2]) > 1.5 * float(floor[-2])  # a prior after two steps is no good, and that shows
+    assert float(ar[-4]) > 1.5 * float(floor[-4])  # a prior after two steps is no good, and that shows
+    for name, said in bits.items():
+        assert float(said) == pytest.approx(float(rows[name][-8]), abs=0.02), name
     for changes, message in ((["--etas=1.0,"], "etas are probabilities below 1"), (["--sedd_steps=0"], "sedd_steps must be positive"),
                              (["--out_dir=/nowhere"], "there is no checkpoint")):
         with pytest.raises(UserError, match=message):
