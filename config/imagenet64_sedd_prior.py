@@ -1,5 +1,5 @@
-"""The SEDD prior of config/imagenet64.py: the small network and the optimisation of Lou et al. (2024) and Discrete
-Latent Codes (Table 6): batch 512, 3e-4, 2,500 steps of warm-up. How long the codes of images take is our guess."""
+"""The SEDD prior of config/imagenet64.py. The sizes and the optimisation (batch 512, 3e-4, 2,500 steps of warm-up, no
+weight decay) are those of Lou et al.'s (2024) small network; label_drop and how long to train are our guess."""
 out_dir = "out/imagenet64"
 prior = "sedd"
 layers = 12
