@@ -252,7 +252,8 @@ if master:
         print(f"bits per image on {len(held_out_indices)} held-out images" + ", this prior's at most" * (prior == "sedd"))
         print(f"  uniform codes, m log2 k            {m * math.log2(k):7.2f}")
         print(f"  independent latents                {without:7.2f}")
-        print("  this prior                         {:7.2f} +- {:.2f}".format(*held_out_bits(8, with_class=False)))
+        if label_drop or not label_dim:
+            print("  this prior                         {:7.2f} +- {:.2f}".format(*held_out_bits(8, with_class=False)))
         if label_dim:
             print(f"  independent latents given the class{given_class:7.2f}")
             print("  this prior, given the class        {:7.2f} +- {:.2f}".format(*held_out_bits(8)))

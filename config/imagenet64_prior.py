@@ -4,6 +4,7 @@ out_dir = "out/imagenet64"
 layers = 12
 dim = 512
 heads = 8
+label_drop = 0.0  # in the paper it always knows the class
 total_images = 400_000_000
 batch_size = 2048
 lr = 3e-4

@@ -263,7 +263,8 @@ def test_the_class_is_dropped_as_often_as_said(trained, tmp_path):
     for prior, name in (("ar", "class_token"), ("sedd", "label")):
         for drop, used in ((0.0, slice(0, 10)), (1.0, slice(10, 11))):
             settings = [*PRIOR, f"--prior={prior}", "--total_images=250", f"--label_drop={drop}", "--overwrite=True"]
-            run("train_prior.py", f"--out_dir={tmp_path}", *settings)
+            printed = run("train_prior.py", f"--out_dir={tmp_path}", *settings)
+            assert ("\n  this prior  " in printed) == (drop > 0)  # bits without the class, where it has learned them
             state = checkpoint(tmp_path, f"prior_{prior}.pt")["optimizer"]["state"]
             model = load_prior(tmp_path, prior, "cpu", checkpoint(tmp_path))
             index = [n for n, _ in model.named_parameters()].index(name)
