@@ -73,7 +73,8 @@ gamma = 0.0  # churn of the restarts' steps: from t by way of t (1 + gamma)
 def noise_levels(num_steps, sigma_min, sigma_max, rho, dtype=torch.float64):
     """EDM Eq. 5: from sigma_max down to sigma_min. (num_steps,) of this precision"""
     i = torch.arange(num_steps, dtype=dtype) / max(num_steps - 1, 1)
-    return (sigma_max ** (1 / rho) + i * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))).double().pow(rho).to(dtype)
+    root = sigma_max ** (1 / rho) + i * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))
+    return root.double().pow(rho).to(dtype)  # rounded once, so that float32 levels are the same on every machine
 
 
 def heun_step(denoise, x, t, t_next, gamma=0, S_noise=1, randn_like=torch.randn_like):

@@ -217,8 +217,9 @@ while step * batch_size < total_images:
     indices = batches.take(step * batch_size + start, local_batch)
     z, c = draw_codes(logits_of(indices, flip), gumbel), labels_of(indices)
     c = torch.where(u[:, 0] < label_drop, -1, c) if label_dim else None
+    t = 1e-3 + (1 - 1e-3) * u[:, 1]
     with autocast:
-        loss = loss_of(z, c, 1e-3 + (1 - 1e-3) * u[:, 1], u[:, 2:]).mean()
+        loss = loss_of(z, c, t, u[:, 2:]).mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
     seen = step * batch_size
