@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import data
 from configurator import configure, require, start_processes
-from model import draw_codes, gumbel_noise, seeded_generator
+from model import draw_codes, gumbel_noise, mean_bits, seeded_generator
 from sample import SeededNoise, codes_of_prior, load_prior, load_stage1
 
 out_dir = "out"
@@ -101,10 +101,7 @@ def main():
     require(world == 1, "compare_priors.py runs as one process, without torchrun")
     stage1, checkpoint = load_stage1(out_dir, place)
     ar, sedd = (load_prior(out_dir, kind, place, checkpoint) for kind in ("ar", "sedd"))
-    images, labels, _ = data.load(checkpoint["config"]["dataset"])
-    require(data.identity(images, labels) == checkpoint["config"]["data_identity"],
-            f"the data set {checkpoint['config']['dataset']} has changed since {out_dir}/stage1.pt was trained on it")
-    train, held_out = data.split(len(images), checkpoint["config"]["held_out"])
+    images, labels, train, held_out = data.load_trained_on(checkpoint["config"], f"{out_dir}/stage1.pt")
     require(len(held_out), f"{out_dir}/stage1.pt was trained with held_out=0: there are no images to compare the bits on")
     m, k, g = stage1.num_latents, stage1.codebook_size, seeded_generator(place, "compare", seed)
 
@@ -117,12 +114,10 @@ def main():
         return logits, c.to(place)
 
     @torch.no_grad()
-    def held_out_bits(prior, draws=8):
+    def held_out_bits(prior):
         """As train_prior.py has them: of the same codes for both priors."""
-        g_codes, g_times = (seeded_generator(place, purpose, seed) for purpose in ("held-out", "times"))
-        (logits, c), bits = encode(held_out), 0
-        for _ in range(draws):
-            bits += prior.nats(draw_codes(logits, gumbel_noise(logits.shape, g_codes)), c, g_times) / draws / math.log(2)
+        generators = [seeded_generator(place, purpose, seed) for purpose in ("held-out", "times")]
+        bits = mean_bits(prior, *encode(held_out), 8, *generators)
         return f"{bits.mean():.2f} +- {bits.std(correction=0) / len(bits) ** 0.5:.2f}"
 
     def real_codes():
@@ -130,7 +125,7 @@ def main():
         logits, c = encode(train[torch.randint(len(train), (num_codes,), generator=g, device=place).cpu()])
         return draw_codes(logits, gumbel_noise(logits.shape, g)), c
 
-    stepped = dict(sampler="analytic", num_steps=sedd_steps, t0=0.3, t1=0.55)
+    stepped = dict(sampler="analytic", num_steps=sedd_steps)
     ar_bits, sedd_bits = held_out_bits(ar), "<= " + held_out_bits(sedd)
     methods = [("AR", ar, ar_bits, m, {}),
                ("SEDD, first-hitting", sedd, sedd_bits, m, dict(sampler="first-hitting")),

@@ -77,6 +77,16 @@ def load(name, root=HERE / "datasets"):
     return images, labels, len(classes)
 
 
+def load_trained_on(config, path):
+    """The data set of the run with this configuration, whose checkpoint is `path` -> images, labels, and the indices of
+    those that it was trained on and of those held out. Raises UserError where it has changed since.
+    """
+    images, labels, _ = load(config["dataset"])
+    require(identity(images, labels) == config["data_identity"], f"the data set {config['dataset']} has changed since "
+            f"{path} was trained on it: prepare it as it was, or train stage 1 anew with --overwrite=True")
+    return images, labels, *split(len(images), config["held_out"])
+
+
 def identity(images, labels):
     """CRC-32 of a data set's shape, labels and 1,000 of its images: tells whether it is still the same."""
     some = images[np.linspace(0, len(images) - 1, min(len(images), 1000), dtype=np.int64)]
@@ -234,13 +244,13 @@ def save_checkpoint(path, state):
         torch.save(state, f)
 
 
-def load_checkpoint(path, made_by):
-    """-> the dict that `save_checkpoint` wrote, tensors on the CPU; `made_by`: the script that writes it.
+def load_checkpoint(path, made_by, settings=""):
+    """-> the dict that `save_checkpoint` wrote, tensors on the CPU; `made_by`: the script that writes it, with `settings`.
 
     Nothing in the file is executed. Raises UserError where it is missing, damaged, or another script's.
     """
     path = Path(path)
-    require(path.is_file(), f"there is no checkpoint {path}: run `python {made_by}.py --out_dir={path.parent}` first")
+    require(path.is_file(), f"there is no checkpoint {path}: run `python {made_by}.py{settings} --out_dir={path.parent}` first")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile):

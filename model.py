@@ -427,6 +427,24 @@ class DisCoDiff(nn.Module):
 # priors: autoregressive
 
 
+def class_rows(table, labels, batch):
+    """Embeddings (B, dim) of class labels (B,), -1 for none, from a table (classes + 1, dim) whose last row is "no class".
+
+    labels = None, or a table without classes: "no class" for all of the batch.
+    """
+    if labels is None or len(table) == 1:
+        labels = torch.full((batch,), -1, device=table.device)
+    return table[labels]
+
+
+def mean_bits(prior, logits, labels, draws, g_codes, g_times):
+    """-log2 p(z | c), or SEDD's bound on it, of codes z drawn from the encoder's logits (B, m, k): means over draws, (B,)"""
+    nats = 0
+    for _ in range(draws):
+        nats += prior.nats(draw_codes(logits, gumbel_noise(logits.shape, g_codes)), labels, g_times)
+    return nats / draws / math.log(2)
+
+
 class Prior(nn.Module):
     """Autoregressive prior over codes, p(z_i | z_<i, c): causal Transformer (Eq. 4, App. D.1).
 
@@ -444,9 +462,7 @@ class Prior(nn.Module):
         self.head = zero(nn.Linear(dim, codebook_size))  # starts uniform: log2 k bits a code
 
     def first_token(self, labels, batch):
-        if labels is None or not self.label_dim:
-            labels = torch.full((batch,), -1, device=self.position.device)
-        return self.class_token[labels][:, None]  # (B, 1, dim); index -1 is the last row
+        return class_rows(self.class_token, labels, batch)[:, None]  # (B, 1, dim)
 
     def forward(self, codes, labels=None):
         """codes: (B, m) int64; labels: (B,) int64, -1 for none -> logits (B, m, k); row i sees codes < i only."""
@@ -566,9 +582,8 @@ class SEDD(nn.Module):
 
     def forward(self, x, t, labels=None):
         """x: (B, m) int64, mask = k; t: (B,) in (0, 1]; labels: (B,) int64, -1 for none -> log-scores (B, m, k + 1)"""
-        if labels is None or not self.label_dim:
-            labels = torch.full((len(x),), -1, device=x.device)
-        emb = F.silu(float32(self.time, sinusoids(1000 * t, self.position.shape[1])) + self.label[labels])
+        emb = float32(self.time, sinusoids(1000 * t, self.position.shape[1])) + class_rows(self.label, labels, len(x))
+        emb = F.silu(emb)
         h = self.codebook[x] + self.position
         for block in self.blocks:
             h = block(h, emb)

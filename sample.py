@@ -178,7 +178,8 @@ def tau_leaping(score, x, num_steps, gumbel, probs=analytic_probs, eta=0.0, t0=0
             p[seen] *= 1 - again
             p[..., -1] += again * seen
         x = draw_codes(p.clamp_min(0).log(), gumbel(*p.shape[1:]))
-    p = denoise_probs(score(x, times(1 / num_steps)), x, times(1 / num_steps))
+    t = times(1 / num_steps)
+    p = denoise_probs(score(x, t), x, t)
     return draw_codes(p.log(), gumbel(*p.shape[1:]))
 
 
@@ -263,8 +264,7 @@ def load_prior(out_dir, kind, device, stage1):
     Raises UserError if it is of the other kind, or of other codes than `stage1`'s.
     """
     path, command = f"{out_dir}/prior_{kind}.pt", f"`python train_prior.py --prior={kind} --out_dir={out_dir}"
-    require(Path(path).is_file(), f"there is no checkpoint {path}: run {command}` first")
-    checkpoint = data.load_checkpoint(path, "train_prior")
+    checkpoint = data.load_checkpoint(path, "train_prior", f" --prior={kind}")
     have = checkpoint["config"].get("prior")
     require(have == kind, f"{path} holds a prior of the kind {have!r}, not {kind!r}: was another file copied over it?")
     require(checkpoint["encoder"] == data.fingerprint(stage1["ema"]),
@@ -309,8 +309,8 @@ def codes_of_prior(prior, noise, labels=None, temperature=1.0, sampler="first-hi
 
 
 def read_source(setting, source, model):
-    """What --code, --encode or --compose names, checked: a code, a tuple of m numbers; or images, labels and the order to
-    take them in, as of `read_images`. The second of two data sets that are one is taken from its last image on."""
+    """What --code, --encode or --compose names, checked: a code, a tuple of m numbers; or images, labels (None where they
+    are not to be used) and the order to take them in. The second of two data sets that are one starts with its last image."""
     m, k = model.num_latents, model.codebook_size
     if setting == "compose" and re.fullmatch(r"\(?[\d\s,]+\)?", source):
         source = tuple(map(int, re.findall(r"\d+", source)))
@@ -323,6 +323,8 @@ def read_source(setting, source, model):
         require(labels is not None, f"{source} has no class labels: say --class_label=, a class for all images")
         require(0 <= labels.min() and labels.max() < model.label_dim, f"{source} has classes {labels.min()} ... "
                 f"{labels.max()}: this model has {model.label_dim}, 0 ... {model.label_dim - 1}")
+    else:
+        labels = None
     return images, labels, np.roll(order, 1) if setting == "compose" and source == encode else order
 
 
@@ -355,11 +357,8 @@ def row_conditions(rows, model, sources, prior, device):
         return torch.empty(len(rows), 0, dtype=torch.int64, device=device), labels
     if not sources:
         return codes_of_prior(prior, noise, labels, temperature, sedd_sampler, num_steps=sedd_steps, eta=eta, t0=t0, t1=t1), labels
-    codes, own_labels = zip(*(given_conditions(source, which, model, noise) for source in sources))
-    if model.label_dim and class_label < 0:
-        c = [labels if c is None else c for c in own_labels]
-    else:
-        c = [labels] * len(sources)
+    codes, c = zip(*(given_conditions(source, which, model, noise) for source in sources))
+    c = [labels if own is None else own for own in c]
     if len(sources) == 1:
         return codes[0], c[0]
     turn = torch.from_numpy(rows % 4).to(device)

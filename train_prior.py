@@ -8,9 +8,9 @@ SEDD-absorb, as Discrete Latent Codes has it (sec. 4).
     torchrun --nproc_per_node=8 train_prior.py config/imagenet64_prior.py
 
 Reads out_dir/stage1.pt, which says on which images, split and classes; leaves out_dir/prior_ar.pt or
-prior_sedd.pt. Codes are drawn afresh each time an image is visited; the encoder itself runs once an image, and its logits are kept
-in half precision in out_dir/logits-*.npy (for ImageNet-64, m = 10 and k = 100: 2.6 GB). The same command
-again continues where it stopped.
+prior_sedd.pt. Codes are drawn afresh each time an image is visited; the encoder itself runs once an image, and
+its logits are kept in half precision in out_dir/logits-*.npy (for ImageNet-64, m = 10 and k = 100: 2.6 GB). The
+same command again continues where it stopped.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import data
 from configurator import UserError, configure, require, start_processes
-from model import absorb, draw_codes, gumbel_noise, sedd_loss, seeded_generator
+from model import absorb, draw_codes, gumbel_noise, mean_bits, sedd_loss, seeded_generator
 from sample import PRIORS, load_stage1
 
 # run
@@ -76,11 +76,7 @@ m, k, label_dim = stage1.num_latents, stage1.codebook_size, stage1.label_dim
 require(m, f"{out_dir}/stage1.pt has no discrete latents (num_latents=0): there is nothing to train a prior on")
 stage1_config = stage1_checkpoint["config"]
 encoder_id = data.fingerprint(stage1_checkpoint["ema"])
-images, labels, _ = data.load(stage1_config["dataset"])
-require(data.identity(images, labels) == stage1_config["data_identity"],
-        f"the data set {stage1_config['dataset']} has changed since {out_dir}/stage1.pt was trained on it: "
-        "prepare it as it was, or train stage 1 anew with --overwrite=True")
-train_indices, held_out_indices = data.split(len(images), stage1_config["held_out"])
+images, labels, train_indices, held_out_indices = data.load_trained_on(stage1_config, f"{out_dir}/stage1.pt")
 flips = 2 if stage1_config["xflip"] else 1
 
 
@@ -154,16 +150,12 @@ forward = DistributedDataParallel(model, device_ids=[device.index] if on_gpu els
 @torch.no_grad()
 def held_out_bits(draws=1, with_class=True):
     """-log2 p(z | c) of codes drawn for held-out images, or SEDD's bound on it: mean over images, and its standard error."""
-    g_codes, g_times = (seeded_generator(device, purpose, seed) for purpose in ("held-out", "times"))
+    generators = [seeded_generator(device, purpose, seed) for purpose in ("held-out", "times")]
     bits = []
     for part in np.array_split(held_out_indices, -(-len(held_out_indices) // 500)):
         logits, c = logits_of(part, np.zeros(len(part), bool)), labels_of(part) if with_class else None
-        total = 0
-        for _ in range(draws):
-            z = draw_codes(logits, gumbel_noise(logits.shape, g_codes))
-            with autocast:
-                total += averaged.nats(z, c, g_times)
-        bits.append(total / draws / math.log(2))
+        with autocast:
+            bits.append(mean_bits(averaged, logits, c, draws, *generators))
     bits = torch.cat(bits)
     return bits.mean().item(), bits.std(correction=0).item() / len(bits) ** 0.5
 
