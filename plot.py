@@ -1,0 +1,112 @@
+"""Plots with Pillow alone: axes with ticks, linear or logarithmic; points, lines, arrows; legends; many axes in one picture."""
+
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# colours that most people can tell apart; a ninth is the first again
+COLOURS = np.array([(230, 90, 0), (60, 160, 225), (0, 140, 100), (200, 60, 145),
+                    (0, 80, 165), (205, 165, 0), (120, 60, 160), (90, 90, 90)], np.uint8)
+SCALE = 2  # everything is drawn at twice its size and then reduced, which smooths edges
+
+
+def ticks(low, high, log=False):
+    """Round numbers in low ... high: 1, 2 or 5 times a power of ten apart, or those or the powers of ten if log; as (value, text)."""
+    if log:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        values = [f * 10.0 ** e for e in decades[::math.ceil(len(decades) / 8)] for f in ((1, 2, 5) if len(decades) < 5 else (1,))]
+        return [(v, f"{v:g}".replace("e-0", "e-").replace("e+0", "e+")) for v in values if low * (1 - 1e-9) <= v <= high * (1 + 1e-9)]
+    rough = (high - low) / 5
+    power = 10 ** math.floor(math.log10(rough))
+    step = power * next(f for f in (1, 2, 5, 10) if f * power >= rough * (1 - 1e-9))
+    return [(i * step, f"{i * step:g}") for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+class Axes:
+    """One plot. Limits are (low, high); what is drawn outside of them is cut off. size: of the frame, in pixels."""
+
+    def __init__(self, xlim, ylim, title="", xlabel="", ylabel="", log_x=False, log_y=False, size=(320, 320)):
+        self.limits, self.logs = (xlim, ylim), (log_x, log_y)
+        self.title, self.labels = title, (xlabel, ylabel)
+        self.inside = Image.new("RGB", tuple(SCALE * s for s in size), "white")
+        self.draw = ImageDraw.Draw(self.inside)
+        self.legend = []
+
+    def at(self, points):
+        """Data (N, 2) -> pixels (N, 2) of the frame."""
+        pixels = []
+        for values, (low, high), log, size in zip(np.asarray(points, float).T, self.limits, self.logs, self.inside.size):
+            if log:
+                values, low, high = np.log(np.maximum(values, 1e-300)), math.log(low), math.log(high)
+            pixels.append(np.clip((values - low) / (high - low), -9, 9) * size)
+        return np.stack([pixels[0], self.inside.height - pixels[1]], axis=1)
+
+    def scatter(self, points, colours, radius=1.2, label=""):
+        """points: (N, 2); colours: one (R, G, B), or (N, 3)."""
+        r = SCALE * radius
+        for (x, y), colour in zip(self.at(points), np.broadcast_to(colours, (len(points), 3))):
+            self.draw.ellipse((x - r, y - r, x + r, y + r), tuple(colour))
+        self._name(colours, label)
+
+    def line(self, points, colour, width=2.0, dots=False, label=""):
+        """Through points (N, 2); with dots, a circle at each."""
+        pixels = self.at(points)
+        self.draw.line([tuple(p) for p in pixels], tuple(colour), round(SCALE * width), joint="curve")
+        if dots:
+            self.scatter(points, colour, 1.4 * width)
+        self._name(colour, label)
+
+    def arrows(self, points, vectors, colour, width=1.0):
+        """From points (N, 2) to points + vectors."""
+        for start, end in zip(self.at(points), self.at(np.asarray(points) + np.asarray(vectors))):
+            back = (start - end) * 0.3
+            side = np.array([-back[1], back[0]]) * 0.5
+            for a, b in ((start, end), (end + back + side, end), (end + back - side, end)):
+                self.draw.line((*a, *b), tuple(colour), round(SCALE * width))
+
+    def _name(self, colour, label):
+        if label:
+            self.legend.append((label, tuple(colour)))
+
+    def image(self):
+        """The plot with its frame, ticks, labels and legend, as a Pillow image."""
+        font, left, top, right, bottom = ImageFont.load_default(13 * SCALE), 62, 28, 14, 46
+        width, height = self.inside.size
+        left, top, right, bottom = (SCALE * v for v in (left, top, right, bottom))
+        canvas = Image.new("RGB", (left + width + right, top + height + bottom), "white")
+        canvas.paste(self.inside, (left, top))
+        draw = ImageDraw.Draw(canvas)
+        draw.rectangle((left, top, left + width, top + height), outline="black", width=SCALE)
+        draw.text((left + width / 2, top / 2), self.title, "black", font, "mm")
+        draw.text((left + width / 2, top + height + bottom - 4), self.labels[0], "black", font, "md")
+        for axis in (0, 1):
+            for value, text in ticks(*self.limits[axis], self.logs[axis]):
+                x, y = self.at(np.array([[value, value]]))[0] + (left, top)
+                if axis == 0:
+                    draw.line((x, top + height, x, top + height + 5 * SCALE), "black", SCALE)
+                    draw.text((x, top + height + 7 * SCALE), text, "black", font, "ma")
+                else:
+                    draw.line((left - 5 * SCALE, y, left, y), "black", SCALE)
+                    draw.text((left - 7 * SCALE, y), text, "black", font, "rm")
+        if self.labels[1]:  # on its side
+            length = math.ceil(font.getlength(self.labels[1]))
+            label = Image.new("RGB", (length, 18 * SCALE), "white")
+            ImageDraw.Draw(label).text((0, 0), self.labels[1], "black", font)
+            canvas.paste(label.rotate(90, expand=True), (0, top + (height - length) // 2))
+        for i, (label, colour) in enumerate(self.legend):
+            y = top + SCALE * (14 + 18 * i)
+            draw.line((left + 8 * SCALE, y, left + 28 * SCALE, y), colour, 3 * SCALE)
+            draw.text((left + 34 * SCALE, y), label, "black", font, "lm")
+        return canvas.reduce(SCALE)
+
+
+def figure(rows):
+    """One image of rows of Axes."""
+    images = [[axes.image() for axes in row] for row in rows]
+    heights = [max(image.height for image in row) for row in images]
+    canvas = Image.new("RGB", (max(sum(image.width for image in row) for row in images), sum(heights)), "white")
+    for row, y in zip(images, np.cumsum([0, *heights])):
+        for image, x in zip(row, np.cumsum([0, *(image.width for image in row)])):
+            canvas.paste(image, (int(x), int(y)))
+    return canvas

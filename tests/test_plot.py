@@ -1,0 +1,42 @@
+"""Axes: pixels where they belong, round ticks."""
+import numpy as np
+import pytest
+
+from plot import SCALE, Axes, figure, ticks
+
+
+@pytest.mark.parametrize("low, high, log, texts", [
+    (-4.5, 4.5, False, "-4 -2 0 2 4"), (2.2, 3.8, False, "2.5 3 3.5"), (0, 2345, False, "0 500 1000 1500 2000"),
+    (-0.1, 0.1, False, "-0.1 -0.05 0 0.05 0.1"), (0.01, 80, True, "0.01 0.1 1 10"), (3.2, 500, True, "5 10 20 50 100 200 500"),
+    (1e-5, 1e5, True, "1e-5 0.001 0.1 10 1000 100000")])
+def test_ticks_are_round_and_inside(low, high, log, texts):
+    found = ticks(low, high, log)
+    assert " ".join(text for _, text in found) == texts
+    assert all(float(text) == pytest.approx(value, abs=1e-12) for value, text in found)
+
+
+def test_points_lie_where_their_coordinates_say():
+    linear = Axes((-1, 3), (10, 20), size=(200, 100))
+    np.testing.assert_allclose(linear.at([[-1, 10], [3, 20], [1, 15]]), SCALE * np.array([[0, 100], [200, 0], [100, 50]]))
+    log = Axes((0.01, 100), (1, 10), log_x=True, log_y=True, size=(200, 100))
+    np.testing.assert_allclose(log.at([[0.01, 1], [1, 10 ** 0.5], [100, 10]]), SCALE * np.array([[0, 100], [100, 50], [200, 0]]))
+    assert np.isfinite(log.at([[0, -1]])).all()  # off a log scale, but no crash
+
+
+def test_what_is_drawn_has_its_colour_and_is_cut_off_at_the_frame():
+    axes = Axes((0, 1), (0, 1), "title", "x", "y", size=(100, 100))
+    axes.scatter([[0.25, 0.25], [5, 5]], (255, 0, 0), 4)
+    axes.line([[0, 0.5], [1, 0.5]], (0, 0, 255), 4, label="line")
+    axes.arrows([[0.75, 0.6]], [[0, 0.3]], (0, 200, 0), 4)
+    inside = np.array(axes.inside)
+    assert (inside[150, 50] == (255, 0, 0)).all() and (inside[100, 100] == (0, 0, 255)).all() and (inside[50, 150] == (0, 200, 0)).all()
+    assert (inside[20, 20] == 255).all()
+    assert (np.array(axes.image()) == (255, 0, 0)).all(2).sum() == pytest.approx(np.pi * 4 ** 2, rel=0.25)  # the other is outside
+
+
+def test_a_figure_holds_all_axes():
+    one = Axes((0, 1), (0, 1), size=(120, 80)).image()
+    both = figure([[Axes((0, 1), (0, 1), size=(120, 80))] * 3, [Axes((0, 1), (0, 1), size=(120, 80))]])
+    assert both.size == (3 * one.width, 2 * one.height)
+    corner = both.crop((0, one.height, one.width, 2 * one.height))
+    assert np.array_equal(np.array(corner), np.array(one))
