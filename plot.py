@@ -5,22 +5,24 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# colours that most people can tell apart; a ninth is the first again
+# eight colours that most people can tell apart; take an index modulo 8
 COLOURS = np.array([(230, 90, 0), (60, 160, 225), (0, 140, 100), (200, 60, 145),
                     (0, 80, 165), (205, 165, 0), (120, 60, 160), (90, 90, 90)], np.uint8)
 SCALE = 2  # everything is drawn at twice its size and then reduced, which smooths edges
 
 
 def ticks(low, high, log=False):
-    """Round numbers in low ... high: 1, 2 or 5 times a power of ten apart, or those or the powers of ten if log; as (value, text)."""
-    if log:
+    """Round numbers in low ... high, as (value, text): a distance of 1, 2 or 5 times a power of ten apart; on a log scale of
+    several decades, 1, 2 and 5 times the powers of ten, or these alone."""
+    if log and high / low >= 10:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         values = [f * 10.0 ** e for e in decades[::math.ceil(len(decades) / 8)] for f in ((1, 2, 5) if len(decades) < 5 else (1,))]
-        return [(v, f"{v:g}".replace("e-0", "e-").replace("e+0", "e+")) for v in values if low * (1 - 1e-9) <= v <= high * (1 + 1e-9)]
-    rough = (high - low) / 5
-    power = 10 ** math.floor(math.log10(rough))
-    step = power * next(f for f in (1, 2, 5, 10) if f * power >= rough * (1 - 1e-9))
-    return [(i * step, f"{i * step:g}") for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    else:
+        power = 10 ** math.floor(math.log10((high - low) / 5))
+        step = power * next(f for f in (1, 2, 5, 10) if 5 * f * power >= (high - low) * (1 - 1e-9))
+        values = [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    slack = (high - low) * 1e-9
+    return [(v, f"{v:.9g}".replace("e-0", "e-").replace("e+0", "e+")) for v in values if low - slack * (not log) <= v <= high + slack]
 
 
 class Axes:
@@ -42,12 +44,11 @@ class Axes:
             pixels.append(np.clip((values - low) / (high - low), -9, 9) * size)
         return np.stack([pixels[0], self.inside.height - pixels[1]], axis=1)
 
-    def scatter(self, points, colours, radius=1.2, label=""):
+    def scatter(self, points, colours, radius=1.2):
         """points: (N, 2); colours: one (R, G, B), or (N, 3)."""
         r = SCALE * radius
         for (x, y), colour in zip(self.at(points), np.broadcast_to(colours, (len(points), 3))):
             self.draw.ellipse((x - r, y - r, x + r, y + r), tuple(colour))
-        self._name(colours, label)
 
     def line(self, points, colour, width=2.0, dots=False, label=""):
         """Through points (N, 2); with dots, a circle at each."""
@@ -55,7 +56,8 @@ class Axes:
         self.draw.line([tuple(p) for p in pixels], tuple(colour), round(SCALE * width), joint="curve")
         if dots:
             self.scatter(points, colour, 1.4 * width)
-        self._name(colour, label)
+        if label:
+            self.legend.append((label, tuple(colour)))
 
     def arrows(self, points, vectors, colour, width=1.0):
         """From points (N, 2) to points + vectors."""
@@ -64,10 +66,6 @@ class Axes:
             side = np.array([-back[1], back[0]]) * 0.5
             for a, b in ((start, end), (end + back + side, end), (end + back - side, end)):
                 self.draw.line((*a, *b), tuple(colour), round(SCALE * width))
-
-    def _name(self, colour, label):
-        if label:
-            self.legend.append((label, tuple(colour)))
 
     def image(self):
         """The plot with its frame, ticks, labels and legend, as a Pillow image."""

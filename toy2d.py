@@ -13,7 +13,10 @@ Leaves in out_dir: eight.png, curves.png, sampling.gif, grid.png, grid_samples.p
 
 import json
 import math
+import os
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from configurator import configure, require
+from configurator import UserError, configure, require
 from model import Prior, draw_codes, gumbel_noise, gumbel_softmax, seeded_generator, zero
 from plot import COLOURS, Axes, figure
 from sample import heun
@@ -33,24 +36,26 @@ seeds = 1  # that many seeds, from this one on
 quick = False
 # training
 width = 64  # of the networks: denoiser with four layers, encoder with three
-batch_size = 512
+batch_size = 256  # small: its noise, too, keeps codes moving until each has its place
 lr = 1e-3  # of the denoiser
 encoder_lr = 1e-2
-embedding_lr = 1.0  # of F(z), in units of the data: it keeps up with what its code stands for, while codes still move
+embedding_lr = 1.0  # of F(z): Adam moves it by up to that much a step, so that it is soon at the mean of what z stands for
 tau = 20.0  # the Gumbel-Softmax goes from this temperature to the paper's 1 in the first half of training, and stays there
 num_steps = 50  # of Heun's method
 # part 1
 steps = 5000
-num_samples = 4000  # drawn from each model
-sizes = (250, 500, 1000, 2000)  # of the parts of them whose distance to true samples is measured
+num_samples = 4096  # drawn from each model
+sizes = (256, 512, 1024, 2048)  # of the parts of them whose distance to true samples is measured
 # part 2
-modes = (4, 16, 64, 144, 400)
+modes = (4, 25, 100, 400)
 std = 0.1  # of a Gaussian; the distance between neighbours is 1
 other_stds = (0.05, 0.2)  # for the third of the grids
-spare = 2  # two latents of spare sqrt(K) values each
-grid_steps = 5000
+codebook_factor = 2  # of the two latents: this times sqrt(K) values each, so that there are more codes than modes
+grid_steps = 10_000
 grid_lr = 3e-3
 num_points = 10_000  # in the data set, and drawn from each model
+QUICK = ("--steps=300", "--sizes=(256,)", "--num_samples=1024", "--modes=(4,16,36)", "--other_stds=(0.2,)", "--grid_steps=200",
+         "--num_points=2000")
 
 # ----------------------------------------------------------------------------------------------------
 # data and models. A denoiser is a function of x (B, 2) and the noise level t: D, the expected data; (D - x) / t^2 is
@@ -97,17 +102,17 @@ def mlp(*widths):
 class Denoiser(nn.Module):
     """D(x, t, z) = x + t^2 G, with the score G(x, t, z) = (F(z) - x) / (t^2 + std^2) + H(x, t)  (App. F.2).
 
-    F(z): an embedding in the plane, of m codes their sum. H: four layers; std: of the Gaussian that a code stands for.
-    Without codes that is all of the data (F = 0, std = scale), which makes it EDM's preconditioning (Table 1): the first
-    term with a smaller std would pull to 0 so hard that H would have to undo it first.
+    F(z): an embedding in the plane, the sum of those of m codes; H: four layers, divided by t^2 + std^2, so that they work
+    in units of the data. Without codes it is EDM's D = c_skip x + c_out H (Table 1): the first term would be a strong pull
+    to 0 that H had to undo, and the samples would be worse.
     """
 
     def __init__(self, num_latents, codebook_size, std, scale):
         super().__init__()
         self.std, self.scale = std, scale
-        self.F = nn.Parameter(torch.randn(num_latents, codebook_size, 2))
         self.H = mlp(3, width, width, width, 2)
         zero(self.H[-1])
+        self.F = nn.Parameter(torch.randn(num_latents, codebook_size, 2))
 
     def embed(self, z):
         """z: (B, m, k), rows sum to 1 -> F(z) (B, 2)"""
@@ -117,9 +122,9 @@ class Denoiser(nn.Module):
         """x: (B, 2); t: (B, 1) or one for all; embedding: F(z), (B, 2) -> D (B, 2)"""
         t = t.expand(len(x), 1)
         H = self.H(torch.cat([x / (t ** 2 + self.scale ** 2).sqrt(), (t ** 2 + self.std ** 2).log() / 8], 1))
-        if len(self.F):  # H is in units of the data
+        if len(self.F):
             return x + t ** 2 * (embedding - x + H) / (t ** 2 + self.std ** 2)
-        return x - t ** 2 * x / (t ** 2 + self.scale ** 2) + t * self.scale / (t ** 2 + self.scale ** 2).sqrt() * H
+        return (self.scale ** 2 * x + t * self.scale * (t ** 2 + self.scale ** 2).sqrt() * H) / (t ** 2 + self.scale ** 2)
 
     def given(self, codes):
         """The denoiser for these codes, (B, m), or (1, m) for all."""
@@ -127,43 +132,59 @@ class Denoiser(nn.Module):
         return lambda x, t: self(x, t, embedding)
 
 
-def train(points, num_latents, codebook_size, std, steps, lr, seed, codes=None):
-    """Alg. 1 in two dimensions -> denoiser, and encode(points, g), which draws codes (N, m) from the encoder's distribution.
+class Encoder(nn.Module):
+    """Three layers: points (N, 2), whose standard deviation is scale -> logits of their codes (N, m, k)."""
 
-    points: (N, 2); codes: (N, m) where they are known, else the encoder learns them. Adam, learning rates fall to 0 as a
+    def __init__(self, num_latents, codebook_size, scale):
+        super().__init__()
+        self.shape, self.scale = (num_latents, codebook_size), scale
+        self.layers = mlp(2, width, width, num_latents * codebook_size)
+
+    def forward(self, x):
+        return self.layers(x / self.scale).view(-1, *self.shape)
+
+    def draw(self, x, g):
+        """Codes (N, m) from its distribution."""
+        logits = self(x)
+        return draw_codes(logits, gumbel_noise(logits.shape, g))
+
+
+def train(points, num_latents, codebook_size, std, steps, lr, seed, codes=None):
+    """Alg. 1 in two dimensions -> Denoiser, and Encoder (or None): both in float64.
+
+    points: (N, 2); codes: (N, m) where they are known, else an encoder learns them. Adam, learning rates fall to 0 as a
     cosine; EDM's loss weighting; ln t is normal, with 95 % of the levels between std / 2 and 5 times the data's scale.
     """
     torch.manual_seed(seed)
     g = seeded_generator("cpu", "train", seed)
     points = points.float()
     scale = points.std().item()
-    model, encoder = Denoiser(num_latents, codebook_size, std, scale), mlp(2, width, width, max(1, num_latents * codebook_size))
-    optimizer = torch.optim.Adam([{"params": model.H.parameters(), "lr": lr}, {"params": [model.F], "lr": embedding_lr},
-                                  {"params": encoder.parameters(), "lr": encoder_lr}])
+    model = Denoiser(num_latents, codebook_size, std, scale)
+    groups = [{"params": model.H.parameters(), "lr": lr}, {"params": [model.F], "lr": embedding_lr}]
+    encoder = None
+    if codes is None:
+        encoder = Encoder(num_latents, codebook_size, scale)
+        groups.append({"params": encoder.parameters(), "lr": encoder_lr})
+    optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     low, high = math.log(std / 2), math.log(5 * scale)
     for step in tqdm(range(steps), desc=f"m = {num_latents}, k = {codebook_size}", leave=False):
         rows = torch.randint(len(points), (batch_size,), generator=g)
         y = points[rows]
         t = ((low + high) / 2 + (high - low) / 4 * torch.randn(batch_size, 1, generator=g)).exp()
-        if codes is None:
-            logits = encoder(y / scale).view(-1, num_latents, codebook_size)
-            z = gumbel_softmax(logits, tau ** max(0, 1 - 2 * step / steps), gumbel_noise(logits.shape, g))
-        else:
+        if encoder is None:
             z = F.one_hot(codes[rows], codebook_size).float()
+        else:
+            logits = encoder(y)
+            z = gumbel_softmax(logits, tau ** max(0, 1 - 2 * step / steps), gumbel_noise(logits.shape, g))
         D = model(y + t * torch.randn(y.shape, generator=g), t, model.embed(z))
         loss = ((t ** 2 + scale ** 2) / (t * scale) ** 2 * (D - y) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    encoder.double().requires_grad_(False)
-
-    def encode(x, g):
-        logits = encoder(x / scale).view(-1, num_latents, codebook_size)
-        return draw_codes(logits, gumbel_noise(logits.shape, g))
-
-    return model.double().requires_grad_(False), encode
+    require(math.isfinite(loss.item()), f"training has diverged, with a loss of {loss.item()}: lower lr, grid_lr, encoder_lr or embedding_lr")
+    return model.double().requires_grad_(False), encoder and encoder.double().requires_grad_(False)
 
 
 def trace(denoise, latents):
@@ -208,9 +229,13 @@ def purity(codes, components):
 
 
 def assignment(cost):
-    """Cheapest matching of rows with columns of cost (n, n), by shortest augmenting paths -> the row of each column."""
+    """Cheapest matching of rows with columns of cost (n, n), by shortest augmenting paths -> the row of each column.
+    Raises ValueError where a cost is not finite."""
+    if not np.isfinite(cost).all():
+        raise ValueError("costs must be finite")
     n = len(cost)
-    u, v, row_of = np.zeros(n), np.zeros(n), np.full(n, -1)  # cost - u - v >= 0, and = 0 where matched
+    u, v = np.zeros(n), np.zeros(n)  # cost - u - v >= 0, and = 0 where matched
+    row_of, column_of = np.full(n, -1), np.full(n, -1)
     for first in range(n):
         # Dijkstra, over the columns, until one is free
         distance, before, settled = np.full(n, np.inf), np.full(n, -1), np.zeros(n, bool)
@@ -227,7 +252,7 @@ def assignment(cost):
         v[settled] -= so_far - distance[settled]
         while row != first:  # back along the path, each row takes the next column
             row = before[column]
-            row_of[column], column = row, np.flatnonzero(row_of == row)[0] if row != first else -1
+            row_of[column], column_of[row], column = row, column, column_of[row]
     return row_of
 
 
@@ -235,6 +260,11 @@ def wasserstein2(a, b):
     """W-2 between two samples (n, 2) of equal size, by exact optimal transport."""
     cost = torch.cdist(a, b).square().numpy()
     return cost[assignment(cost), np.arange(len(cost))].mean() ** 0.5
+
+
+def stray(x, centres, std):
+    """The share of samples x (N, 2) that are further than 3 std from all centres; of true samples, e^-4.5 = 0.011."""
+    return (torch.cdist(x, centres).amin(1) > 3 * std).double().mean().item()
 
 
 def silverman(samples):
@@ -255,13 +285,16 @@ def fit_gmm(x, K, g, iterations=50):
     """A mixture of K round Gaussians, fitted to points x (N, 2) by expectation-maximisation -> centres (K, 2), std (K,),
     log-weights (K,): what `log_density` takes.
 
-    It starts from k-means++: each next centre is a point, drawn by its squared distance to the nearest so far.
+    It starts from k-means++: each next centre is a point, drawn by its squared distance to the nearest so far; of a few
+    draws the one that leaves the least distances.
     """
-    centres, nearest = x[:1], torch.full((len(x),), math.inf, dtype=x.dtype)
+    centres, nearest = x[:1], (x - x[0]).square().sum(1)
     while len(centres) < K:
-        nearest = torch.minimum(nearest, (x - centres[-1]).square().sum(1))
-        centres = torch.cat([centres, x[torch.multinomial(nearest, 1, generator=g)]])
-    std, log_weights = nearest.mean().sqrt().expand(K), torch.full((K,), -math.log(K), dtype=x.dtype)
+        drawn = x[torch.multinomial(nearest, 2 + int(math.log(K)), replacement=True, generator=g)]
+        distances = torch.minimum(nearest, (drawn[:, None] - x).square().sum(2))  # (draws, N)
+        best = distances.sum(1).argmin()
+        centres, nearest = torch.cat([centres, drawn[best, None]]), distances[best]
+    std, log_weights = (nearest.mean() / 2).sqrt().expand(K), torch.full((K,), -math.log(K), dtype=x.dtype)
     for _ in range(iterations):
         r = log_density(x, centres, std, log_weights).softmax(1)  # E: p(component | x), (N, K)
         n = r.sum(0).clamp_min(1e-9)  # M
@@ -275,61 +308,72 @@ def fit_gmm(x, K, g, iterations=50):
 # part 1: eight Gaussians, one latent (DisCo-Diff sec. 3.2, App. F)
 
 
+def even(x, centres, n):
+    """Of samples x (N, 2), n at a time with equally many nearest to each centre -> list of (n, 2)"""
+    ends = torch.cdist(x, centres).argmin(1)
+    parts = zip(*(x[ends == i].split(n // len(centres)) for i in range(len(centres))))
+    return [torch.cat(part) for part in parts if sum(map(len, part)) == n]
+
+
 def eight_gaussians(seed):
-    """-> results of the models; what `draw_eight` draws"""
+    """-> results, as they are in results.json; the arguments of `draw_eight`"""
     g = seeded_generator("cpu", "eight", seed)
-    centres, component = ring(), torch.arange(8000) % 8  # 1000 points of each; any 8 in a row are one of each
+    centres, component = ring(), torch.arange(8).repeat_interleave(1000)
     points = around(centres[component], 0.2, g)
     plain, _ = train(points, 0, 1, 0.2, steps, lr, seed, codes=torch.empty(8000, 0, dtype=torch.int64))
-    disco, encode = train(points, 1, 8, 0.2, steps, lr, seed)
-    codes = encode(points, g)
+    disco, encoder = train(points, 1, 8, 0.2, steps, lr, seed)
+    codes = encoder.draw(points, g)
+    given = codes[torch.randint(8000, (num_samples,), generator=g)]
 
-    # samples, from the same noise, and what their trajectories are like
+    # trajectories from the same noise
     latents = torch.randn(num_samples, 2, generator=g, dtype=torch.float64)
-    at_random, in_turn = torch.randint(8000, (num_samples,), generator=g), torch.arange(num_samples) % 8000
-    denoisers = {"exact score": exact_denoiser(centres, 0.2), "plain": plain.given(torch.empty(1, 0, dtype=torch.int64)),
-                 "DisCo-Diff": disco.given(codes[at_random])}
     paths, curves = {}, {}
-    for name, denoise in denoisers.items():
+    for name, denoise in {"exact score": exact_denoiser(centres, 0.2), "plain": plain.given(torch.empty(1, 0, dtype=torch.int64)),
+                          "DisCo-Diff": disco.given(given)}.items():
         t, paths[name] = trace(denoise, latents)
-        found = [(curvature(denoise, x, s), *jacobian_norms(denoise, x, s)) for s, x in zip(t[:-1], paths[name])]
+        found = [(curvature(denoise, x, level), *jacobian_norms(denoise, x, level)) for level, x in zip(t[:-1], paths[name])]
         curves[name] = [torch.stack(values) for values in zip(*found)]  # three of (num_steps, num_samples)
-    bends = curves["exact score"][0].mean(1) > 0.1  # where the radius of a bend is less than 10
+    bends = curves["exact score"][0].median(1).values > 0.1  # half of the bends there have a radius of less than 10
 
-    # W-2 to true samples whose components are drawn at random, and to true samples with equally many of each; the codes
-    # are those of training points drawn at random, and of the training points in turn. The floor has their components.
-    floor, floor_in_turn = (around(centres[component[which]], 0.2, g) for which in (at_random, in_turn))
-    truth, even_truth = (around(centres[c], 0.2, g) for c in (torch.randint(8, (num_samples,), generator=g), in_turn % 8))
-    samples = {"true samples: the floor": (floor, floor_in_turn), **{name: (path[-1], path[-1]) for name, path in paths.items()}}
-    samples["DisCo-Diff"] = paths["DisCo-Diff"][-1], trace(disco.given(codes[in_turn]), latents)[1][-1]
-    results = {}
-    for name, (made, made_in_turn) in tqdm(samples.items(), desc="W-2", leave=False):
-        jobs = [(made, truth, n) for n in sizes] + [(made_in_turn, even_truth, max(sizes) // 2)]
-        results[name] = {"W-2": [[wasserstein2(a, b) for a, b in zip(x.split(n), y.split(n)) if len(a) == n] for x, y, n in jobs]}
+    truth, floor = (around(centres[torch.randint(8, (num_samples,), generator=g)], 0.2, g) for _ in range(2))
+    models = {}
+    for name, x in tqdm({"true samples: the floor": floor, **{name: path[-1] for name, path in paths.items()}}.items(), desc="W-2", leave=False):
+        models[name] = {
+            "W-2": {n: [wasserstein2(a, b) for a, b in zip(x.split(n), truth.split(n)) if len(a) == n] for n in sizes},
+            "W-2, even": {n: [*map(wasserstein2, even(x, centres, n), even(truth, centres, n))] for n in sizes},
+            "stray": stray(x, centres, 0.2)}
     for name, (kappa, of_score, of_denoiser) in curves.items():
-        results[name] |= {"mean curvature": kappa[bends].mean().item(), "median curvature": kappa[bends].median().item(),
-                          "|grad score|^2": of_score[bends].mean().item(), "|grad D|^2": of_denoiser[bends].mean().item()}
-    results = {"purity": purity(codes[:, 0], component), "codes used": len(codes.unique()),
-               "bends": [t[:-1][bends].min().item(), t[:-1][bends].max().item()], "models": results}
-    return results, (points, codes[at_random, 0], centres, t, paths, curves)
+        models[name] |= {"mean curvature": kappa[bends].mean().item(), "median curvature": kappa[bends].median().item(),
+                         "|grad score|^2": of_score[bends].mean().item(), "|grad D|^2": of_denoiser[bends].mean().item()}
+    results = {"seed": seed, "purity": purity(codes[:, 0], component), "codes used": len(codes.unique()),
+               "bends": [t[:-1][bends].min().item(), t[:-1][bends].max().item()], "models": models}
+    return results, (points[torch.randperm(8000, generator=g)], given[:, 0], centres, t, paths, curves)
 
 
-def eight_table(results, seed):
-    """Its lines."""
-    low, high = results["bends"]
-    yield (f"Eight Gaussians, seed {seed}: {results['codes used']} codes, purity {results['purity']:.4f}. Trajectories bend for "
-           f"{low:.2f} <= t <= {high:.2f}")
-    columns = {"mean curvature": 17, "median curvature": 18, "|grad score|^2": 16, "|grad D|^2": 13}
-    yield f"{'':24}" + "".join(f"{key:>{w}}" for key, w in columns.items())
-    floor, exact, plain, disco = results["models"].values()
-    for name, row in list(results["models"].items())[1:]:
-        yield f"{name:24}" + "".join(f"{row[key]:{w}.4f}" for key, w in columns.items())
-    yield f"{'plain / DisCo-Diff':24}" + "".join(f"{plain[key] / disco[key]:{w}.1f}" for key, w in columns.items())
-    yield f"{'W-2 to n true samples':24}" + "".join(f"{n:>18}" for n in (*sizes, f"{max(sizes) // 2}, even"))
+def eight_table(results):
+    """-> lines"""
+    floor, _, plain, disco = results["models"].values()
+    columns = {"mean curvature": 17, "median curvature": 18, "|grad score|^2": 16, "|grad D|^2": 13, "stray": 10}
+    lines = [f"Eight Gaussians, seed {results['seed']}: {results['codes used']} codes, purity {results['purity']:.4f}. Trajectories bend, and "
+             "are measured, for {:.2f} <= t <= {:.2f}".format(*results["bends"]),
+             " " * 24 + "".join(f"{key:>{w}}" for key, w in columns.items())]
     for name, row in results["models"].items():
-        yield f"{name:24}" + "".join(f"{np.mean(v):9.3f} +- {np.std(v) / len(v) ** 0.5:.3f}" for v in row["W-2"])
+        lines.append(f"{name:24}" + "".join(f"{row[key]:{w}.4f}" if key in row else " " * w for key, w in columns.items()))
+    lines.append(f"{'plain / DisCo-Diff':24}" + "".join(f"{plain[key] / disco[key]:{w}.1f}" for key, w in columns.items()))
+    for key in ("W-2", "W-2, even"):
+        lines.append(f"{key + ', n =':24}" + "".join(f"{n:>9}{'':9}" for n in sizes))
+        for name, row in results["models"].items():
+            lines.append(f"{name:24}" + "".join(mean_and_error(values) for values in row[key].values()))
     for name, row in (("plain / floor", plain), ("DisCo-Diff / floor", disco)):
-        yield f"{name:24}" + "".join(f"{np.mean(a) / np.mean(b):18.2f}" for a, b in zip(row["W-2"], floor["W-2"]))
+        lines.append(f"{name:24}" + "".join(f"{np.mean(a) / np.mean(b):9.2f}{'':9}" if a and b else " " * 18
+                                            for a, b in zip(row["W-2, even"].values(), floor["W-2, even"].values())))
+    return lines
+
+
+def mean_and_error(values):
+    """'mean +- standard error', as far as there are values, in 18 letters."""
+    error = f" +- {np.std(values, ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):9.3f}{error:9}" if values else f"{'-':>9}{'':9}"
 
 
 def draw_eight(points, codes, centres, t, paths, curves):
@@ -390,7 +434,7 @@ def train_prior(codes, k, seed):
 
 
 def mixture_grid(K, std, kinds, seed):
-    """-> results of these kinds of models, their samples, and their denoisers for the code of the first point"""
+    """-> results, a dict for each of these kinds of models; samples; denoisers for the code of the first point"""
     g = seeded_generator("cpu", "grid", seed, K)
     centres = grid(K)
 
@@ -398,44 +442,49 @@ def mixture_grid(K, std, kinds, seed):
         component = torch.randint(K, (n,), generator=g)
         return around(centres[component], std, g), component
 
+    def log_p(x, std):
+        return log_density(x, centres, std, -math.log(K)).logsumexp(1)
+
     (points, component), (test, _) = true_samples(num_points), true_samples(2000)
-    log_p = log_density(test, centres, std, -math.log(K)).logsumexp(1)
+    smoothed = around(test, std, g)
     latents = torch.randn(num_points, 2, generator=g, dtype=torch.float64)
-    results, samples, denoisers = {}, {}, {}
+    results, samples, denoisers = [], {}, {}
     for kind in kinds:
-        results[kind] = {}
+        row = {"seed": seed, "K": K, "std": std, "kind": kind}
         if kind == "true samples":
-            samples[kind] = points  # other points than those of the test
+            samples[kind] = true_samples(num_points)[0]
         elif kind == "learned codes":
-            k = spare * math.isqrt(K)
-            model, encode = train(points, 2, k, std, grid_steps, grid_lr, seed)
-            codes = encode(points, g)
+            k = codebook_factor * math.isqrt(K)
+            model, encoder = train(points, 2, k, std, grid_steps, grid_lr, seed)
+            codes = encoder.draw(points, g)
             given = train_prior(codes, k, seed).sample(gumbel_noise((num_points, 2, k), g))
-            number = codes[:, 0] * k + codes[:, 1]
         else:
-            number = {"unconditional": None, "true component": component}[kind] if kind != "GMM component" else \
-                log_density(points, *fit_gmm(points, K, g)).argmax(1)
-            codes = torch.empty(num_points, 0, dtype=torch.int64) if number is None else number[:, None]
+            if kind == "unconditional":
+                codes = torch.empty(num_points, 0, dtype=torch.int64)
+            elif kind == "true component":
+                codes = component[:, None]
+            else:
+                codes = log_density(points, *fit_gmm(points, K, g)).argmax(1, keepdim=True)
             model, _ = train(points, codes.shape[1], K, std, grid_steps, grid_lr, seed, codes)
             given = codes[torch.randint(num_points, (num_points,), generator=g)]
         if kind != "true samples":
-            samples[kind] = trace(model.given(given), latents)[1][-1]
-            denoisers[kind] = model.given(codes[:1])
+            samples[kind], denoisers[kind] = trace(model.given(given), latents)[1][-1], model.given(codes[:1])
             if codes.shape[1]:
-                results[kind] = {"purity": purity(number, component), "codes used": len(number.unique())}
-        far = torch.cdist(samples[kind], centres).amin(1) > 3 * std
-        results[kind] |= {"KL": kl_divergence(test, log_p, samples[kind], silverman(samples[kind])),
-                          "fine KL": kl_divergence(test, log_p, samples[kind], torch.full((2,), std, dtype=torch.float64)),
-                          "stray": far.double().mean().item()}
+                _, number = codes.unique(dim=0, return_inverse=True)
+                row |= {"purity": purity(number, component), "codes used": number.max().item() + 1}
+        row |= {"KL": kl_divergence(test, log_p(test, std), samples[kind], silverman(samples[kind])),
+                "smoothed KL": kl_divergence(smoothed, log_p(smoothed, 2 ** 0.5 * std), samples[kind], torch.full((2,), std, dtype=torch.float64)),
+                "stray": stray(samples[kind], centres, std)}
+        results.append(row)
     return results, samples, denoisers
 
 
 def draw_grids(results, samples, denoisers):
-    """-> grid.png (means over seeds), grid_samples.png, fields.png"""
+    """results: of all seeds; samples: {K: {kind: points}}; denoisers: {kind: one}, for modes[1]. -> grid, grid_samples, fields"""
     panels = []
-    for key, title in (("KL", "KL, Silverman's bandwidth"), ("fine KL", "KL, bandwidth std"), ("stray", "stray samples")):
-        found = {kind: [np.mean([r[str(K)][kind][key] for r in results]) for K in modes] for kind in KINDS}
-        axes = Axes((modes[0] * 0.8, modes[-1] * 1.25), (0, 1.4 * max(map(max, found.values()))), title, "modes K", log_x=True, size=(420, 340))
+    for key, title in (("KL", "KL, Silverman's bandwidth"), ("smoothed KL", "KL, both smoothed by std"), ("stray", "stray samples")):
+        found = {kind: [np.mean([r[key] for r in results if (r["kind"], r["K"], r["std"]) == (kind, K, std)]) for K in modes] for kind in KINDS}
+        axes = Axes((modes[0] * 0.8, modes[-1] * 1.25), (0, 1.5 * max(map(max, found.values()))), title, "modes K", log_x=True, size=(420, 340))
         for kind, colour in KINDS.items():
             axes.line(np.stack([modes, found[kind]], 1), colour, 2.5, dots=True, label=kind)
         panels.append(axes)
@@ -461,17 +510,18 @@ def draw_grids(results, samples, denoisers):
 
 
 def grid_table(results):
-    """Its lines."""
-    yield "Grids. KL of the data from the model in nats, by KDE with Silverman's bandwidth and with std for bandwidth; stray: share"
-    yield f"of samples beyond 3 std of all centres; purity and number of the codes. Means over {len(results)} seeds"
-    keys = {"KL": 8, "fine KL": 9, "stray": 8, "purity": 9, "codes used": 12}
-    yield f"{'K':>4}{'std':>6}  {'':16}" + "".join(f"{key:>{w}}" for key, w in keys.items())
-    for at, kinds in results[0].items():
-        K, _, other = at.partition(", std ")
-        for kind in kinds:
-            mean = {key: np.mean([r[at][kind][key] for r in results]) for key in kinds[kind]}
-            yield f"{K:>4}{other or f'{std:g}':>6}  {kind:16}" + "".join(
-                f"{mean[key]:{w}.{0 if key == 'codes used' else 3}f}" for key, w in keys.items() if key in mean)
+    """-> lines"""
+    keys = {"KL": 8, "smoothed KL": 13, "stray": 8, "purity": 8, "codes used": 12}
+    lines = [f"Grids, {grid_steps} steps, means over {seeds} seed(s). KL of the data from the model in nats: by KDE with Silverman's bandwidth;",
+             "and of the data with noise of std from a KDE of bandwidth std. stray: share of samples beyond 3 std of all centres",
+             f"{'K':>4}{'std':>6}  {'':16}" + "".join(f"{key:>{w}}" for key, w in keys.items())]
+    cells = {}
+    for row in results:
+        cells.setdefault((row["K"], row["std"], row["kind"]), []).append(row)
+    for (K, spread, kind), rows in cells.items():
+        lines.append(f"{K:4}{spread:6g}  {kind:16}" + "".join(
+            f"{np.mean([r[key] for r in rows]):{w}.{0 if key == 'codes used' else 3}f}" for key, w in keys.items() if key in rows[0]))
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -479,55 +529,63 @@ def grid_table(results):
 
 
 def main():
-    for name in ("seeds", "width", "batch_size", "lr", "encoder_lr", "embedding_lr", "steps", "num_samples", "std", "spare", "grid_steps", "grid_lr"):
-        require(globals()[name] > 0, f"{name} must be positive, not {globals()[name]}")
-    require(seed >= 0 and tau >= 1, f"seed can't be negative, nor tau below 1: they are {seed} and {tau}")
-    require(num_steps > 1, f"num_steps must be 2 or more, not {num_steps}")
-    require(len(modes) != 1 and all(math.isqrt(max(K, 0)) ** 2 == K > 1 for K in modes),
-            f"modes are square numbers from 4 on, two of them or more; or none, to leave part 2 out; not {modes}")
-    require(sizes and all(1 < n <= num_samples for n in sizes), f"sizes are numbers from 2 to num_samples {num_samples}, not {sizes}")
-    require(all(other > 0 for other in other_stds), f"other_stds must be positive, not {other_stds}")
+    for name in ("seeds", "width", "batch_size", "lr", "encoder_lr", "embedding_lr", "steps", "num_samples", "codebook_factor", "grid_steps", "grid_lr"):
+        require(0 < globals()[name] < math.inf, f"{name} must be positive, not {globals()[name]}")
+    require(0 <= seed < 2 ** 62 and 1 <= tau < math.inf, f"seed can't be negative or above 2^62, nor tau below 1: they are {seed} and {tau}")
+    require(num_steps >= 10, f"num_steps must be 10 or more, for trajectories to be seen, not {num_steps}")
+    require(len(modes) != 1 and [*modes] == sorted({K for K in modes if K > 1 and math.isqrt(K) ** 2 == K}),
+            f"modes are square numbers from 4 on, increasing, two of them or more; or none, to leave part 2 out; not {modes}")
+    require(sizes and all(8 <= n <= num_samples for n in sizes), f"sizes are numbers from 8 to num_samples {num_samples}, not {sizes}")
+    require(all(0.01 <= s <= 1 for s in (std, *other_stds)) and len({std, *other_stds}) == 1 + len(other_stds),
+            f"std and other_stds must differ, and lie between 0.01 and 1: they are {std} and {other_stds}")
     require(num_points > max(modes, default=1), f"num_points {num_points} must be more than there are modes")
+    require(os.environ.get("WORLD_SIZE", "1") == "1", "toy2d.py runs as one process, without torchrun")
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out_dir={out_dir} can't be used: {error.strerror}") from None
     began, lines = time.time(), []
-    results = {"settings": {name: globals()[name] for name in config}, "eight Gaussians": [], "grids": []}
+    results = {"settings": config, "eight Gaussians": [], "grids": []}
 
     def save(**pictures):
         """These pictures, and what has been found so far."""
         for name, picture in pictures.items():
-            with data.atomic(f"{out_dir}/{name}.{'gif' if isinstance(picture, list) else 'png'}") as file:
+            with data.atomic(Path(out_dir, name).with_suffix(".gif" if isinstance(picture, list) else ".png")) as file:
                 if isinstance(picture, list):
                     picture[0].save(file, "gif", save_all=True, append_images=picture[1:], duration=[80] * (len(picture) - 1) + [2000], loop=0)
                 else:
                     picture.save(file, "png", optimize=True)
         for name, text in (("table.txt", "\n".join(lines)), ("results.json", json.dumps(results, indent=1))):
-            with data.atomic(f"{out_dir}/{name}") as file:
+            with data.atomic(Path(out_dir, name)) as file:
                 file.write(text.encode())
 
     def report(table):
         lines.extend([*table, ""])
         tqdm.write("\n".join([*table, ""]))
 
-    save()  # a folder that can't be written is noticed here, not after minutes
     for s in range(seed, seed + seeds):
         found, drawn = eight_gaussians(s)
-        results["eight Gaussians"].append({"seed": s, **found})
-        report([*eight_table(found, s)])
+        results["eight Gaussians"].append(found)
+        report(eight_table(found))
         save(**draw_eight(*drawn) if s == seed else {})
-        grids = {str(K): mixture_grid(K, std, KINDS, s) for K in modes}
-        if modes:
-            middle = modes[len(modes) // 2]
-            others = {f"{middle}, std {other:g}": mixture_grid(middle, other, list(KINDS)[:3], s)[0] for other in other_stds}
-            results["grids"].append({K: found for K, (found, _, _) in grids.items()} | others)
-        if s == seed:
-            first = grids
+    samples, denoisers = {}, {}
+    for s in range(seed, seed + seeds):
+        for K in modes:
+            found, made, denoise = mixture_grid(K, std, KINDS, s)
+            results["grids"] += found
+            if s == seed:
+                samples[K], denoisers[K] = made, denoise
+            save()
+        for other in other_stds if modes else ():
+            results["grids"] += mixture_grid(modes[len(modes) // 2], other, list(KINDS)[:3], s)[0]
     if modes:
-        report([*grid_table(results["grids"])])
-        save(**draw_grids(results["grids"], {K: first[str(K)][1] for K in (middle, modes[-1])}, first[str(modes[1])][2]))
+        report(grid_table(results["grids"]))
+        save(**draw_grids(results["grids"], {K: samples[K] for K in (modes[len(modes) // 2], modes[-1])}, denoisers[modes[1]]))
     print(f"{time.time() - began:.0f} s; the pictures, table.txt and results.json are in {out_dir}")
 
 
 if __name__ == "__main__":
     config = configure(globals())
-    if quick:
-        steps, sizes, num_samples, modes, other_stds, grid_steps, num_points = 300, (250,), 1000, (4, 16, 36), (0.2,), 150, 2000
+    if quick:  # what is given on the command line comes after, and has its say
+        config = configure(globals(), [*QUICK, *sys.argv[1:]])
     main()
