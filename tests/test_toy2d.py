@@ -196,11 +196,11 @@ def test_a_quick_run(tmp_path):
     w2 = {name: np.mean(model["W-2, even"]["256"]) for name, model in models.items()}
     assert w2["exact score"] < 1.3 * w2["true samples: the floor"] and w2["DisCo-Diff"] < w2["plain"]
     rows = {(row["K"], row["std"], row["kind"]): row for row in results["grids"]}
-    assert rows.keys() == {*itertools.product((4, 16, 36), (0.1,), toy2d.KINDS), *itertools.product((16,), (0.2,), list(toy2d.KINDS)[:3])}
+    assert rows.keys() == {*itertools.product((4, 16, 36), (0.1,), toy2d.KINDS), *itertools.product((16,), (0.2,), list(toy2d.KINDS)[:2])}
     for (K, std, kind), row in rows.items():
         if kind in ("true samples", "true component", "GMM component"):
             assert abs(row["smoothed KL"]) < (0.2 if kind[0] == "t" else 0.5) and row["stray"] < (0.03 if kind[0] == "t" else 0.3)
-        if kind == "unconditional":  # after a fortieth of the training
+        if kind == "unconditional" and std == 0.1:  # after a fortieth of the training
             assert row["stray"] > rows[K, std, "true component"]["stray"] and row["smoothed KL"] > rows[K, std, "true component"]["smoothed KL"]
     assert rows[4, 0.1, "learned codes"]["purity"] > 0.95 and rows[4, 0.1, "learned codes"]["stray"] < rows[4, 0.1, "unconditional"]["stray"]
     for name in ("eight", "curves", "grid", "grid_samples", "fields"):
@@ -222,8 +222,9 @@ def test_mistakes_are_one_line(setting, says, tmp_path):
 
 
 def test_quick_takes_what_it_is_given(tmp_path):
-    tiny = ["--steps=3", "--num_samples=64", "--sizes=(16,)", "--modes=()"]
-    run("toy2d.py", "--quick=True", f"--out_dir={tmp_path}", *tiny)
+    tiny = ["--steps=3", "--num_samples=64", "--sizes=(16,)", "--modes=()", "--seeds=2"]
+    printed = run("toy2d.py", "--quick=True", f"--out_dir={tmp_path}", *tiny)
     results = json.loads((tmp_path / "results.json").read_text())
+    assert "purity" in printed.splitlines()[-6] and [r["seed"] for r in results["eight Gaussians"]] == [0, 1]
     assert results["settings"]["steps"] == 3 and results["settings"]["num_points"] == 2000 and results["grids"] == []
     assert {path.name for path in tmp_path.iterdir()} == {"eight.png", "curves.png", "sampling.gif", "table.txt", "results.json"}
