@@ -21,8 +21,9 @@ def ticks(low, high, log=False):
         power = 10 ** math.floor(math.log10((high - low) / 5))
         step = power * next(f for f in (1, 2, 5, 10) if 5 * f * power >= (high - low) * (1 - 1e-9))
         values = [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
-    slack = (high - low) * 1e-9
-    return [(v, f"{v:.9g}".replace("e-0", "e-").replace("e+0", "e+")) for v in values if low - slack * (not log) <= v <= high + slack]
+    low, high = (edge + sign * 1e-9 * (edge if log else high - low) for edge, sign in ((low, -1), (high, 1)))
+    texts = [f"{v:.0e}".replace("e+0", "e").replace("e-0", "e-") if log and not 1e-3 <= v < 1e5 else f"{v:.9g}" for v in values]
+    return [(v, text) for v, text in zip(values, texts) if low <= v <= high]
 
 
 class Axes:

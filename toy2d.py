@@ -395,7 +395,7 @@ def draw_eight(points, codes, centres, t, paths, curves):
         row = []
         for name, x in {"data": points, **{name: path[-1] for name, path in paths.items()}}.items():
             axes = Axes(*((c - extent, c + extent) for c in centre.tolist()), name, size=(300, 300))
-            axes.scatter(x[:2000], COLOURS[codes[:2000] % 8] if name == "DisCo-Diff" else pale, 4 / extent ** 0.7)
+            axes.scatter(x[:2000], COLOURS[codes[:2000] % 8] if name == "DisCo-Diff" else pale, 2.5 / extent ** 0.5)
             for i in ((x - centre).norm(dim=1) < extent).nonzero()[:lines, 0] if name in paths else ():
                 axes.line(paths[name][:, i], dark, 0.7, dots=True)
             row.append(axes)
@@ -507,7 +507,7 @@ def draw_grids(results, samples, denoisers):
         for axes, x in zip(rows[-1], samples[K].values()):
             axes.scatter(x[:5000], COLOURS[4], 0.6)
 
-    K, t = modes[1], torch.tensor(0.5, dtype=torch.float64)
+    K, t = modes[1], torch.tensor(0.3, dtype=torch.float64)
     extent = math.isqrt(K) / 2 + 0.5
     x = torch.cartesian_prod(*[torch.linspace(-extent, extent, 17, dtype=torch.float64)[1:-1]] * 2)
     row = []

@@ -225,6 +225,6 @@ def test_quick_takes_what_it_is_given(tmp_path):
     tiny = ["--steps=3", "--num_samples=64", "--sizes=(16,)", "--modes=()", "--seeds=2"]
     printed = run("toy2d.py", "--quick=True", f"--out_dir={tmp_path}", *tiny)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert "purity" in printed.splitlines()[-6] and [r["seed"] for r in results["eight Gaussians"]] == [0, 1]
+    assert "\nseed  purity" in printed and [r["seed"] for r in results["eight Gaussians"]] == [0, 1]
     assert results["settings"]["steps"] == 3 and results["settings"]["num_points"] == 2000 and results["grids"] == []
     assert {path.name for path in tmp_path.iterdir()} == {"eight.png", "curves.png", "sampling.gif", "table.txt", "results.json"}
