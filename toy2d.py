@@ -180,7 +180,7 @@ def train(points, num_latents, codebook_size, std, seed, codes=None):
         loss.backward()
         optimizer.step()
         schedule.step()
-    require(math.isfinite(loss.item()), f"training has diverged, with a loss of {loss.item()}: lower lr, encoder_lr or embedding_lr")
+    require(loss.isfinite(), f"training has diverged, with a loss of {loss:g}: lower lr, encoder_lr or embedding_lr")
     return model.double().requires_grad_(False), encoder and encoder.double().requires_grad_(False)
 
 
@@ -325,16 +325,17 @@ def eight_gaussians(seed):
     # trajectories from the same noise
     latents = torch.randn(num_samples, 2, generator=g, dtype=torch.float64)
     paths, curves = {}, {}
-    for name, denoise in {"exact score": exact_denoiser(centres, 0.2), "plain": plain.given(torch.empty(1, 0, dtype=torch.int64)),
-                          "DisCo-Diff": disco.given(given)}.items():
+    denoisers = {"exact score": exact_denoiser(centres, 0.2), "plain": plain.given(torch.empty(1, 0, dtype=torch.int64)),
+                 "DisCo-Diff": disco.given(given)}
+    for name, denoise in denoisers.items():
         t, paths[name] = trace(denoise, latents)
         found = [(curvature(denoise, x, level), *jacobian_norms(denoise, x, level)) for level, x in zip(t[:-1], paths[name])]
         curves[name] = [torch.stack(values) for values in zip(*found)]  # three of (num_steps, num_samples)
     bends = curves["exact score"][0].median(1).values > 0.1  # half of the bends there have a radius of less than 10
 
     truth, floor = (around(centres[torch.randint(8, (num_samples,), generator=g)], 0.2, g) for _ in range(2))
-    models = {}
-    for name, x in tqdm({"true samples: the floor": floor, **{name: path[-1] for name, path in paths.items()}}.items(), desc="W-2", leave=False):
+    samples, models = {"true samples: the floor": floor} | {name: path[-1] for name, path in paths.items()}, {}
+    for name, x in tqdm(samples.items(), desc="W-2", leave=False):
         models[name] = {
             "W-2": {n: [wasserstein2(a, b) for a, b in zip(x.split(n), truth.split(n)) if len(a) == n] for n in sizes},
             "W-2, even": {n: [*map(wasserstein2, even(x, centres, n), even(truth, centres, n))] for n in sizes},
@@ -351,12 +352,12 @@ def eight_table(results):
     """-> lines"""
     floor, _, plain, disco = results["models"].values()
     columns = {"mean curvature": 17, "median curvature": 18, "|grad score|^2": 16, "|grad D|^2": 13, "stray": 10}
-    lines = [f"Eight Gaussians, seed {results['seed']}: {results['codes used']} codes, purity {results['purity']:.4f}. Trajectories bend, and "
-             "are measured, for {:.2f} <= t <= {:.2f}".format(*results["bends"]),
+    lines = [f"Eight Gaussians, seed {results['seed']}: {results['codes used']} codes, purity {results['purity']:.4f}. Trajectories bend, "
+             "and are measured, for {:.2f} <= t <= {:.2f}".format(*results["bends"]),
              " " * 24 + "".join(f"{key:>{w}}" for key, w in columns.items())]
     for name, row in results["models"].items():
         lines.append(f"{name:24}" + "".join(f"{row[key]:{w}.4f}" if key in row else " " * w for key, w in columns.items()))
-    lines.append(f"{'plain / DisCo-Diff':24}" + "".join(f"{plain[key] / disco[key]:{w}.1f}" for key, w in columns.items()))
+    lines.append(f"{'plain / DisCo-Diff':24}" + "".join(f"{plain[key] / disco[key]:{w}.1f}" for key, w in columns.items() if key != "stray"))
     for key in ("W-2", "W-2, even"):
         lines.append(f"{key + ', n =':24}" + "".join(f"{n:>9}{'':9}" for n in sizes))
         for name, row in results["models"].items():
@@ -388,7 +389,7 @@ def mean_and_error(values):
 
 
 def draw_eight(points, codes, centres, t, paths, curves):
-    """-> eight.png, curves.png, frames of sampling.gif"""
+    """-> pictures by name; "sampling" is a list of frames"""
     dark, pale = (40, 40, 40), (120, 170, 215)
     rows = []
     for centre, extent, lines in ((torch.zeros(2), 4.5, 12), (centres[0], 0.8, 24)):
@@ -484,20 +485,21 @@ def mixture_grid(K, std, kinds, seed):
                 _, number = codes.unique(dim=0, return_inverse=True)
                 row |= {"purity": purity(number, component), "codes used": number.max().item() + 1}
         row |= {"KL": kl_divergence(test, log_p(test, std), samples[kind], silverman(samples[kind])),
-                "smoothed KL": kl_divergence(smoothed, log_p(smoothed, 2 ** 0.5 * std), samples[kind], torch.full((2,), std, dtype=torch.float64)),
+                "smoothed KL": kl_divergence(smoothed, log_p(smoothed, 2 ** 0.5 * std), samples[kind], torch.tensor([std, std])),
                 "stray": stray(samples[kind], centres, std)}
         results.append(row)
     return results, samples, denoisers
 
 
 def draw_grids(results, samples, denoisers):
-    """results: of all seeds; samples: {K: {kind: points}}; denoisers: {kind: one}, for modes[1]. -> grid, grid_samples, fields"""
+    """results: of all seeds; samples: {K: {kind: points}}; denoisers: {kind: one}, for modes[1] -> three pictures by name"""
     panels = []
     for key, title in (("KL", "KL, Silverman's bandwidth"), ("smoothed KL", "KL, both smoothed by std"), ("stray", "stray samples")):
-        found = {kind: [np.mean([r[key] for r in results if (r["kind"], r["K"], r["std"]) == (kind, K, std)]) for K in modes] for kind in KINDS}
-        axes = Axes((modes[0] * 0.8, modes[-1] * 1.25), (0, 1.5 * max(map(max, found.values()))), title, "modes K", log_x=True, size=(420, 340))
+        highest = max(row[key] for row in results if row["std"] == std)
+        axes = Axes((modes[0] * 0.8, modes[-1] * 1.25), (0, 1.5 * highest), title, "modes K", log_x=True, size=(420, 340))
         for kind, colour in KINDS.items():
-            axes.line(np.stack([modes, found[kind]], 1), colour, 2.5, dots=True, label=kind)
+            means = [np.mean([r[key] for r in results if (r["kind"], r["K"], r["std"]) == (kind, K, std)]) for K in modes]
+            axes.line(np.stack([modes, means], 1), colour, 2.5, dots=True, label=kind)
         panels.append(axes)
 
     rows = []
@@ -523,15 +525,16 @@ def draw_grids(results, samples, denoisers):
 def grid_table(results):
     """-> lines"""
     keys = {"KL": 8, "smoothed KL": 13, "stray": 8, "purity": 8, "codes used": 12}
-    lines = [f"Grids, {steps} steps, means over {seeds} seed(s). KL of the data from the model in nats: by KDE with Silverman's bandwidth;",
-             "and of the data with noise of std from a KDE of bandwidth std. stray: share of samples beyond 3 std of all centres",
+    lines = [f"Grids, {steps} steps, means over {seeds} seed(s). KL of the data from the model, nats: by KDE with Silverman's bandwidth; and",
+             "of the data with noise of std from a KDE of bandwidth std. stray: share of samples beyond 3 std of all centres",
              f"{'K':>4}{'std':>6}  {'':16}" + "".join(f"{key:>{w}}" for key, w in keys.items())]
     cells = {}
     for row in results:
         cells.setdefault((row["K"], row["std"], row["kind"]), []).append(row)
     for (K, spread, kind), rows in cells.items():
+        means = {key: np.mean([row[key] for row in rows]) for key in keys if key in rows[0]}
         lines.append(f"{K:4}{spread:6g}  {kind:16}" + "".join(
-            f"{np.mean([r[key] for r in rows]):{w}.{0 if key == 'codes used' else 3}f}" for key, w in keys.items() if key in rows[0]))
+            f"{mean:{keys[key]}.{0 if key == 'codes used' else 3}f}" for key, mean in means.items()))
     return lines
 
 
@@ -542,11 +545,13 @@ def grid_table(results):
 def main():
     for name in ("seeds", "width", "batch_size", "lr", "encoder_lr", "embedding_lr", "steps", "num_samples", "codebook_factor"):
         require(0 < globals()[name] < math.inf, f"{name} must be positive, not {globals()[name]}")
-    require(0 <= seed < 2 ** 62 and 1 <= tau < math.inf, f"seed can't be negative or above 2^62, nor tau below 1: they are {seed} and {tau}")
+    require(0 <= seed < 2 ** 62 and 1 <= tau < math.inf,
+            f"seed can't be negative or above 2^62, nor tau below 1: they are {seed} and {tau}")
     require(num_steps >= 10, f"num_steps must be 10 or more, for trajectories to be seen, not {num_steps}")
     require(len(modes) != 1 and [*modes] == sorted({K for K in modes if K > 1 and math.isqrt(K) ** 2 == K}),
             f"modes are square numbers from 4 on, increasing, two of them or more; or none, to leave part 2 out; not {modes}")
-    require(sizes and all(8 <= n <= num_samples for n in sizes), f"sizes are numbers from 8 to num_samples {num_samples}, not {sizes}")
+    require(sizes and all(0 < n <= num_samples and n % 8 == 0 for n in sizes),
+            f"sizes are multiples of 8 up to num_samples {num_samples}, not {sizes}")
     require(all(0.01 <= s <= 1 for s in (std, *other_stds)) and len({std, *other_stds}) == 1 + len(other_stds),
             f"std and other_stds must differ, and lie between 0.01 and 1: they are {std} and {other_stds}")
     require(num_points > max(modes, default=1), f"num_points {num_points} must be more than there are modes")
@@ -561,11 +566,12 @@ def main():
     def save(**pictures):
         """These pictures, and what has been found so far."""
         for name, picture in pictures.items():
-            with data.atomic(Path(out_dir, name).with_suffix(".gif" if isinstance(picture, list) else ".png")) as file:
-                if isinstance(picture, list):
-                    picture[0].save(file, "gif", save_all=True, append_images=picture[1:], duration=[80] * (len(picture) - 1) + [2000], loop=0)
+            first, *rest = picture if isinstance(picture, list) else [picture]
+            with data.atomic(Path(out_dir, name + (".gif" if rest else ".png"))) as file:
+                if rest:
+                    first.save(file, "gif", save_all=True, append_images=rest, duration=[80] * len(rest) + [2000], loop=0)
                 else:
-                    picture.save(file, "png", optimize=True)
+                    first.save(file, "png", optimize=True)
         for name, text in (("table.txt", "\n".join(lines)), ("results.json", json.dumps(results, indent=1))):
             with data.atomic(Path(out_dir, name)) as file:
                 file.write(text.encode())
