@@ -6,8 +6,8 @@ Why discrete latents help diffusion, in two dimensions: DisCo-Diff sec. 3.2 and 
     python toy2d.py --seeds=5 --modes="()"   # part 1 alone, with seeds 0 ... 4; pictures of the first
 
 Part 1 has eight Gaussians: with one 8-way code that an encoder learns together with the denoiser, each code takes one
-mode, and the trajectories from noise to data, bent before, are straight. Part 2 has grids of ever more Gaussians: a
-network of fixed size fits them when it is told a code, and less and less when it is not.
+mode, and the trajectories from noise to data, bent before, are straight. Part 2 has grids of ever more Gaussians: told
+the component, a network of fixed size fits them; told nothing, less and less; told learned codes, up to a hundred.
 Leaves in out_dir: eight.png, curves.png, sampling.gif, grid.png, grid_samples.png, fields.png, table.txt, results.json.
 """
 
