@@ -70,9 +70,8 @@ class Axes:
 
     def image(self):
         """The plot with its frame, ticks, labels and legend, as a Pillow image."""
-        font, left, top, right, bottom = ImageFont.load_default(13 * SCALE), 62, 28, 14, 46
-        width, height = self.inside.size
-        left, top, right, bottom = (SCALE * v for v in (left, top, right, bottom))
+        font, (width, height) = ImageFont.load_default(13 * SCALE), self.inside.size
+        left, top, right, bottom = (SCALE * v for v in (62, 28, 14, 46))
         canvas = Image.new("RGB", (left + width + right, top + height + bottom), "white")
         canvas.paste(self.inside, (left, top))
         draw = ImageDraw.Draw(canvas)

@@ -13,7 +13,6 @@ Leaves in out_dir: eight.png, curves.png, sampling.gif, grid.png, grid_samples.p
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from configurator import UserError, configure, require
+from configurator import UserError, configure, require, start_processes
 from model import Prior, draw_codes, gumbel_noise, gumbel_softmax, seeded_generator, zero
 from plot import COLOURS, Axes, figure
 from sample import heun
@@ -194,7 +193,7 @@ def trace(denoise, latents):
 
     x = heun(spy, latents, num_steps)
     t, path = zip(*seen[::2], (torch.zeros(()), x))  # of the two evaluations of a step, the first is at its start
-    return torch.stack([*map(torch.as_tensor, t)]), torch.stack(path)
+    return torch.stack(t), torch.stack(path)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -388,15 +387,20 @@ def mean_and_error(values):
     return f"{np.mean(values):9.3f}{error:9}" if values else f"{'-':>9}{'':9}"
 
 
+def square(title, extent, centre=(0, 0)):
+    """Axes for the plane within `extent` of this centre."""
+    return Axes(*((c - extent, c + extent) for c in centre), title, size=(300, 300))
+
+
 def draw_eight(points, codes, centres, t, paths, curves):
     """-> pictures by name; "sampling" is a list of frames"""
     dark, pale = (40, 40, 40), (120, 170, 215)
     rows = []
     for centre, extent, lines in ((torch.zeros(2), 4.5, 12), (centres[0], 0.8, 24)):
         row = []
-        for name, x in {"data": points, **{name: path[-1] for name, path in paths.items()}}.items():
-            axes = Axes(*((c - extent, c + extent) for c in centre.tolist()), name, size=(300, 300))
-            axes.scatter(x[:2000], COLOURS[codes[:2000] % 8] if name == "DisCo-Diff" else pale, 2.5 / extent ** 0.5)
+        for name, x in ({"data": points} | {name: path[-1] for name, path in paths.items()}).items():
+            axes = square(name, extent, centre.tolist())
+            axes.scatter(x[:2000], COLOURS[codes[:2000]] if name == "DisCo-Diff" else pale, 2.5 / extent ** 0.5)
             for i in ((x - centre).norm(dim=1) < extent).nonzero()[:lines, 0] if name in paths else ():
                 axes.line(paths[name][:, i], dark, 0.7, dots=True)
             row.append(axes)
@@ -409,15 +413,12 @@ def draw_eight(points, codes, centres, t, paths, curves):
             axes.line(torch.stack([t[:-1], values.mean(1)], 1), colour, 2.5, label=name)
             axes.line(torch.stack([t[:-1], values.median(1).values], 1), colour, 0.8)
 
-    frames = []
+    frames, shown = [], {name: paths[name][:, :1000] for name in ("plain", "DisCo-Diff")}
+    colours = {name: COLOURS[torch.cdist(path[-1], centres).argmin(1)] for name, path in shown.items()}  # by where they end
     for i in range(len(t)):
-        extent = 4.5 + 2.5 * t[i].item()
-        row = []
-        for name in ("plain", "DisCo-Diff"):
-            axes = Axes((-extent, extent), (-extent, extent), f"{name}, t = {t[i]:.3g}", size=(300, 300))
-            ends = torch.cdist(paths[name][-1][:1000], centres).argmin(1)
-            axes.scatter(paths[name][i][:1000], COLOURS[ends])
-            row.append(axes)
+        row = [square(f"{name}, t = {t[i]:.3g}", 4.5 + 2.5 * t[i].item()) for name in shown]
+        for axes, name in zip(row, shown):
+            axes.scatter(shown[name][i], colours[name])
         frames.append(figure([row]).quantize(64, dither=0))
     return {"eight": figure(rows), "curves": figure([panels]), "sampling": frames}
 
@@ -454,11 +455,9 @@ def mixture_grid(K, std, kinds, seed):
         component = torch.randint(K, (n,), generator=g)
         return around(centres[component], std, g), component
 
-    def log_p(x, std):
-        return log_density(x, centres, std, -math.log(K)).logsumexp(1)
-
     (points, component), (test, _) = true_samples(num_points), true_samples(2000)
     smoothed = around(test, std, g)
+    log_p, smoothed_log_p = (log_density(x, centres, s, -math.log(K)).logsumexp(1) for x, s in ((test, std), (smoothed, 2 ** 0.5 * std)))
     latents = torch.randn(num_points, 2, generator=g, dtype=torch.float64)
     results, samples, denoisers = [], {}, {}
     for kind in kinds:
@@ -484,8 +483,8 @@ def mixture_grid(K, std, kinds, seed):
             if codes.shape[1]:
                 _, number = codes.unique(dim=0, return_inverse=True)
                 row |= {"purity": purity(number, component), "codes used": number.max().item() + 1}
-        row |= {"KL": kl_divergence(test, log_p(test, std), samples[kind], silverman(samples[kind])),
-                "smoothed KL": kl_divergence(smoothed, log_p(smoothed, 2 ** 0.5 * std), samples[kind], torch.tensor([std, std])),
+        row |= {"KL": kl_divergence(test, log_p, samples[kind], silverman(samples[kind])),
+                "smoothed KL": kl_divergence(smoothed, smoothed_log_p, samples[kind], torch.tensor([std, std])),
                 "stray": stray(samples[kind], centres, std)}
         results.append(row)
     return results, samples, denoisers
@@ -505,7 +504,7 @@ def draw_grids(results, samples, denoisers):
     rows = []
     for K in samples:
         extent = math.isqrt(K) / 2 + 0.5
-        rows.append([Axes((-extent, extent), (-extent, extent), f"{kind}, K = {K}", size=(300, 300)) for kind in KINDS])
+        rows.append([square(f"{kind}, K = {K}", extent) for kind in KINDS])
         for axes, x in zip(rows[-1], samples[K].values()):
             axes.scatter(x[:5000], COLOURS[4], 0.6)
 
@@ -514,7 +513,7 @@ def draw_grids(results, samples, denoisers):
     x = torch.cartesian_prod(*[torch.linspace(-extent, extent, 17, dtype=torch.float64)[1:-1]] * 2)
     row = []
     for kind, denoise in denoisers.items():
-        axes = Axes((-extent, extent), (-extent, extent), f"{kind}: D - x at t = {t:g}", size=(300, 300))
+        axes = square(f"{kind}: D - x at t = {t:g}", extent)
         axes.scatter(grid(K), COLOURS[0], 3)
         towards = denoise(x, t) - x
         axes.arrows(x, 0.4 * towards / (1 + towards.norm(dim=1, keepdim=True)), COLOURS[4])
@@ -544,7 +543,7 @@ def grid_table(results):
 
 def main():
     for name in ("seeds", "width", "batch_size", "lr", "encoder_lr", "embedding_lr", "steps", "num_samples", "codebook_factor"):
-        require(0 < globals()[name] < math.inf, f"{name} must be positive, not {globals()[name]}")
+        require(0 < config[name] < math.inf, f"{name} must be positive, not {config[name]}")
     require(0 <= seed < 2 ** 62 and 1 <= tau < math.inf,
             f"seed can't be negative or above 2^62, nor tau below 1: they are {seed} and {tau}")
     require(num_steps >= 10, f"num_steps must be 10 or more, for trajectories to be seen, not {num_steps}")
@@ -555,7 +554,8 @@ def main():
     require(all(0.01 <= s <= 1 for s in (std, *other_stds)) and len({std, *other_stds}) == 1 + len(other_stds),
             f"std and other_stds must differ, and lie between 0.01 and 1: they are {std} and {other_stds}")
     require(num_points > max(modes, default=1), f"num_points {num_points} must be more than there are modes")
-    require(os.environ.get("WORLD_SIZE", "1") == "1", "toy2d.py runs as one process, without torchrun")
+    _, world, _ = start_processes("cpu")
+    require(world == 1, "toy2d.py runs as one process, without torchrun")
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
