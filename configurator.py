@@ -149,3 +149,11 @@ def start_processes(device):
         torch.distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(hours=1))
         sys.excepthook = hook
     return int(os.environ.get("RANK", 0)), world, place
+
+
+def barrier():
+    """Waits until all processes have come here."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()

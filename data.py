@@ -15,9 +15,9 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import mmap
 import os
-import pickle
 import shutil
 import struct
 import sys
@@ -140,17 +140,8 @@ def read_images(source, img_shape):
     channels, size, _ = img_shape
     path, labels = Path(source), None
     if path.suffix == ".npz" and path.is_file():
-        try:
-            with np.load(path) as found:
-                images, labels = found["images"], found["labels"] if "labels" in found else None
-            if images.ndim != 4:
-                raise ValueError(f"their shape is {images.shape}, not (N, H, W, C)")
-            if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
-                raise ValueError(f"its labels are {labels.dtype} {labels.shape}, not one integer an image")
-            labels = None if labels is None else labels.astype(np.int64)
-        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{source} is not an .npz with `images`: {error}") from None
-        order = np.arange(len(images))
+        images, labels = open_images(source)
+        images, order = images[:], np.arange(len(images))
     elif path.exists():
         files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         require(files, f"{source} has no images in it")
@@ -162,9 +153,59 @@ def read_images(source, img_shape):
     else:
         images, labels, _ = load(source)
         order = np.random.default_rng(0).permutation(len(images))
-    require(images.dtype == np.uint8 and images.shape[1:] == (size, size, channels) and images.size,
-            f"{source} has images of {images.dtype} {images.shape}: this model is of uint8 (N, {size}, {size}, {channels})")
+    require(images.shape[1:] == (size, size, channels) and len(images),
+            f"{source} has images of the shape {images.shape}: this model's are (N, {size}, {size}, {channels})")
     return images, labels, order
+
+
+def open_images(source):
+    """The images of an .npz, or of a prepared data set: uint8 (N, H, W, C), read in slices, and labels int64 (N,) or None.
+
+    An .npz is one of sample.py's, with `images` and perhaps `labels`, or of ADM's programs: arr_0, arr_1.
+    """
+    if Path(source).suffix != ".npz":
+        return load(source)[:2]
+    try:
+        images = NpzImages(source)
+        with np.load(source) as found:
+            labels = next((found[key] for key in ("labels", "arr_1") if key in found), None)
+        if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+            raise ValueError(f"its labels are {labels.dtype} {labels.shape}, not one integer an image")
+    except Exception as error:  # whatever a broken file makes the decoders raise
+        raise UserError(f"{source} is not an .npz with `images`: {getattr(error, 'strerror', None) or error}") from None
+    return images, None if labels is None else labels.astype(np.int64)
+
+
+class NpzImages:
+    """The images (N, H, W, C) inside an .npz that may be larger than memory: len(), .shape, and slices of step 1, which are
+    fastest in order."""
+
+    def __init__(self, path):
+        self.path, archive = path, zipfile.ZipFile(path)
+        names = [name for name in ("images.npy", "arr_0.npy") if name in archive.namelist()]
+        if not names:
+            raise ValueError(f"it has {', '.join(archive.namelist()) or 'nothing'} in it")
+        self.file = archive.open(names[0])
+        version = np.lib.format.read_magic(self.file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        self.shape, fortran, dtype = read_header(self.file)
+        self.start, self.size = self.file.tell(), math.prod(self.shape[1:])
+        if len(self.shape) != 4 or dtype != np.uint8 or fortran:
+            raise ValueError(f"its images are {dtype} {self.shape}; wanted are uint8, 0 ... 255, (N, H, W, C)")
+        if archive.getinfo(names[0]).file_size != self.start + self.shape[0] * self.size:
+            raise ValueError(f"its images are cut off: there should be {self.shape[0]:,}")
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, part):
+        start, stop, _ = part.indices(len(self))
+        try:
+            self.file.seek(self.start + start * self.size)
+            read = self.file.read(max(stop - start, 0) * self.size)
+        except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise UserError(f"{self.path} is damaged: {error}") from None
+        return np.frombuffer(read, np.uint8).reshape(-1, *self.shape[1:])
 
 
 def merge_npz(files, path):
@@ -234,8 +275,9 @@ class atomic:
             raise UserError(f"can't write {self.path}: {cause.strerror}{kept}") from None
 
 
-CHECKPOINT = {"train_stage1": {"config", "model_args", "step", "model", "ema", "optimizer"},
-              "train_prior": {"config", "model_args", "step", "model", "ema", "encoder", "optimizer"}}
+CHECKPOINT = {"train_stage1": {"config", "model_args", "step", "ema"},  # and "model" and "optimizer", to train on
+              "train_prior": {"config", "model_args", "step", "ema", "encoder"},
+              "eval_fid": {"model", "accuracy"}}
 
 
 def save_checkpoint(path, state):
@@ -253,12 +295,30 @@ def load_checkpoint(path, made_by, settings=""):
     require(path.is_file(), f"there is no checkpoint {path}: run `python {made_by}.py{settings} --out_dir={path.parent}` first")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile):
+    except Exception:  # whatever a broken file makes the decoders raise
         raise UserError(f"{path} is truncated or damaged: put a good copy in its place, or delete it and "
                         f"run {made_by}.py again") from None
     require(isinstance(state, dict) and state.get("made_by") == made_by and state.keys() >= CHECKPOINT[made_by],
             f"{path} is not a checkpoint of {made_by}.py: was another file copied over it?")
     return state
+
+
+def ship(source, target):
+    """Copies what sampling needs of a trained run's folder to another: the averaged weights of stage 1 and of the
+    autoregressive prior in half precision, their settings, and the training log. Raises UserError where one is missing.
+    """
+    stage1, prior = load_checkpoint(f"{source}/stage1.pt", "train_stage1"), load_checkpoint(f"{source}/prior_ar.pt", "train_prior")
+    require(prior["encoder"] == fingerprint(stage1["ema"]), f"{source}/prior_ar.pt was trained on codes of another stage 1")
+    require(Path(source).resolve() != Path(target).resolve(), f"{target} would lose what training needs: name another folder")
+    for state in (stage1, prior):
+        state["ema"] = {key: value.half() if value.is_floating_point() else value for key, value in state["ema"].items()}
+        state["config"] = state["config"] | dict(out_dir="")  # a path of the machine that trained it
+        for key in ("model", "optimizer"):
+            state.pop(key, None)
+    prior["encoder"] = fingerprint(stage1["ema"])
+    save_checkpoint(f"{target}/stage1.pt", stage1)
+    save_checkpoint(f"{target}/prior_ar.pt", prior)
+    write_log(f"{target}/stage1.jsonl", read_log(f"{source}/stage1.jsonl", math.inf), mode="w")
 
 
 def fingerprint(state):
@@ -278,6 +338,8 @@ def resume(path, config, model_args, free, made_by):
     if config["overwrite"] or not Path(path).exists():
         return None
     state = load_checkpoint(path, made_by)
+    require({"model", "optimizer"} <= state.keys(), f"{path} has the averaged weights alone, to sample from: it can't be "
+            "trained on. Choose another --out_dir, or start anew with --overwrite=True")
     old, new = {**state["model_args"], **state["config"]}, {**model_args, **config}
     changed = [f"{k}={old.get(k)!r} there, {new.get(k)!r} here"
                for k in sorted({*old, *new} - set(free)) if old.get(k) != new.get(k)]
@@ -506,7 +568,7 @@ def prepare(name, source, resolution=64, workers=1, overwrite=False, root=HERE /
     Images that can't be read are named and skipped, up to UNREADABLE_SHARE of all; more raise UserError, as
     do a source that is none, images of different sizes, and a full disk.
     """
-    require(Path(name).name == name and name not in ("", ".", "..", "embedded", "downloads", EMBEDDED),
+    require(Path(name).name == name and name not in ("", ".", "..", "embedded", "downloads", "features", EMBEDDED),
             f"{name!r} can't be a data set's name: say `python data.py NAME --source=...`")
     folder, partial = root / name, root / f"{name}.partial"
     require(overwrite or not folder.exists(), f"{folder} exists: --overwrite=True replaces it")

@@ -2,6 +2,7 @@
 Samples of a trained DisCo-Diff (Alg. 3): codes from the prior, then the denoiser's ODE.
 
     python sample.py                                   # out/samples.png and out/samples.npz
+    python sample.py --init_from=pretrained            # the same without training
     python sample.py --guidance=2 --class_label=9      # stronger latents (App. B), one class
     python sample.py --encode=fashion-mnist-10k        # the codes of these images, by the encoder
     python sample.py --code=3,1,4,1,5,9,2,6            # a code by hand
@@ -12,7 +13,8 @@ Samples of a trained DisCo-Diff (Alg. 3): codes from the prior, then the denoise
 
 Image i comes from the seed `seed + i` alone, whatever the batch size and the number of processes (to rounding). Writes
 out_dir/NAME.png, a grid, and out_dir/NAME.npz with images uint8 (N, H, W, C), labels int64 (N,) (-1: none),
-codes int64 (N, m) and seeds int64 (N,). An interrupted run continues when it is started again.
+codes int64 (N, m), seeds int64 (N,), nfe int64 (N,), the denoiser's evaluations for the image (guidance's D(z) and D(null)
+are two), and seconds float32 (N,), its share of its batch's time. An interrupted run continues when it is started again.
 """
 
 import json
@@ -29,11 +31,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from configurator import UserError, configure, require, start_processes
+from configurator import UserError, barrier, configure, require, start_processes
 from model import DisCoDiff, Prior, SEDD, analytic_probs, denoise_probs, draw_codes, euler_probs, seed_of
 
 # run
-out_dir = "out"  # where the checkpoints are, and the samples go
+out_dir = "out"  # where the samples go, and the checkpoints are
+init_from = ""  # or another folder that has the checkpoints; "pretrained": those that come with the repository
 name = "samples"  # of the two files
 device = "auto"
 num_images = 160
@@ -43,7 +46,7 @@ seed = 0
 per_code = 8
 class_label = -1  # one class for all; -1: the classes in turn
 code = ()  # a code by hand, m numbers in 0 ... k - 1
-encode = ""  # codes of these images: an image file, a folder of them, an .npz, or a prepared data set's name
+encode = ""  # codes of these images: an image file, a folder of them, an .npz, or a prepared data set, training images first
 compose = ""  # a second code, or images: of four rows in turn, two have the codes of the two, two are mixtures of both
 guidance = 1.0  # w in D~ = w D(z) + (1 - w) D(null), App. B; Table 3 counts cfg = w - 1
 # codes: which prior, and its sampler
@@ -308,7 +311,7 @@ def codes_of_prior(prior, noise, labels=None, temperature=1.0, sampler="first-hi
     return tau_leaping(score, masks, gumbel=noise.gumbel, probs=probs, **leaping)
 
 
-def read_source(setting, source, model):
+def read_source(setting, source, model, stage1):
     """What --code, --encode or --compose names, checked: a code, a tuple of m numbers; or images, labels (None where they
     are not to be used) and the order to take them in. The second of two data sets that are one starts with its last image."""
     m, k = model.num_latents, model.codebook_size
@@ -319,6 +322,8 @@ def read_source(setting, source, model):
                 f"--{setting} takes {m} numbers in 0 ... {k - 1}, not {source}")
         return source
     images, labels, order = data.read_images(source, model.img_shape)
+    if source == stage1["config"]["dataset"]:
+        order = np.concatenate(data.split(len(images), stage1["config"]["held_out"]))  # those that it was trained on first
     if model.label_dim and class_label < 0:
         require(labels is not None, f"{source} has no class labels: say --class_label=, a class for all images")
         require(0 <= labels.min() and labels.max() < model.label_dim, f"{source} has classes {labels.min()} ... "
@@ -388,21 +393,22 @@ def main():
     require(restarts or not gamma, "gamma is the churn of restarts: there are none")
     loops = restart_loops(num_steps, restarts, sigma_min, sigma_max, rho)
     rank, world, place = start_processes(device)
-    model, stage1 = load_stage1(out_dir, place)
+    trained = str(data.HERE / "pretrained") if init_from == "pretrained" else init_from or out_dir
+    model, stage1 = load_stage1(trained, place)
     require(-1 <= class_label < model.label_dim, f"class_label {class_label} is out of range: "
             f"this model has {model.label_dim} classes, 0 ... {model.label_dim - 1}" if model.label_dim else
             f"class_label {class_label}: this model was trained without classes")
     require(model.num_latents or not (code or encode or guidance != 1),
             "this model has no discrete latents (num_latents=0): --code, --encode and --guidance need them")
-    sources = [read_source(setting, source, model)
+    sources = [read_source(setting, source, model, stage1)
                for setting, source in (("code", code), ("encode", encode), ("compose", compose)) if source]
-    prior_net = load_prior(out_dir, prior, place, stage1) if model.num_latents and not sources else None
+    prior_net = load_prior(trained, prior, place, stage1) if model.num_latents and not sources else None
 
     # one file a batch; a run that was interrupted finds those that it has
     parts = Path(f"{out_dir}/{name}.parts")
     given = [source if isinstance(source[0], int) else data.identity(*source[:2]) for source in sources]
-    made_with = json.dumps({**config, "out_dir": "", "device": "", "given": given, "stage1": data.fingerprint(stage1["ema"]),
-                            "prior_net": prior_net and data.fingerprint(prior_net.state_dict())})
+    made_with = json.dumps({**config, "out_dir": "", "init_from": "", "device": "", "given": given,
+                            "stage1": data.fingerprint(stage1["ema"]), "prior_net": prior_net and data.fingerprint(prior_net.state_dict())})
     if rank == 0:
         if not any(parts.glob("*.npz")):
             with data.atomic(parts / "settings.json") as f:
@@ -411,12 +417,12 @@ def main():
                 "settings: delete it, start that run again to finish it, or choose another --name")
     starts = range(0, num_images, batch_size)
     missing = [start for start in starts if not (parts / f"{start:09d}.npz").exists()]
-    if world > 1:
-        dist.barrier()
+    barrier()
     sampler = partial(restart, restarts=restarts, gamma=gamma) if restarts else partial(heun, S_churn=S_churn)
     nfe = 2 * num_steps - 1 + sum(2 * (len(s) - 1) for levels in loops for s in levels)
+    nfe *= 2 if guidance != 1 else 1
     if rank == 0:
-        print(f"{num_images:,} images, {nfe} evaluations each" + " of D(z) and D(null) in one batch" * (guidance != 1))
+        print(f"{num_images:,} images, {nfe} evaluations each" + ", D(z) and D(null) in one batch" * (guidance != 1))
         if prior_net:
             steps = model.num_latents if prior == "ar" or sedd_sampler == "first-hitting" else sedd_steps
             print(f"codes of the prior {prior}, {steps} evaluations each" + f", by {sedd_sampler}" * (prior == "sedd"))
@@ -435,12 +441,13 @@ def main():
                     rho=rho, S_min=S_min, S_max=S_max, S_noise=S_noise, randn_like=noise.randn_like)
         require(x.isfinite().all(), "the images are not finite: is a setting of the sampler, or guidance, far too large?")
         images = data.to_uint8(x)
-        seconds["images"] += time.perf_counter() - began
+        elapsed = time.perf_counter() - began
+        seconds["images"] += elapsed
         made += len(rows), len(seeds)
         with data.atomic(parts / f"{start:09d}.npz") as f:
-            np.savez(f, images=images, labels=labels.cpu().numpy(), codes=codes.cpu().numpy(), seeds=seeds)
-    if world > 1:
-        dist.barrier()
+            np.savez(f, images=images, labels=labels.cpu().numpy(), codes=codes.cpu().numpy(), seeds=seeds,
+                     nfe=np.full(len(seeds), nfe), seconds=np.full(len(seeds), elapsed / len(seeds), np.float32))
+    barrier()
     if rank == 0:
         target = f"{out_dir}/{name}"
         files = [parts / f"{start:09d}.npz" for start in starts]

@@ -27,7 +27,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
-from configurator import UserError, configure, require, start_processes
+from configurator import UserError, barrier, configure, require, start_processes
 from model import absorb, draw_codes, gumbel_noise, mean_bits, sedd_loss, seeded_generator
 from sample import PRIORS, load_stage1
 
@@ -98,8 +98,7 @@ if cached and master and not logits_path.exists():  # the identity of the data w
         for flip in range(flips):
             for part in tqdm(np.split(np.arange(len(images)), range(500, len(images), 500)), desc="encoding"):
                 file.write(encode(part, np.full(len(part), bool(flip))).half().cpu().numpy().tobytes())
-if world > 1:
-    dist.barrier()
+barrier()
 try:
     kept = np.load(logits_path, mmap_mode="r") if cached else None
 except (ValueError, EOFError, OSError):

@@ -322,7 +322,8 @@ def close(a, b):
 def test_what_is_written(trained, samples):
     assert {k: (v.dtype, v.shape) for k, v in samples.items()} == {
         "images": (np.uint8, (20, 28, 28, 1)), "labels": (np.int64, (20,)), "codes": (np.int64, (20, 3)),
-        "seeds": (np.int64, (20,))}
+        "seeds": (np.int64, (20,)), "nfe": (np.int64, (20,)), "seconds": (np.float32, (20,))}
+    assert (samples["nfe"] == 5).all() and 0 < samples["seconds"].min() < 10
     assert samples["seeds"].tolist() == list(range(20)) and samples["labels"].tolist() == [i // 8 for i in range(20)]
     rows = samples["codes"].reshape(5, 4, 3)
     assert (rows == rows[:, :1]).all() and len(np.unique(rows[:, 0], axis=0)) > 1  # a row shares one code
@@ -451,6 +452,7 @@ def test_codes_by_hand_and_from_images(trained):
     assert (load(trained, "folder")["labels"] == 2).all()
     assert np.array_equal(load(trained, "folder")["codes"], load(trained, "npz")["codes"])
     run("sample.py", f"--out_dir={trained}", "--name=set", *SAMPLE, "--encode=fashion-mnist-10k", "--guidance=2")
+    assert (load(trained, "set")["nfe"] == 10).all()  # D(z) and D(null)
     assert len(np.unique(load(trained, "set")["labels"])) > 1
 
 
@@ -468,7 +470,8 @@ def test_composed_codes(trained):
     assert close(load(trained, "hands"), load(trained, "again"))
     run("sample.py", f"--out_dir={trained}", "--name=data", *SAMPLE, *compose, "--encode=fashion-mnist-10k",
         "--compose=fashion-mnist-10k")
-    made, (_, labels, order) = load(trained, "data"), data.read_images("fashion-mnist-10k", (1, 28, 28))
+    made, labels = load(trained, "data"), data.load("fashion-mnist-10k")[1]
+    order = np.concatenate(data.split(10_000, 16))  # what it was trained on, then what was held out
     codes, c = made["codes"].reshape(20, 4, 2, 3)[:, :, 0], made["labels"].reshape(20, 4, 2)[:, :, 0]
     assert (c[:, 0] == labels[order[:20]]).all() and (c[:, 1] == labels[np.roll(order, 1)[:20]]).all()
     assert (c[:, 2:] == c[:, :2]).all() and len(np.unique(codes[:, 0], axis=0)) > 1
