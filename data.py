@@ -152,7 +152,7 @@ def read_images(source, img_shape):
         images, order = np.stack(images), np.arange(len(images))
     else:
         images, labels, _ = load(source)
-        order = np.random.default_rng(0).permutation(len(images))
+        order, _ = split(len(images), 0)
     require(images.shape[1:] == (size, size, channels) and len(images),
             f"{source} has images of the shape {images.shape}: this model's are (N, {size}, {size}, {channels})")
     return images, labels, order
@@ -305,7 +305,8 @@ def load_checkpoint(path, made_by, settings=""):
 
 def ship(source, target):
     """Copies what sampling needs of a trained run's folder to another: the averaged weights of stage 1 and of the
-    autoregressive prior in half precision, their settings, and the training log. Raises UserError where one is missing.
+    autoregressive prior in half precision, their settings, and the training log. Raises UserError where a checkpoint is
+    missing, or the prior is of another stage 1.
     """
     stage1, prior = load_checkpoint(f"{source}/stage1.pt", "train_stage1"), load_checkpoint(f"{source}/prior_ar.pt", "train_prior")
     require(prior["encoder"] == fingerprint(stage1["ema"]), f"{source}/prior_ar.pt was trained on codes of another stage 1")

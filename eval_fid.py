@@ -331,8 +331,7 @@ def measure(net, images, labels, device="cpu", rank=0, world=1, name="images"):
     n = len(images)
     kept = np.sort(np.random.default_rng(0).permutation(n)[:manifold_images])  # for precision and recall
     pool, spatial, p = net(to_float(images[:1], device))  # for the widths
-    pool_moments = Moments(pool.shape[1], device)
-    spatial_moments = None if spatial is None else Moments(spatial.shape[1], device)
+    moments = {key: Moments(x.shape[1], device) for key, x in (("", pool), ("_spatial", spatial)) if x is not None}
     features_kept = torch.zeros(len(kept), pool.shape[1], device=device)
     prob_sums, log_sums, counts = (torch.zeros(SPLITS, *tail, dtype=torch.float64, device=device)
                                    for tail in (p.shape[1:], (), ()))
@@ -340,9 +339,8 @@ def measure(net, images, labels, device="cpu", rank=0, world=1, name="images"):
     for start in tqdm(range(rank * batch_size, n, world * batch_size), desc=name, unit="batch", disable=rank > 0):
         x = to_float(images[start:start + batch_size], device)
         pool, spatial, p = net(x)
-        pool_moments.update(pool)
-        if spatial_moments:
-            spatial_moments.update(spatial)
+        for m, rows in zip(moments.values(), (pool, spatial)):
+            m.update(rows)
         first, last = np.searchsorted(kept, [start, start + len(x)])
         features_kept[first:last] = pool[kept[first:last] - start]
         split_of = torch.arange(start, start + len(x), device=device) * SPLITS // n
@@ -353,13 +351,12 @@ def measure(net, images, labels, device="cpu", rank=0, world=1, name="images"):
             c = torch.from_numpy(labels[start:start + len(x)]).to(device)
             labelled += (c >= 0).sum()
             right += (p.argmax(1) == c).sum()
-    moments = [pool_moments] + [spatial_moments] * (spatial is not None)
     if world > 1:
-        for sums in [features_kept, prob_sums, log_sums, counts, labelled, right, *(t for m in moments for t in vars(m).values())]:
+        for sums in [features_kept, prob_sums, log_sums, counts, labelled, right, *(t for m in moments.values() for t in vars(m).values())]:
             dist.all_reduce(sums)
     found = dict(count=n, features=features_kept.cpu().numpy(), inception_score=inception_score(prob_sums, log_sums, counts),
                  recognised=(right / labelled).item())
-    for key, m in zip(("", "_spatial"), moments):
+    for key, m in moments.items():
         found[f"mu{key}"], found[f"sigma{key}"] = m.result()
     return found
 
@@ -384,7 +381,7 @@ def statistics_of(net, made_with, images, labels, rank, **where):
         with np.load(path) as f:
             ours = ("made_with", "count", "mu_spatial", "sigma_spatial", "features") if "made_with" in f else ()
             found = {key: f[key] for key in ("mu", "sigma", *ours) if key in f}
-        mu, sigma = (found[key].astype(np.float64, casting="safe") for key in ("mu", "sigma"))
+        mu, sigma = found["mu"], found["sigma"] = [found[key].astype(np.float64, casting="safe") for key in ("mu", "sigma")]
         have = str(found.get("made_with", made_with))
     except Exception as error:  # whatever a broken file makes the decoders raise
         raise UserError(f"{path} can't be read as statistics, an .npz with mu and sigma"
@@ -419,8 +416,8 @@ def compare(real, found, device):
 
 def check_metric(net, real_images, real_labels, **where):
     """Prints how the distance from one half of the real images grows as the other half is made worse. -> whether it does"""
-    reference, other = np.array_split(split(len(real_images), 0)[0][:10_000], 2)
-    x = real_images[np.sort(other)]
+    reference, other = (np.sort(half) for half in np.array_split(split(len(real_images), 0)[0][:10_000], 2))
+    x = real_images[other]
     rng = np.random.default_rng(0)
 
     def blurred(radius):
@@ -433,11 +430,11 @@ def check_metric(net, real_images, real_labels, **where):
     ladders = [[("blurred, by 0.5 pixels", blurred(0.5)), ("blurred, by 1 pixel", blurred(1))],
                [("noise of 8 in 255", noised(8)), ("noise of 24 in 255", noised(24))]]
     if real_labels is not None:
-        c = real_labels[np.sort(other)]
+        c = real_labels[other]
         present = np.unique(c)
-        ladders.append([(f"{lost} of {len(present)} classes missing", x[~np.isin(c, present[:lost])])
-                        for lost in (1, 3) if (~np.isin(c, present[:lost])).sum() >= SPLITS])
-    real = measure(net, real_images[np.sort(reference)], None, name="one half", **where)
+        dropped = [(f"{lost} of {len(present)} classes missing", x[~np.isin(c, present[:lost])]) for lost in (1, 3)]
+        ladders.append([(name, left) for name, left in dropped if len(left) >= SPLITS])
+    real = measure(net, real_images[reference], None, name="one half", **where)
 
     def distance(images, name):
         found = measure(net, images, None, name=name, **where)
@@ -480,10 +477,10 @@ def main():
         require(num_classes, f"the data set {data} has no class labels: --features=classifier needs them")
         require(made_images is None or made_images.shape[1:] == real_images.shape[1:],
                 f"{images} and {data} have images of different shapes: a classifier compares images of one shape")
-        net, accuracy = find_classifier(data, real_images, real_labels, num_classes, **where)
         classes = np.unique([-1] if made_labels is None else made_labels)
         require(-1 <= classes[0] and classes[-1] < num_classes, f"{images} has labels {classes[0]} ... {classes[-1]}: {data} has "
                 f"{num_classes} classes, 0 ... {num_classes - 1}")
+        net, accuracy = find_classifier(data, real_images, real_labels, num_classes, **where)
         made_with = f"classifier-{fingerprint(net.state_dict()):08x}"
         note = f"by a classifier that recognises {accuracy:.1%} of held-out images: not FID, nor to be compared with it"
     if self_check:
@@ -493,8 +490,9 @@ def main():
     if images.endswith(".npz"):
         with np.load(images) as f:
             for title, key in (("NFE", "nfe"), ("seconds per image", "seconds")):
-                if key in f and f[key].dtype.kind in "iuf" and f[key].size:
-                    spent[title] = float(f[key].mean())
+                value = f[key] if key in f else np.empty(0)
+                if value.dtype.kind in "iuf" and value.size:
+                    spent[title] = float(value.mean())
     real = statistics_of(net, made_with, real_images, real_labels, **where)
     found = measure(net, made_images, made_labels, name=images, **where) if images else None
     if rank > 0 or not images:

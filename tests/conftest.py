@@ -1,9 +1,12 @@
 import io
+import math
 import runpy
 import sys
+import zlib
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +17,18 @@ sys.path.insert(0, str(ROOT))
 TINY = ["--model_channels=8", "--channel_mult=1,2", "--attn_resolutions=14,", "--num_latents=3", "--codebook_size=5",
         "--latent_dim=8", "--latent_layers=1", "--encoder_dim=16", "--encoder_layers=1", "--encoder_patch=14", "--preview_every=0",
         "--batch_size=8", "--total_images=48", "--warmup_images=16", "--held_out=16", "--device=cpu"]
+
+
+def fill(name, shape):
+    """The parameter values that the reference outputs were computed with: a function of name and shape."""
+    normal = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    if name.endswith("running_var"):
+        normal = 1 + 0.1 * np.abs(normal)
+    elif len(shape) >= 2:
+        normal /= math.sqrt(np.prod(shape[1:]))
+    else:
+        normal = normal * 0.1 + name.endswith("weight")
+    return torch.from_numpy(normal.astype(np.float32))
 
 
 def run(script, *arguments):

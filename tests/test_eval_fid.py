@@ -3,7 +3,6 @@ import json
 import subprocess
 import sys
 import urllib.error
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 import data
 import eval_fid
 from configurator import UserError
-from conftest import ROOT, run
+from conftest import ROOT, fill, run
 from eval_fid import (Inception, Moments, frechet_distance, inception_score, load_inception, manifold_radii, measure,
                       precision_recall, resize_tf1, root, share_inside)
 
@@ -30,24 +29,12 @@ def moments(x):
 # the networks
 
 
-def fill(name, shape):
-    """The reference's weights: by a generator that is seeded with the parameter's name."""
-    n = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-    if name.endswith("running_var"):
-        n = 1 + 0.1 * np.abs(n)
-    elif len(shape) >= 2:
-        n /= np.sqrt(np.prod(shape[1:]))
-    else:
-        n = float(name.endswith("weight")) + 0.1 * n
-    return torch.from_numpy(n * (1.4 if len(shape) == 4 else 1)).float()
-
-
 @pytest.fixture(scope="module")
 def inception():
     net = Inception("pytorch").eval().requires_grad_(False)
     shapes = {k: list(v.shape) for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     assert shapes == SHAPES
-    net.load_state_dict({name: fill(name, shape) for name, shape in SHAPES.items()})
+    net.load_state_dict({name: fill(name, shape) * (1.4 if len(shape) == 4 else 1) for name, shape in SHAPES.items()})
     return net
 
 

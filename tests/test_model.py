@@ -3,7 +3,6 @@ import inspect
 import itertools
 import json
 import math
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import fill
 from model import (SEDD, DisCoDiff, Prior, UNet, absorb, analytic_probs, denoise_probs, draw_codes, edm_settings,
                    euler_probs, gumbel_noise, gumbel_softmax, log_linear, score_entropy, sedd_loss, seed_of,
                    seeded_generator)
@@ -21,16 +21,6 @@ SHAPES = json.loads((REFERENCE / "edm_shapes.json").read_text())
 SMALL = dict(img_resolution=16, img_channels=3, label_dim=10, model_channels=64, channel_mult=(1, 2), num_blocks=1,
              attn_resolutions=(8,), dropout=0.1, num_latents=3, codebook_size=5, latent_dim=12, latent_layers=2,
              encoder_dim=24, encoder_layers=2, encoder_heads=3)
-
-
-def fill(name, shape):
-    """The parameter values that the reference outputs were computed with: a function of name and shape."""
-    normal = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-    if len(shape) >= 2:
-        normal /= math.sqrt(np.prod(shape[1:]))
-    else:
-        normal = normal * 0.1 + name.endswith("weight")
-    return torch.from_numpy(normal.astype(np.float32))
 
 
 @pytest.mark.parametrize("name", ["adm_tiny", "adm_uncond"])
