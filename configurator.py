@@ -13,7 +13,9 @@ strings, True/False, tuples) and never executed.
 import ast
 import difflib
 import os
+import signal
 import sys
+import threading
 from datetime import timedelta
 
 
@@ -145,8 +147,14 @@ def start_processes(device):
         torch.cuda.set_device(place)
     if world > 1:
         hook = sys.excepthook  # init_process_group puts its own around it, which would swallow our one line
-        # an hour: process 0 draws previews and encodes data sets while the others wait
-        torch.distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        limit = timedelta(hours=1)  # process 0 draws previews and encodes data sets while the others wait
+        store, rank, _ = next(torch.distributed.rendezvous("env://", timeout=limit))
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            # torchrun's store outlives its workers, and would give those that it restarts the addresses of the dead. (On
+            # several nodes the counts may differ: see the README for what to set there.)
+            store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", store=store, rank=rank,
+                                             world_size=world, timeout=limit)
         sys.excepthook = hook
     return int(os.environ.get("RANK", 0)), world, place
 
@@ -157,3 +165,21 @@ def barrier():
 
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def on_any_process(flag):
+    """Whether `flag` is true on any of the processes, which all ask together. Nothing waits for a GPU."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        flags = torch.tensor(float(flag))
+        torch.distributed.all_reduce(flags)
+        flag = flags > 0
+    return bool(flag)
+
+
+def catch_sigterm():
+    """-> an event that SIGTERM sets (pre-emption on a cluster), which from now on ends nothing by itself."""
+    came = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: came.set())
+    return came

@@ -44,6 +44,7 @@ overwrite = False  # replace an existing datasets/NAME
 HERE = Path(__file__).resolve().parent
 EMBEDDED = "fashion-mnist-10k"
 UNREADABLE_SHARE = 0.01  # of the images: more than this is an error
+LARGEST = 2 ** 30  # bytes that one compressed file may unpack to in memory
 
 # ----------------------------------------------------------------------------------------------------
 # data sets, as the training scripts see them
@@ -93,6 +94,17 @@ def identity(images, labels):
     return zlib.crc32(repr(images.shape).encode() + (b"" if labels is None else labels.tobytes()) + some.tobytes())
 
 
+def stamp(images):
+    """What changes when somebody writes to the file that these images are mapped from; None for images in memory."""
+    if not isinstance(images, np.memmap):
+        return None
+    try:
+        found = os.stat(images.filename)
+        return found.st_ino, found.st_size, found.st_mtime_ns
+    except OSError:
+        return "it is gone"
+
+
 def split(count, held_out):
     """Indices of `count` images -> (training, held-out), the same split for every run and script."""
     order = np.random.default_rng(0).permutation(count)
@@ -120,7 +132,7 @@ class Shuffle:
 
 def to_float(images, device="cpu"):
     """uint8 array (B, H, W, C) -> float32 tensor (B, C, H, W) in [-1, 1], channels last in memory."""
-    x = torch.from_numpy(np.array(images))  # a copy: what is mapped from a file is read-only
+    x = torch.from_numpy(np.require(images, requirements="W"))  # a copy of what is mapped from a file and read-only
     if torch.device(device).type == "cuda":
         x = x.pin_memory().to(device, non_blocking=True)
     return x.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -141,7 +153,7 @@ def read_images(source, img_shape):
     path, labels = Path(source), None
     if path.suffix == ".npz" and path.is_file():
         images, labels = open_images(source)
-        images, order = images[:], np.arange(len(images))
+        order = np.arange(len(images))
     elif path.exists():
         files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         require(files, f"{source} has no images in it")
@@ -155,7 +167,7 @@ def read_images(source, img_shape):
         order, _ = split(len(images), 0)
     require(images.shape[1:] == (size, size, channels) and len(images),
             f"{source} has images of the shape {images.shape}: this model's are (N, {size}, {size}, {channels})")
-    return images, labels, order
+    return images[:], labels, order
 
 
 def open_images(source):
@@ -167,13 +179,22 @@ def open_images(source):
         return load(source)[:2]
     try:
         images = NpzImages(source)
-        with np.load(source) as found:
+        with open_npz(source, large=("images.npy", "arr_0.npy")) as found:
             labels = next((found[key] for key in ("labels", "arr_1") if key in found), None)
         if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
             raise ValueError(f"its labels are {labels.dtype} {labels.shape}, not one integer an image")
     except Exception as error:  # whatever a broken file makes the decoders raise
         raise UserError(f"{source} is not an .npz with `images`: {getattr(error, 'strerror', None) or error}") from None
     return images, None if labels is None else labels.astype(np.int64)
+
+
+def open_npz(path, large=()):
+    """np.load of an .npz. Raises ValueError where an array but for those named `large` unpacks to more than LARGEST."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.file_size > LARGEST and info.filename not in large:
+                raise ValueError(f"{info.filename} unpacks to {info.file_size:,} bytes")
+    return np.load(path)
 
 
 class NpzImages:
@@ -281,23 +302,53 @@ CHECKPOINT = {"train_stage1": {"config", "model_args", "step", "ema"},  # and "m
 
 
 def save_checkpoint(path, state):
-    """Atomically writes a dict of tensors, numbers, strings, and lists, tuples and dicts of these."""
+    """Atomically writes a dict of tensors, numbers, strings, and lists, tuples and dicts of these. The one that was there
+    before is kept as NAME.previous.pt, unless it is damaged: at any time, one of the two can be read."""
     with atomic(path) as f:
         torch.save(state, f)
+        if read_checkpoint(path, check_only=True):
+            previous(path).unlink(missing_ok=True)
+            try:
+                os.link(path, previous(path))
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, previous(path))
+
+
+def previous(path):
+    return Path(path).with_suffix(".previous.pt")
+
+
+def read_checkpoint(path, check_only=False):
+    """-> what is in the file, or None where it is missing or damaged; with check_only, whether it is whole.
+
+    It is a zip file whose entries have a CRC-32 each, which torch.load does not look at. Nothing in it is executed, nor
+    unpacked: an entry that is compressed is none of ours.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+            if not stored or archive.testzip() is not None:
+                return None
+        return check_only or torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whatever a broken file makes the decoders raise
+        return None
 
 
 def load_checkpoint(path, made_by, settings=""):
     """-> the dict that `save_checkpoint` wrote, tensors on the CPU; `made_by`: the script that writes it, with `settings`.
 
-    Nothing in the file is executed. Raises UserError where it is missing, damaged, or another script's.
+    Where it is damaged, the one before it is taken, and a line on stderr says so. Raises UserError where both are, where
+    it is missing, or another script's.
     """
     path = Path(path)
     require(path.is_file(), f"there is no checkpoint {path}: run `python {made_by}.py{settings} --out_dir={path.parent}` first")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # whatever a broken file makes the decoders raise
-        raise UserError(f"{path} is truncated or damaged: put a good copy in its place, or delete it and "
-                        f"run {made_by}.py again") from None
+    state = read_checkpoint(path)
+    if state is None:
+        state = read_checkpoint(previous(path))
+        require(state is not None, f"{path} is truncated or damaged: put a good copy in its place, or delete it and "
+                                   f"run {made_by}.py again")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{path} is truncated or damaged: the one before it is taken, {previous(path)}", file=sys.stderr)
     require(isinstance(state, dict) and state.get("made_by") == made_by and state.keys() >= CHECKPOINT[made_by],
             f"{path} is not a checkpoint of {made_by}.py: was another file copied over it?")
     return state
@@ -317,8 +368,9 @@ def ship(source, target):
         for key in ("model", "optimizer"):
             state.pop(key, None)
     prior["encoder"] = fingerprint(stage1["ema"])
-    save_checkpoint(f"{target}/stage1.pt", stage1)
-    save_checkpoint(f"{target}/prior_ar.pt", prior)
+    for file, state in (("stage1.pt", stage1), ("prior_ar.pt", prior)):
+        with atomic(f"{target}/{file}") as f:
+            torch.save(state, f)
     write_log(f"{target}/stage1.jsonl", read_log(f"{source}/stage1.jsonl", math.inf), mode="w")
 
 
@@ -336,7 +388,8 @@ def resume(path, config, model_args, free, made_by):
     `config`, `model_args`: this run's settings, as the checkpoint carries them; `free`: the names of those
     that may change on the way. Raises UserError that names the differences where others did.
     """
-    if config["overwrite"] or not Path(path).exists():
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a process died
+    if config["overwrite"] and not restarted or not Path(path).exists():
         return None
     state = load_checkpoint(path, made_by)
     require({"model", "optimizer"} <= state.keys(), f"{path} has the averaged weights alone, to sample from: it can't be "
@@ -438,11 +491,13 @@ def read_idx(path):
     arrays = []
     for p, ndim in ((path, 3), (path.with_name(path.name.replace("images-idx3", "labels-idx1")), 1)):
         try:
-            raw = gzip.decompress(p.read_bytes())
+            with gzip.open(p) as f:
+                raw = f.read(LARGEST + 1)
         except FileNotFoundError:
             raise UserError(f"{p} is missing") from None
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{p} is damaged: {error}") from None
+        require(len(raw) <= LARGEST, f"{p} unpacks to more than {LARGEST:,} bytes")
         header = 4 + 4 * ndim
         shape = struct.unpack(f">{ndim}I", raw[4:header]) if len(raw) >= header else ()
         require(raw[:4] == bytes([0, 0, 8, ndim]) and len(raw) == header + np.prod(shape, dtype=int),
@@ -471,6 +526,7 @@ def from_cifar_tar(path):
     try:
         with tarfile.open(path) as tar:
             batches = sorted((m for m in tar if Path(m.name).match("data_batch_*.bin")), key=lambda m: m.name)
+            require(sum(m.size for m in batches) <= LARGEST, f"{path} unpacks to more than {LARGEST:,} bytes")
             files = {m.name: tar.extractfile(m).read() for m in batches}
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
@@ -480,14 +536,20 @@ def from_cifar_tar(path):
 
 def from_zip(path):
     """EDM's data set: images of one size, and dataset.json with {"labels": [[file, class], ...]} or null."""
+    def unpack(file):
+        if archive.getinfo(file).file_size > LARGEST:
+            raise ValueError(f"{file} unpacks to {archive.getinfo(file).file_size:,} bytes")
+        return archive.read(file)
+
     try:
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(path)  # read in memory: names in it with ../ lead nowhere
         files = sorted(f for f in archive.namelist() if Path(f).suffix.lower() in IMAGE_SUFFIXES)
-        found = json.loads(archive.read("dataset.json"))["labels"] if "dataset.json" in archive.namelist() else None
+        found = json.loads(unpack("dataset.json"))["labels"] if "dataset.json" in archive.namelist() else None
         labels = {file: int(c) for file, c in found} if found else {}
         if any(labels[file] != c for file, c in found or []):
             raise ValueError("its labels are not whole numbers")
-    except (zipfile.BadZipFile, zlib.error, OSError, ArithmeticError, ValueError, TypeError, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, ArithmeticError, ValueError, TypeError, KeyError,
+            RecursionError) as error:
         raise UserError(f"{path} is not a data set of EDM's tools, or damaged: {error}") from None
     require(files, f"{path} has no images in it")
     missing = [f for f in files if f not in labels] if labels else []
@@ -497,7 +559,7 @@ def from_zip(path):
     def items():
         for file in files:
             try:
-                image = Image.open(io.BytesIO(archive.read(file)))
+                image = Image.open(io.BytesIO(unpack(file)))
                 image = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
                 yield file, image.reshape(*image.shape[:2], -1), labels.get(file)
             except Exception as error:  # whatever a broken file makes the decoders raise

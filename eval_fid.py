@@ -31,7 +31,7 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from configurator import UserError, barrier, configure, require, start_processes
-from data import (HERE, Shuffle, atomic, fingerprint, identity, load, load_checkpoint, open_images, save_checkpoint, split,
+from data import (HERE, Shuffle, atomic, fingerprint, identity, load, load_checkpoint, open_images, open_npz, save_checkpoint, split,
                   to_float)
 
 images = "out/samples.npz"  # an .npz with `images` (and `labels`), or a prepared data set's name
@@ -378,7 +378,7 @@ def statistics_of(net, made_with, images, labels, rank, **where):
                     np.savez(f, made_with=made_with, **found)
             barrier()
     try:
-        with np.load(path) as f:
+        with open_npz(path) as f:
             ours = ("made_with", "count", "mu_spatial", "sigma_spatial", "features") if "made_with" in f else ()
             found = {key: f[key] for key in ("mu", "sigma", *ours) if key in f}
         mu, sigma = found["mu"], found["sigma"] = [found[key].astype(np.float64, casting="safe") for key in ("mu", "sigma")]
@@ -488,7 +488,7 @@ def main():
         return
     spent = {}
     if images.endswith(".npz"):
-        with np.load(images) as f:
+        with open_npz(images, large=("images.npy", "arr_0.npy")) as f:
             for title, key in (("NFE", "nfe"), ("seconds per image", "seconds")):
                 value = f[key] if key in f else np.empty(0)
                 if value.dtype.kind in "iuf" and value.size:

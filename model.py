@@ -55,6 +55,17 @@ def sinusoids(t, channels):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def heads_of(x, heads):
+    """Pixels as tokens: (B, C, H, W) -> (B, heads, HW, C / heads). Of a tensor with channels last no copy, and as flash
+    attention wants it."""
+    return x.flatten(2).unflatten(1, (heads, -1)).transpose(2, 3)
+
+
+def image_of(a, shape):
+    """The inverse of `heads_of`, channels last: -> (B, C, H, W), which is `shape`."""
+    return a.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, shape[2:])
+
+
 class CrossAttention(nn.Module):
     """Image features are the queries, latent tokens the keys and values (sec. 3.3)."""
 
@@ -71,9 +82,8 @@ class CrossAttention(nn.Module):
         return [t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.kv(tokens).chunk(2, dim=2)]
 
     def forward(self, x, keys, values):
-        q = self.q(self.norm(x)).flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)  # (B, heads, HW, c)
-        a = F.scaled_dot_product_attention(q, keys, values)
-        return x + self.proj(a.transpose(2, 3).reshape(x.shape))
+        a = F.scaled_dot_product_attention(heads_of(self.q(self.norm(x)), self.heads), keys, values)
+        return x + self.proj(image_of(a, x.shape))
 
 
 class UNetBlock(nn.Module):
@@ -101,17 +111,21 @@ class UNetBlock(nn.Module):
             return F.avg_pool2d(x, 2)
         return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
 
+    def self_attention(self, x):
+        # EDM has q, k and v interleaved in the output channels: head, channel within head, then q/k/v. Sorted here in
+        # the weights, which are small: interleaved activations are nothing that flash attention takes
+        weight, bias = (p.unflatten(0, (self.heads, -1, 3)).movedim(2, 0).flatten(0, 2) for p in self.qkv.parameters())
+        q, k, v = F.conv2d(x, weight, bias).chunk(3, dim=1)
+        a = F.scaled_dot_product_attention(*(heads_of(t, self.heads) for t in (q, k, v)))
+        return self.proj(image_of(a, x.shape))
+
     def forward(self, x, emb, keys_values=None):
         h = self.conv0(self.resized(F.silu(self.norm0(x))))
         scale, shift = float32(self.affine, emb).to(h.dtype)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
         x = self.skip(self.resized(x)) + self.conv1(F.dropout(h, self.dropout, self.training))
         if self.qkv is not None:
-            # q, k and v are interleaved in the output channels: head, channel within head, then q/k/v
-            qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (self.heads, -1, 3)).transpose(2, 4)
-            q, k, v = qkv.unbind(3)  # each (B, heads, HW, c)
-            a = F.scaled_dot_product_attention(q, k, v)
-            x = x + self.proj(a.transpose(2, 3).reshape(x.shape))
+            x = x + self.self_attention(self.norm2(x))
         if self.cross is not None:
             x = self.cross(x, *keys_values)
         return x
@@ -421,6 +435,27 @@ class DisCoDiff(nn.Module):
             logits = self.encoder(y)
             keys_values = self.condition(gumbel_softmax(logits, tau, gumbel), drop)
         return self.denoise(y + noise, sigma, labels, keys_values), logits
+
+
+# ----------------------------------------------------------------------------------------------------
+# what both training scripts do with their gradients
+
+SKIPPED_IN_A_ROW = 20  # steps without finite gradients that end a run
+
+
+def guarded_step(optimizer, norm, skipped):
+    """An optimiser's step, or, where the norm of all gradients is not finite, none: weights and moments stay as they are.
+
+    optimizer: a fused one; skipped: float (2,), which counts the steps that were left out, those in a row and all. Nothing
+    here waits for the device. -> whether this one was left out, a bool tensor
+    """
+    bad = ~norm.isfinite()
+    optimizer.found_inf = bad.float()  # GradScaler's way to tell a fused optimiser; 1: change nothing
+    optimizer.step()
+    optimizer.zero_grad()
+    skipped.add_(bad)
+    skipped[0] *= bad
+    return bad
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -10,12 +10,13 @@ SEDD-absorb, as Discrete Latent Codes has it (sec. 4).
 Reads out_dir/stage1.pt, which says on which images, split and classes; leaves out_dir/prior_ar.pt or
 prior_sedd.pt. Codes are drawn afresh each time an image is visited; the encoder itself runs once an image, and
 its logits are kept in half precision in out_dir/logits-*.npy (for ImageNet-64, m = 10 and k = 100: 2.6 GB). The
-same command again continues where it stopped.
+same command again continues where it stopped, by SIGTERM too.
 """
 
 import contextlib
 import copy
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
-from configurator import UserError, barrier, configure, require, start_processes
-from model import absorb, draw_codes, gumbel_noise, mean_bits, sedd_loss, seeded_generator
+from configurator import UserError, barrier, catch_sigterm, configure, on_any_process, require, start_processes
+from model import SKIPPED_IN_A_ROW, absorb, draw_codes, guarded_step, gumbel_noise, mean_bits, sedd_loss, seeded_generator
 from sample import PRIORS, load_stage1
 
 # run
@@ -126,6 +127,8 @@ except ValueError as error:  # sizes that don't fit each other
     raise UserError(error) from None
 averaged = copy.deepcopy(model).eval().requires_grad_(False)
 optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+parameters, averaged_parameters = list(model.parameters()), list(averaged.parameters())
+skipped = torch.zeros(2, device=device)  # steps whose gradients were not finite: in a row, in all
 
 checkpoint_path = f"{out_dir}/prior_{prior}.pt"
 FREE = ("out_dir", "overwrite", "device", "total_images", "cache_gb", "log_every", "save_every")
@@ -137,9 +140,7 @@ if checkpoint := data.resume(checkpoint_path, config, model_args, FREE, "train_p
     model.load_state_dict(checkpoint["model"])
     averaged.load_state_dict(checkpoint["ema"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-if master and step * batch_size >= total_images:
-    print(f"{checkpoint_path} is finished: it has seen {step * batch_size:,} codes. "
-          "A larger --total_images trains on, --overwrite=True starts anew")
+    skipped.copy_(checkpoint["skipped"])
 forward = DistributedDataParallel(model, device_ids=[device.index] if on_gpu else None) if world > 1 else model
 
 # ----------------------------------------------------------------------------------------------------
@@ -189,16 +190,11 @@ def loss_of(z, c, t, u):
     return sedd_loss(forward(x, t, c), t, x, z)
 
 
-def due(every, seen):
-    return seen // every != (seen - batch_size) // every or seen >= total_images
-
-
 batches = data.Shuffle(train_indices, seed)
-bar = tqdm(total=total_images, initial=step * batch_size, unit="img", disable=not master, mininterval=1)
-parameters, averaged_parameters = list(model.parameters()), list(averaged.parameters())
-model.train()
-loss_sum, steps = 0, 0
-while step * batch_size < total_images:
+
+
+def gradients(step):
+    """Leaves the gradients of one step, of the whole batch over all processes, in the parameters. -> this process's loss, nats"""
     start = rank * local_batch
     rows = slice(start, start + local_batch)
     # for the whole batch, as in stage 1
@@ -212,43 +208,84 @@ while step * batch_size < total_images:
     with autocast:
         loss = loss_of(z, c, t, u[:, 2:]).mean()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
-    seen = step * batch_size
+    return loss.detach()
+
+
+def update(step):
+    """Clipping, Adam, moving average. -> whether the gradients were not finite, and Adam left the weights as they are"""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
     for group in optimizer.param_groups:
-        group["lr"] = lr * min(seen / max(warmup_images, 1), 1)
-    optimizer.step()
-    optimizer.zero_grad()
+        group["lr"] = lr * min(step * batch_size / max(warmup_images, 1), 1)
+    bad = guarded_step(optimizer, norm, skipped)
     get_ema_multi_avg_fn(min(ema, (1 + step) / (10 + step)))(averaged_parameters, parameters, None)
-    loss_sum += loss.detach()
-    step, steps, seen = step + 1, steps + 1, seen + batch_size
-    bar.update(batch_size)
+    return bad
 
-    if due(log_every, seen) or due(save_every, seen):
-        require(torch.as_tensor(loss_sum).isfinite(), f"the loss is not finite any more after {seen:,} images: a lower --lr "
-                f"may help; {checkpoint_path} is left as it was")
-    if master and due(log_every, seen):
-        shown = {"bits": f"{loss_sum.item() / steps / math.log(2):.2f}"}
+
+# ----------------------------------------------------------------------------------------------------
+# the run (bench.py measures what is above)
+
+
+def due(every, seen):
+    return seen // every != (seen - batch_size) // every or seen >= total_images
+
+
+def save(step):
+    require(torch.nn.utils.get_total_norm(parameters).isfinite(), f"the weights are not finite any more: a lower --lr may help; "
+            f"{checkpoint_path} is left as it was")
+    data.save_checkpoint(checkpoint_path, dict(
+        made_by="train_prior", config=config, model_args=model_args, encoder=encoder_id, step=step,
+        model=model.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict(), skipped=skipped))
+
+
+if __name__ == "__main__":
+    sigterm, stopping, seen = catch_sigterm(), False, step * batch_size
+    if master and seen >= total_images:
+        print(f"{checkpoint_path} is finished: it has seen {seen:,} codes. "
+              "A larger --total_images trains on, --overwrite=True starts anew")
+    if master and not step:
+        save(step)  # as in stage 1
+    bar = tqdm(total=total_images, initial=seen, unit="img", disable=not master, mininterval=1)
+    model.train()
+    loss_sum, steps = 0, 0
+    while seen < total_images and not stopping:
+        loss = gradients(step)
+        bad = update(step)
+        loss_sum, steps = loss_sum + torch.where(bad, 0, loss), steps + ~bad
+        step, seen = step + 1, seen + batch_size
+        bar.update(batch_size)
+
+        if due(log_every, seen):
+            in_a_row, in_all = skipped.tolist()
+            require(in_a_row < SKIPPED_IN_A_ROW, f"the gradients of the last {in_a_row:.0f} steps were not finite, and the "
+                    f"weights stayed as they were: a lower --lr may help; {checkpoint_path} is left as it was")
+            if master:
+                shown = {"bits": f"{(loss_sum / steps).item() / math.log(2):.2f}"}
+                if len(held_out_indices):
+                    shown["held-out bits"] = f"{held_out_bits()[0]:.2f}"
+                if in_all:
+                    shown["steps skipped"] = int(in_all)
+                bar.set_postfix(shown)
+            loss_sum, steps = 0, 0
+        stopping = on_any_process(sigterm.is_set())
+        if master and (due(save_every, seen) or stopping):
+            save(step)
+
+    bar.close()
+    if master and seen >= total_images:
         if len(held_out_indices):
-            shown["held-out bits"] = f"{held_out_bits()[0]:.2f}"
-        bar.set_postfix(shown)
-        loss_sum, steps = 0, 0
-    if master and due(save_every, seen):
-        data.save_checkpoint(checkpoint_path, dict(
-            made_by="train_prior", config=config, model_args=model_args, encoder=encoder_id, step=step,
-            model=model.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict()))
-
-bar.close()
-if master:
-    if len(held_out_indices):
-        without, given_class = independent_bits()
-        print(f"bits per image on {len(held_out_indices)} held-out images" + ", this prior's at most" * (prior == "sedd"))
-        print(f"  uniform codes, m log2 k            {m * math.log2(k):7.2f}")
-        print(f"  independent latents                {without:7.2f}")
-        if label_drop or not label_dim:
-            print("  this prior                         {:7.2f} +- {:.2f}".format(*held_out_bits(8, with_class=False)))
-        if label_dim:
-            print(f"  independent latents given the class{given_class:7.2f}")
-            print("  this prior, given the class        {:7.2f} +- {:.2f}".format(*held_out_bits(8)))
-    print(f"{checkpoint_path} is ready; next: python sample.py --out_dir={out_dir}" + " --prior=sedd" * (prior == "sedd"))
-if world > 1:
-    dist.destroy_process_group()
+            without, given_class = independent_bits()
+            print(f"bits per image on {len(held_out_indices)} held-out images" + ", this prior's at most" * (prior == "sedd"))
+            print(f"  uniform codes, m log2 k            {m * math.log2(k):7.2f}")
+            print(f"  independent latents                {without:7.2f}")
+            if label_drop or not label_dim:
+                print("  this prior                         {:7.2f} +- {:.2f}".format(*held_out_bits(8, with_class=False)))
+            if label_dim:
+                print(f"  independent latents given the class{given_class:7.2f}")
+                print("  this prior, given the class        {:7.2f} +- {:.2f}".format(*held_out_bits(8)))
+        print(f"{checkpoint_path} is ready; next: python sample.py --out_dir={out_dir}" + " --prior=sedd" * (prior == "sedd"))
+    elif master:
+        print(f"stopped by SIGTERM after {seen:,} codes, which {checkpoint_path} has: the same command goes on from there")
+    if world > 1:
+        dist.destroy_process_group()
+    if seen < total_images:
+        sys.exit(143)

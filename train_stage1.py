@@ -3,37 +3,46 @@ Stage 1 of DisCo-Diff: trains the denoiser and the encoder of the discrete laten
 
 On the embedded data, on a laptop or one GPU:
     python train_stage1.py
-One GPU, eight GPUs, two nodes of eight GPUs (on each node, with its rank and the first one's address):
+One GPU, eight GPUs, two nodes of eight GPUs (the same line on each):
     python train_stage1.py config/cifar10.py
     torchrun --nproc_per_node=8 train_stage1.py config/imagenet64.py
-    torchrun --nnodes=2 --node_rank=0 --master_addr=ADDRESS --nproc_per_node=8 train_stage1.py config/imagenet64.py
-    (out_dir on a file system that both share)
+    torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500 --rdzv-id=1 --nproc_per_node=8 train_stage1.py config/imagenet64.py
+    (out_dir on a file system that both share; the README has what to add for restarts)
 Plain EDM, the baseline:
     python train_stage1.py --num_latents=0 --out_dir=out/edm
 
-Leaves in out_dir: stage1.pt (weights, their moving average, optimiser, settings), preview_*.png, stage1.jsonl.
-The same command again continues where it stopped; a larger --total_images trains a finished run on.
+From EDM's trained network, the paper's recipe for ImageNet-64:
+    torchrun --nproc_per_node=8 train_stage1.py config/imagenet64_finetune.py
+
+Leaves in out_dir: stage1.pt (weights, their moving average, optimiser, settings), the one before it
+(stage1.previous.pt), preview_*.png, stage1.jsonl. The same command again continues where it stopped, be it by SIGTERM,
+which saves first and ends with exit code 143, or by a crash; a larger --total_images trains a finished run on.
 """
 
 import contextlib
 import json
 import math
+import sys
 import time
+import warnings
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
-from configurator import UserError, configure, require, start_processes
-from model import DisCoDiff, draw_codes, gumbel_noise, seed_of, seeded_generator
+from configurator import UserError, catch_sigterm, configure, on_any_process, require, start_processes
+from edm_pickle import read_edm
+from model import SKIPPED_IN_A_ROW, DisCoDiff, draw_codes, edm_settings, guarded_step, gumbel_noise, seed_of, seeded_generator
 from sample import denoiser, heun
 
 # run
 out_dir = "out"
+init_from = ""  # a network that EDM published, such as edm-imagenet-64x64-cond-adm.pkl, to train on from
 overwrite = False  # start anew where out_dir already has a checkpoint
 seed = 0
 device = "auto"  # "cpu", "cuda", "cuda:1"; auto: a GPU if there is one
@@ -121,6 +130,7 @@ require(0 <= held_out < len(images), f"held_out is {held_out}: the data set has 
 train_indices, held_out_indices = data.split(len(images), held_out)
 batches = data.Shuffle(train_indices, seed)
 config["data_identity"] = data.identity(images, labels)  # for the checkpoint: a data set that has changed is noticed
+data_stamp = data.stamp(images)
 
 img_resolution, img_channels = images.shape[1], images.shape[3]
 require(images.shape[1] == images.shape[2], f"images must be square, not {images.shape[1]} x {images.shape[2]}")
@@ -137,12 +147,30 @@ try:
     ema = DisCoDiff(**model_args).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 except ValueError as error:  # sizes that don't fit each other
     raise UserError(error) from None
-ema.load_state_dict(model.state_dict())
 groups = [dict(params=model.model.parameters(), peak_lr=lr)]
 if num_latents:
     groups += [dict(params=model.latents.parameters(), peak_lr=lr),
                dict(params=model.encoder.parameters(), peak_lr=encoder_lr)]
 optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+parameters, ema_parameters = list(model.parameters()), list(ema.parameters())
+skipped = torch.zeros(2, device=device)  # steps whose gradients were not finite: in a row, in all
+
+
+def start_from(path):
+    """Gives the U-Net EDM's weights; the layers that EDM does not have start as the identity (sec. 4.1)."""
+    weights, sigma_data_there = read_edm(path)
+    try:
+        there = edm_settings(weights) | dict(sigma_data=sigma_data_there)
+        here = edm_settings(model.state_dict()) | dict(sigma_data=sigma_data)
+        different = [f"{name}={there[name]!r} there, {here[name]!r} here" for name in here if there[name] != here[name]]
+        require(not different, f"{path} is a network of other settings: {'; '.join(different)}")
+        new, strange = model.load_state_dict(weights, strict=False)
+        strange += [name for name in new if name.startswith("model.") and ".cross." not in name]
+        if strange:
+            raise ValueError(f"{strange[0]} is missing, or too many")
+    except (LookupError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} is not a network of ADM's architecture: {' '.join(str(error).split())[:200]}") from None
+
 
 checkpoint_path = f"{out_dir}/stage1.pt"
 FREE = ("out_dir", "overwrite", "device", "compile", "batch_gpu", "total_images", "log_every", "save_every",
@@ -153,12 +181,18 @@ if checkpoint := data.resume(checkpoint_path, config, model_args, FREE, "train_s
     model.load_state_dict(checkpoint["model"])
     ema.load_state_dict(checkpoint["ema"])
     optimizer.load_state_dict(checkpoint["optimizer"])
+    skipped.copy_(checkpoint["skipped"])
     del checkpoint
+else:
+    if init_from:
+        start_from(init_from)
+    ema.load_state_dict(model.state_dict())
 require(mean_over_processes(torch.tensor(float(step), device=device)) == step,
         f"the processes found different checkpoints: {out_dir} must be on a file system that all nodes share")
 
 forward = torch.compile(model) if compile and on_gpu else model
 if world > 1:
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1 x 1 convolutions, where they mean nothing
     forward = DistributedDataParallel(forward, device_ids=[device.index] if on_gpu else None)
 autocast = torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext()
 
@@ -181,18 +215,51 @@ def draw_step(step):
 
 def fetch(position, count):
     """-> y (count, C, H, W) in [-1, 1], class labels (count,) or None, of the endless shuffle's next images."""
+    require(data.stamp(images) == data_stamp, f"{dataset} changed while it was being trained on: prepare it as it was, and "
+            f"give the same command again. {checkpoint_path} is from before that, or nearly so")
     indices = batches.take(position, count)
     c = torch.from_numpy(labels[indices]).to(device, non_blocking=True) if class_cond else None
     return data.to_float(images[indices], device), c
 
 
-def due(every, seen):
-    """Whether something that is done every so many images is to be done after this step; 0: never."""
-    return every and (seen // every != (seen - batch_size) // every or seen >= total_images)
-
-
 def loss_weight(sigma):
     return (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2  # lambda(sigma), EDM Table 1
+
+
+def gradients(step):
+    """Leaves the gradients of one step, of the whole batch over all processes, in the parameters. -> what the log adds up
+    of this process's images: loss, code distributions (m, k), their entropies; on the device."""
+    noise, sigma, gumbel, drop, flip = draw_step(step)
+    loss_sum, code_sum, entropy_sum = 0, 0, 0
+    for micro in range(micro_steps):
+        start = rank * local_batch + micro * micro_batch
+        rows = slice(start, start + micro_batch)
+        y, c = fetch(step * batch_size + start, micro_batch)
+        y = torch.where(flip[rows, None, None, None], y.flip(3), y)
+        torch.manual_seed(seed_of("dropout", seed, step, start))
+        exchange = world == 1 or micro == micro_steps - 1  # gradients meet once a step
+        with contextlib.nullcontext() if exchange else forward.no_sync():
+            with autocast:
+                D, logits = forward(y, noise[rows], sigma[rows].flatten(), c, gumbel[rows], drop[rows], tau)
+                loss = (loss_weight(sigma[rows]) * (D - y) ** 2).sum() / local_batch  # Eq. 3
+            loss.backward()
+        loss_sum += loss.detach() / y[0].numel()
+        if num_latents:
+            p = logits.detach().softmax(-1)  # (B, m, k)
+            code_sum += p.sum(0)
+            entropy_sum += torch.special.entr(p).sum()
+    return loss_sum, code_sum, entropy_sum
+
+
+def update(seen):
+    """Adam and moving average after so many images. -> whether the gradients were not finite, and Adam left the weights as
+    they are. (EDM puts 0 for NaN and 1e5 for infinity, and goes on.)"""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * min(seen / max(warmup_images, 1), 1)
+    bad = guarded_step(optimizer, get_total_norm([p.grad for p in parameters]), skipped)
+    halflife = min(ema_halflife_images, seen * ema_rampup)
+    get_ema_multi_avg_fn(0.5 ** (batch_size / max(halflife, 1e-8)))(ema_parameters, parameters, None)
+    return bad
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -245,86 +312,85 @@ def print_losses(count=256, sigmas=(0.02, 0.1, 0.3, 1, 3, 10, 30, 80)):
 
 
 # ----------------------------------------------------------------------------------------------------
-# the run
+# the run (bench.py measures what is above)
 
-log_path = f"{out_dir}/stage1.jsonl"
-parameters, ema_parameters = list(model.parameters()), list(ema.parameters())
-if master:
-    print(f"{dataset}: {len(train_indices):,} images to train on, {img_resolution} x {img_resolution} x {img_channels}, "
-          f"{num_classes} classes; U-Net {sum(p.numel() for p in model.model.parameters()):,} parameters, latents "
-          f"{sum(p.numel() for n, p in model.named_parameters() if not n.startswith('model.')):,}; on {device}")
-    data.write_log(log_path, data.read_log(log_path, step * batch_size) if step else [], mode="w")
-    if step * batch_size >= total_images:
-        print(f"{checkpoint_path} is finished: it has seen {step * batch_size:,} images. "
-              "A larger --total_images trains on, --overwrite=True starts anew")
+def due(every, seen):
+    """Whether something that is done every so many images is to be done after this step; 0: never."""
+    return every and (seen // every != (seen - batch_size) // every or seen >= total_images)
 
-loss_sum, code_sum, entropy_sum = 0, 0, 0  # since the last log; on the device
-since, images_since = time.time(), 0
-bar = tqdm(total=total_images, initial=step * batch_size, unit="img", disable=not master, mininterval=1)
-model.train()
-while step * batch_size < total_images:
-    noise, sigma, gumbel, drop, flip = draw_step(step)
-    for micro in range(micro_steps):
-        start = rank * local_batch + micro * micro_batch
-        rows = slice(start, start + micro_batch)
-        y, c = fetch(step * batch_size + start, micro_batch)
-        y = torch.where(flip[rows, None, None, None], y.flip(3), y)
-        torch.manual_seed(seed_of("dropout", seed, step, start))
-        exchange = world == 1 or micro == micro_steps - 1  # gradients meet once a step
-        with contextlib.nullcontext() if exchange else forward.no_sync():
-            with autocast:
-                D, logits = forward(y, noise[rows], sigma[rows].flatten(), c, gumbel[rows], drop[rows], tau)
-                loss = (loss_weight(sigma[rows]) * (D - y) ** 2).sum() / local_batch  # Eq. 3
-            loss.backward()
-        loss_sum += loss.detach() / y[0].numel()
-        if num_latents:
-            p = logits.detach().softmax(-1)  # (B, m, k)
-            code_sum += p.sum(0)
-            entropy_sum += torch.special.entr(p).sum()
 
-    seen = step * batch_size
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * min(seen / max(warmup_images, 1), 1)
-    for p in parameters:
-        torch.nan_to_num(p.grad, nan=0, posinf=1e5, neginf=-1e5, out=p.grad)  # EDM's guard
-    optimizer.step()
-    optimizer.zero_grad()
-    halflife = min(ema_halflife_images, seen * ema_rampup)
-    get_ema_multi_avg_fn(0.5 ** (batch_size / max(halflife, 1e-8)))(ema_parameters, parameters, None)
+def save(step):
+    require(get_total_norm(parameters).isfinite(), f"the weights are not finite any more: a lower --lr or --encoder_lr may help; "
+            f"{checkpoint_path} is left as it was")
+    data.save_checkpoint(checkpoint_path, dict(
+        made_by="train_stage1", config=config, model_args=model_args, step=step, model=model.state_dict(),
+        ema=ema.state_dict(), optimizer=optimizer.state_dict(), skipped=skipped))
 
-    step += 1
-    seen += batch_size
-    images_since += batch_size
-    bar.update(batch_size)
 
-    if due(log_every, seen):
-        steps = images_since // batch_size
-        report = dict(images=seen, loss=mean_over_processes(loss_sum).item() / steps)
-        if num_latents:
-            p = mean_over_processes(code_sum) / (steps * local_batch)  # (m, k) averaged code distribution
-            p_entropy = torch.special.entr(p).sum(1)
-            report["perplexity"] = p_entropy.exp().tolist()  # codes that each latent uses, 1 ... k
-            # what the codes tell about the image: I(z; y) = H(z) - H(z | y), 0 where the encoder ignores it
-            report["bits"] = (p_entropy.sum() - mean_over_processes(entropy_sum) / (steps * local_batch)).item() / math.log(2)
-        if master:
-            report["images_per_second"] = images_since / (time.time() - since)
-            data.write_log(log_path, [json.dumps(report)])
-            shown = {"loss": f"{report['loss']:.4f}"}
+if __name__ == "__main__":
+    log_path = f"{out_dir}/stage1.jsonl"
+    sigterm, stopping, seen = catch_sigterm(), False, step * batch_size
+    if master:
+        print(f"{dataset}: {len(train_indices):,} images to train on, {img_resolution} x {img_resolution} x {img_channels}, "
+              f"{num_classes} classes; U-Net {sum(p.numel() for p in model.model.parameters()):,} parameters, latents "
+              f"{sum(p.numel() for n, p in model.named_parameters() if not n.startswith('model.')):,}; on {device}")
+        data.write_log(log_path, data.read_log(log_path, seen) if step else [], mode="w")
+        if seen >= total_images:
+            print(f"{checkpoint_path} is finished: it has seen {seen:,} images. "
+                  "A larger --total_images trains on, --overwrite=True starts anew")
+        if not step:
+            save(step)  # is there room on the disk? And what torchrun restarts is not what --overwrite=True is to replace
+
+    sums, skipped_before = [0, 0, 0], skipped[1].item()  # since the last log; on the device
+    since, images_since = time.time(), 0
+    bar = tqdm(total=total_images, initial=seen, unit="img", disable=not master, mininterval=1)
+    model.train()
+    while seen < total_images and not stopping:
+        measured = gradients(step)
+        bad = update(seen)
+        sums = [total + torch.where(bad, 0, value) for total, value in zip(sums, measured)]
+        step += 1
+        seen += batch_size
+        images_since += batch_size
+        bar.update(batch_size)
+
+        if due(log_every, seen):
+            in_a_row, in_all = skipped.tolist()
+            require(in_a_row < SKIPPED_IN_A_ROW, f"the gradients of the last {in_a_row:.0f} steps were not finite, and the weights "
+                    f"stayed as they were: try a lower --lr or --encoder_lr, and look at the data; {checkpoint_path} is left as it was")
+            steps = images_since // batch_size - (in_all - skipped_before) or math.nan  # those that were not skipped
+            report = dict(images=seen, loss=mean_over_processes(sums[0]).item() / steps)
             if num_latents:
-                used = "/".join(f"{u:.0f}" for u in report["perplexity"][:16])
-                shown |= {"codes used": f"{used} of {codebook_size}", "bits": f"{report['bits']:.1f}"}
-            bar.set_postfix(shown)
-        loss_sum, code_sum, entropy_sum, images_since, since = 0, 0, 0, 0, time.time()
-    if master and due(save_every, seen):
-        data.save_checkpoint(checkpoint_path, dict(
-            made_by="train_stage1", config=config, model_args=model_args, step=step, model=model.state_dict(),
-            ema=ema.state_dict(), optimizer=optimizer.state_dict()))
-    if master and due(preview_every, seen):
-        save_preview(f"{out_dir}/preview_{seen:09d}.png")
+                p = mean_over_processes(sums[1]) / (steps * local_batch)  # (m, k) averaged code distribution
+                p_entropy = torch.special.entr(p).sum(1)
+                report["perplexity"] = p_entropy.exp().tolist()  # codes that each latent uses, 1 ... k
+                # what the codes tell about the image: I(z; y) = H(z) - H(z | y), 0 where the encoder ignores it
+                report["bits"] = (p_entropy.sum() - mean_over_processes(sums[2]) / (steps * local_batch)).item() / math.log(2)
+            report["skipped"] = int(in_all)
+            if master:
+                report["images_per_second"] = images_since / (time.time() - since)
+                data.write_log(log_path, [json.dumps(report)])
+                shown = {"loss": f"{report['loss']:.4f}"}
+                if num_latents:
+                    used = "/".join(f"{u:.0f}" for u in report["perplexity"][:16])
+                    shown |= {"codes used": f"{used} of {codebook_size}", "bits": f"{report['bits']:.1f}"}
+                if in_all:
+                    shown["steps skipped"] = int(in_all)
+                bar.set_postfix(shown)
+            sums, skipped_before, images_since, since = [0, 0, 0], in_all, 0, time.time()
+        stopping = on_any_process(sigterm.is_set())
+        if master and (due(save_every, seen) or stopping):
+            save(step)
+        if master and due(preview_every, seen):
+            save_preview(f"{out_dir}/preview_{seen:09d}.png")
 
-bar.close()
-if master:
-    print_losses()
-    print(f"{checkpoint_path} is ready" + (f"; next: python train_prior.py --out_dir={out_dir}" if num_latents else ""))
-if world > 1:
-    dist.destroy_process_group()
+    bar.close()
+    if master and seen >= total_images:
+        print_losses()
+        print(f"{checkpoint_path} is ready" + (f"; next: python train_prior.py --out_dir={out_dir}" if num_latents else ""))
+    elif master:
+        print(f"stopped by SIGTERM after {seen:,} images, which {checkpoint_path} has: the same command goes on from there")
+    if world > 1:
+        dist.destroy_process_group()
+    if seen < total_images:
+        sys.exit(143)

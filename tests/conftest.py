@@ -1,6 +1,7 @@
 import io
 import math
 import runpy
+import signal
 import sys
 import zlib
 from contextlib import redirect_stdout
@@ -33,7 +34,7 @@ def fill(name, shape):
 
 def run(script, *arguments):
     """Runs a script of ours as `python script arguments` does, in this process -> what it printed."""
-    argv, hook, printed = sys.argv, sys.excepthook, io.StringIO()
+    argv, hook, handler, printed = sys.argv, sys.excepthook, signal.getsignal(signal.SIGTERM), io.StringIO()
     sys.argv = [script, *map(str, arguments)]
     try:
         with redirect_stdout(printed):
@@ -42,6 +43,7 @@ def run(script, *arguments):
         assert not stop.code, stop.code
     finally:
         sys.argv, sys.excepthook = argv, hook
+        signal.signal(signal.SIGTERM, handler)
         torch.manual_seed(0)
     return printed.getvalue()
 

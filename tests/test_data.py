@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -171,6 +172,61 @@ def test_edm_zip(root, tmp_path):
     data.prepare("grey", str(tmp_path / "grey.zip"), root=root)
     x, c, classes = data.load("grey", root)
     assert np.array_equal(x, images[..., :1]) and c is None and classes == 0
+
+
+def png_that_claims(width, height):
+    """A PNG of a few bytes whose header has other dimensions."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(buffer, "png")
+    raw = bytearray(buffer.getvalue())
+    raw[16:24] = struct.pack(">II", width, height)
+    raw[29:33] = struct.pack(">I", zlib.crc32(raw[12:29]))
+    return bytes(raw)
+
+
+def test_hostile_sources(root, tmp_path, monkeypatch, capsys):
+    """What leads out of the folder leads nowhere; what unpacks to more than memory should take is not unpacked."""
+    images = random_images(3, 8, 8, 3)
+    with zipfile.ZipFile(tmp_path / "out.zip", "w") as z:
+        for i, image in enumerate(images):
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "png")
+            z.writestr(f"../../{i}.png", buffer.getvalue())
+    before = {p for p in tmp_path.parent.rglob("*") if p.is_file()}
+    data.prepare("out", str(tmp_path / "out.zip"), root=root)
+    assert np.array_equal(data.load("out", root)[0], images)
+    assert {p.parent for p in {p for p in tmp_path.parent.rglob("*") if p.is_file()} - before} == {root / "out"}
+
+    with zipfile.ZipFile(tmp_path / "dims.zip", "w") as z:
+        z.writestr("a.png", png_that_claims(60_000, 60_000))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.png").write_bytes(png_that_claims(60_000, 60_000))
+    for source in ("dims.zip", "folder"):
+        with pytest.raises(UserError, match="1 of 1 images can't be read"):
+            data.prepare("dims", str(tmp_path / source), root=root)
+        assert "exceeds limit" in capsys.readouterr().err
+
+    monkeypatch.setattr(data, "LARGEST", 10 ** 6)
+    bomb = bytes(10 ** 7)
+    for name, message in (("a.png", "1 of 1 images can't be read"), ("dataset.json", "dataset.json unpacks to 10,000,000 bytes")):
+        with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as z:
+            z.writestr(name, bomb)
+        with pytest.raises(UserError, match=message):
+            data.prepare("bomb", str(tmp_path / "bomb.zip"), root=root)
+    assert "a.png unpacks to 10,000,000 bytes" in capsys.readouterr().err
+    for file in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
+        (tmp_path / file).write_bytes(gzip.compress(bomb))
+    with pytest.raises(UserError, match="train-images-idx3-ubyte.gz unpacks to more than 1,000,000 bytes"):
+        data.prepare("bomb", str(tmp_path / "train-images-idx3-ubyte.gz"), root=root)
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as tar:
+        info = tarfile.TarInfo("../data_batch_1.bin")
+        info.size = len(bomb)
+        tar.addfile(info, io.BytesIO(bomb))
+    with pytest.raises(UserError, match="unpacks to more than 1,000,000 bytes"):
+        data.prepare("bomb", str(tmp_path / "cifar-10-binary.tar.gz"), root=root)
+    np.savez_compressed(tmp_path / "bomb.npz", images=images, labels=np.zeros(10 ** 7, np.int64))
+    with pytest.raises(UserError, match="labels.npy unpacks to 80,000,128 bytes"):
+        data.open_images(str(tmp_path / "bomb.npz"))
 
 
 def test_broken_zip(root, tmp_path):
@@ -344,6 +400,48 @@ def test_a_checkpoint_is_not_executed(tmp_path):
         with pytest.raises(UserError):
             data.load_checkpoint(tmp_path / file, "train_stage1")
     assert not (tmp_path / "executed").exists()
+
+
+def test_damage_is_detected_and_the_checkpoint_before_is_taken(tmp_path, capsys):
+    """Truncated anywhere, or with bits flipped: what is read is what was written, or the one before."""
+    path, rng = tmp_path / "stage1.pt", np.random.default_rng(0)
+    for step in (1, 2):
+        data.save_checkpoint(path, dict(made_by="train_stage1", config={}, model_args={}, step=step, ema={"w": torch.arange(3000) + step}))
+    whole, taken = path.read_bytes(), []
+    for i in range(300):
+        broken = bytearray(whole)
+        if i % 10:
+            for at in rng.integers(0, len(whole), rng.integers(1, 4)):
+                broken[at] ^= 1 << rng.integers(8)
+        else:
+            broken = broken[:rng.integers(len(whole))]
+        path.write_bytes(broken)
+        state, said = data.load_checkpoint(path, "train_stage1"), capsys.readouterr().err
+        assert torch.equal(state["ema"]["w"], torch.arange(3000) + state["step"])
+        if state["step"] == 1:
+            assert said == f"{path} is truncated or damaged: the one before it is taken, {tmp_path / 'stage1.previous.pt'}\n"
+        taken.append(state["step"])
+    assert taken.count(1) > 200  # the rest: zip's padding and names that nothing reads
+    path.write_bytes(whole[:100])
+    data.save_checkpoint(path, dict(made_by="train_stage1", config={}, model_args={}, step=3, ema={}))
+    assert torch.load(tmp_path / "stage1.previous.pt")["step"] == 1  # the damaged one did not replace it
+    path.write_bytes(whole[:100])
+    (tmp_path / "stage1.previous.pt").write_bytes(whole[:100])
+    with pytest.raises(UserError, match="is truncated or damaged: put a good copy in its place"):
+        data.load_checkpoint(path, "train_stage1")
+
+
+def test_a_checkpoint_is_not_unpacked(tmp_path):
+    """A zip of a few kilobytes that would become a gigabyte, and one with names that lead out of the folder."""
+    data.save_checkpoint(tmp_path / "good.pt", dict(made_by="train_stage1", config={}, model_args={}, step=0, ema={}))
+    for name, options in (("bomb", dict(compression=zipfile.ZIP_DEFLATED)), ("../out", {})):
+        with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "stage1.pt", "w", **options) as archive:
+            for entry in good.infolist():
+                archive.writestr(entry.filename if name == "bomb" else f"../{entry.filename}", good.read(entry))
+            archive.writestr(f"{name}/data/0", bytes(10 ** 7))
+        with pytest.raises(UserError, match="truncated or damaged"):
+            data.load_checkpoint(tmp_path / "stage1.pt", "train_stage1")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["good.pt", "stage1.pt"] and not (tmp_path.parent / "out").exists()
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):

@@ -1,0 +1,289 @@
+"""
+How fast: a training step and a sampler evaluation of every configuration, and the loader.
+
+    python bench.py                                                   # the default and all of config/
+    python bench.py --config=config/imagenet64.py --batch_size=128    # one of them; the default is "default"
+    python bench.py --config=default --profile=True                   # and its ten most expensive operations
+
+What is timed is the scripts' own code, on random images where a data set is not there. Seconds differ between machines
+and hours; two ratios hold better, taken in turns in one run. MFU: the FLOP/s achieved over those of a large matrix product
+on the same device. x EDM: the time over that of the same U-Net without latents. Multiplications and additions are counted by
+PyTorch, two FLOPs each, those of attention, convolutions and linear layers alone.
+
+config                  a configuration of train_stage1.py or train_prior.py (codes instead of images), or for sample.py,
+                        which is used with the default network
+update                  share of a training step that guard, optimiser and moving average take
+evaluation              one call of the denoiser (of a prior: all calls for one code); of a Restart configuration, all of them
+peak memory             of the process on a CPU, allocated on a GPU, while training
+
+Writes out_dir/bench.json.
+"""
+
+import gc
+import json
+import math
+import multiprocessing
+import resource
+import runpy
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.profiler import profile as torch_profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import sample
+from configurator import configure, require, start_processes
+from model import DisCoDiff
+
+config = ""  # a file; "": all
+out_dir = "out/bench"
+device = "auto"
+batch_size = 0  # 0: on a GPU the largest of 256, 128, ... that fits, on a CPU what makes a step of about 1 TFLOP, at most 32
+rounds = 5  # of everything in turns; medians are shown
+profile = False  # also the ten most expensive operations of a training step
+
+SHAPES = {"cifar10": (32, 32, 3, 10), "imagenet64": (64, 64, 3, 1000)}  # random images stand in for these
+
+
+# ----------------------------------------------------------------------------------------------------
+# clocks
+
+
+def seconds(function, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def matrix_product(device):
+    """-> a function that multiplies two large matrices, in bfloat16 on a GPU, and its FLOPs."""
+    n = 8192 if device.type == "cuda" else 3072
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return lambda: a @ b, 2 * n ** 3
+
+
+def count(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def in_turns(functions, rounds, device):
+    """-> {name: [seconds of each round]}, after one round that does not count."""
+    times = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            times[name].append(seconds(function, device))
+    return {name: found[1:] for name, found in times.items()}
+
+
+# ----------------------------------------------------------------------------------------------------
+# what is measured
+
+
+def noise_images(name, load=data.load):
+    """Random images in place of a data set that is large, and perhaps not there; stands in for `data.load`."""
+    if name not in SHAPES:
+        return load(name)
+    *shape, classes = SHAPES[name]
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (10_000, *shape), np.uint8), rng.integers(0, classes, 10_000), classes
+
+
+def prepared(script, config, folder, device, *settings):
+    """The globals of a training script with this configuration, all but its run."""
+    argv = [script, *([] if config == "default" else [config]), f"--out_dir={folder}", f"--device={device}", *settings]
+    before, sys.argv = sys.argv, argv
+    try:
+        return runpy.run_path(str(data.HERE / script), run_name="bench")
+    finally:
+        sys.argv = before
+
+
+def training(run, batch, evaluation):
+    return {"gradients": lambda: run["gradients"](0), "update": lambda: run["update"](batch), "evaluation": evaluation}
+
+
+def stage1(config, batch, folder, device, *settings):
+    """-> {name: function}, of train_stage1.py, and of the denoiser as sample.py calls it."""
+    run = prepared("train_stage1.py", config, folder, device, "--init_from=", f"--batch_size={batch}", f"--batch_gpu={batch}", *settings)
+    ema, place = run["ema"], run["device"]
+    labels = torch.zeros(batch, dtype=torch.int64, device=place) if ema.label_dim else None
+    denoise = sample.denoiser(ema, labels, torch.zeros(batch, ema.num_latents, dtype=torch.int64, device=place))
+    x, sigma = torch.randn(batch, *ema.img_shape, device=place), torch.tensor(1.0, device=place)
+    return training(run, batch, lambda: denoise(x, sigma))
+
+
+def prior(config, batch, folder, device):
+    """Of train_prior.py, on codes of an encoder that is as small as can be but for their number."""
+    name = "imagenet64" if "imagenet64" in config else "cifar10"
+    images, labels, classes = noise_images(name)
+    args = dict(img_resolution=images.shape[1], img_channels=3, label_dim=classes, num_latents=10, codebook_size=100,
+                model_channels=4, channel_mult=(1,), num_blocks=1, attn_resolutions=(), latent_dim=4, latent_heads=1,
+                latent_layers=1, encoder_patch=16, encoder_dim=8, encoder_layers=1, encoder_heads=1)
+    of_data = dict(dataset=name, held_out=0, xflip=False, data_identity=data.identity(images, labels))
+    data.save_checkpoint(f"{folder}/stage1.pt", dict(made_by="train_stage1", config=of_data, model_args=args, step=0,
+                                                     ema=DisCoDiff(**args).state_dict()))
+    run = prepared("train_prior.py", config, folder, device, f"--batch_size={batch}")
+    noise = sample.SeededNoise("bench", range(batch), run["device"])
+    c = torch.zeros(batch, dtype=torch.int64, device=run["device"])
+    return training(run, batch, torch.no_grad()(lambda: sample.codes_of_prior(run["averaged"], noise, c)))
+
+
+def sampler(config, batch, folder, device):
+    """A configuration of sample.py, with the default network."""
+    s = configure(dict(vars(sample)), [config])
+    run = prepared("train_stage1.py", "default", folder, device)
+    c, z = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, run["num_latents"], dtype=torch.int64)
+    denoise = sample.denoiser(run["ema"], c.to(run["device"]), z.to(run["device"]))
+    noise = torch.randn(batch, *run["model"].img_shape, device=run["device"])
+    return {"evaluation": lambda: sample.restart(denoise, noise, **{name: s[name] for name in (
+        "num_steps", "restarts", "gamma", "S_min", "S_max", "S_noise")})}
+
+
+def peak_memory(device):
+    """Bytes, at the most, so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def first_calls(build, batch, device):
+    """-> the functions for the largest batch that fits, of this and its halves, all called once; the batch; peak memory."""
+    while True:
+        try:
+            functions = build(batch)
+            for function in functions.values():
+                function()
+            return functions, batch, peak_memory(device)
+        except torch.OutOfMemoryError:
+            require(batch > 1, "not even one image at once fits on this GPU")
+        functions = None
+        gc.collect()
+        torch.cuda.empty_cache()
+        batch //= 2
+
+
+def measure(config, device, batch_size, rounds, profile):
+    """-> what the table and bench.json have of one configuration. Runs in a process of its own."""
+    data.load = noise_images
+    torch.set_float32_matmul_precision("high")
+    _, _, place = start_processes(device)
+    kind = prior if config.endswith("_prior.py") else sampler if Path(config).name.startswith("restart") else stage1
+    eager = ("--compile=False",) if kind is stage1 else ()  # compiled code can't be counted
+    with tempfile.TemporaryDirectory() as folder:
+        flops = {name: count(function) for name, function in kind(config, 1, folder, device, *eager).items()}
+        gc.collect()
+        if not batch_size:
+            batch_size = 256 if place.type == "cuda" else min(32, 2 ** int(math.log2(max(1, 1e12 / max(flops.values())))))
+        functions, batch, memory = first_calls(lambda batch: kind(config, batch, folder, device), batch_size, place)
+        row = dict(config=Path(config).stem, batch=batch, rounds=rounds, gflop_evaluation=flops["evaluation"] / 1e9)
+        if kind is stage1:
+            plain, batch, _ = first_calls(lambda batch: stage1(config, batch, f"{folder}/edm", device, "--num_latents=0"), batch, place)
+            functions |= {f"plain {name}": function for name, function in plain.items()}
+        multiply, work = matrix_product(place)
+        times = in_turns({"product": multiply, **functions}, rounds, place)
+        peak = work / np.array(times["product"])  # FLOP/s, in each round
+        row |= dict(product_tflops=statistics.median(peak) / 1e12,
+                    evaluations_per_second=batch / statistics.median(times["evaluation"]),
+                    mfu_evaluation=statistics.median(flops["evaluation"] * batch / np.array(times["evaluation"]) / peak))
+        if "gradients" in times:
+            step = np.array(times["gradients"]) + times["update"]
+            row |= dict(images_per_second=batch / statistics.median(step), gflop_training=flops["gradients"] / 1e9,
+                        mfu_training=statistics.median(flops["gradients"] * batch / step / peak),
+                        update_share=statistics.median(times["update"] / step), peak_gb=memory / 2 ** 30)
+        if kind is stage1:
+            row |= dict(training_x_edm=statistics.median(step / (np.array(times["plain gradients"]) + times["plain update"])),
+                        evaluation_x_edm=statistics.median(np.array(times["evaluation"]) / times["plain evaluation"]))
+        if profile:
+            row["most_expensive"] = most_expensive(functions)
+    return row
+
+
+def most_expensive(functions, count=10):
+    """-> [(operation, share of the time, calls), ...] of a training step, or of an evaluation where there is none."""
+    with torch_profile() as found:
+        for name in ("gradients", "update") if "gradients" in functions else ("evaluation",):
+            functions[name]()
+    time_of = lambda e: e.self_device_time_total if torch.cuda.is_available() else e.self_cpu_time_total  # noqa: E731
+    operations = sorted(found.key_averages(), key=time_of, reverse=True)
+    total = sum(map(time_of, operations))
+    return [(e.key, time_of(e) / total, e.count) for e in operations[:count]]
+
+
+def loader(device, batch=256, count=20_000):
+    """-> 64 x 64 x 3 images a second from a memory map, as they leave the disk's cache, and as floats on the device."""
+    place = start_processes(device)[2]
+    with tempfile.TemporaryDirectory() as folder:
+        written = np.lib.format.open_memmap(f"{folder}/images.npy", "w+", np.uint8, (count, 64, 64, 3))
+        written[:] = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+        written.flush()
+        images = np.load(f"{folder}/images.npy", mmap_mode="r")
+        batches, starts = data.Shuffle(np.arange(count), seed=0), range(0, count, batch)
+        gathered = seconds(lambda: [images[batches.take(start, batch)] for start in starts], place)
+        floats = seconds(lambda: [data.to_float(images[batches.take(start, batch)], place) for start in starts], place)
+    return len(starts) * batch / gathered, len(starts) * batch / floats
+
+
+# ----------------------------------------------------------------------------------------------------
+# the table
+
+
+def line_of(row):
+    def cell(key, form):
+        return format(row[key], form) if key in row else ""
+
+    cells = (row["config"], str(row["batch"]), cell("images_per_second", ",.1f"),
+             cell("gflop_training", ",.2f"), cell("mfu_training", ".2f"), cell("training_x_edm", ".3f"), cell("update_share", ".1%"),
+             cell("evaluations_per_second", ",.1f"), cell("gflop_evaluation", ",.2f"), cell("mfu_evaluation", ".2f"),
+             cell("evaluation_x_edm", ".3f"), cell("peak_gb", ".1f"))
+    return "{:24}{:>6}{:>10}{:>9}{:>6}{:>7}{:>8}{:>12}{:>10}{:>6}{:>7}{:>8}".format(*cells)
+
+
+def main():
+    require(batch_size >= 0 and rounds > 0, f"batch_size {batch_size} can't be negative, rounds {rounds} must be positive")
+    require(not config or config == "default" or Path(config).is_file(), f"there is no file {config}; --config=default is the default")
+    _, world, place = start_processes(device)
+    require(world == 1, "bench.py measures one process: run it without torchrun")
+    configs = [config] if config else ["default", *sorted(map(str, (data.HERE / "config").glob("*.py")))]
+    on = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{on}, torch {torch.__version__}; GFLOP: of one image; medians of {rounds} rounds")
+    print(f"{'':30}{'training: images a second':>40}{'evaluation: images a second':>35}{'peak':>8}")
+    print("{:24}{:>6}{:>10}{:>9}{:>6}{:>7}{:>8}{:>12}{:>10}{:>6}{:>7}{:>8}".format(
+        "config", "batch", "images/s", "GFLOP", "MFU", "x EDM", "update", "images/s", "GFLOP", "MFU", "x EDM", "GB"))
+    rows = []
+    for name in configs:
+        try:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fresh one: its peak memory is its own
+                rows.append(pool.submit(measure, name, device, batch_size, rounds, profile).result())
+        except BrokenProcessPool:
+            print(f"{name}: its process was killed. Too little memory? A smaller --batch_size= may help", file=sys.stderr)
+            continue
+        print(line_of(rows[-1]), flush=True)
+        for operation, share, calls in rows[-1].get("most_expensive", ()):
+            print(f"    {share:6.1%}  {calls:6} calls  {operation}")
+    found = dict(device=on, torch=torch.__version__, rows=rows)
+    if not config:
+        found["loader_images_per_second"] = dict(zip(("gathered", "floats"), loader(device)))
+        print("the loader alone, 64 x 64 x 3 from a memory map: {gathered:,.0f} images a second; {floats:,.0f} as floats on the "
+              "device".format(**found["loader_images_per_second"]))
+    with data.atomic(f"{out_dir}/bench.json") as f:
+        f.write(json.dumps(found, indent=1).encode())
+    print(f"{out_dir}/bench.json is ready")
+
+
+if __name__ == "__main__":
+    configure(globals())
+    main()

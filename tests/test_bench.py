@@ -1,0 +1,83 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+import data
+from configurator import UserError
+from conftest import ROOT, TINY, run
+from model import DisCoDiff
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch):
+    monkeypatch.setattr(data, "load", data.load)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+
+def tiny_config(path):
+    """TINY as a configuration file."""
+    path.write_text("".join("{} = {}\n".format(*s[2:].split("=")) for s in TINY if "device" not in s and "batch_size" not in s))
+    return str(path)
+
+
+def test_flops_are_counted():
+    """Those of a layer, by hand; and of ADM's U-Net at 32 x 32 with 8.0 M parameters: 3.6 GFLOP an image forward."""
+    x = torch.randn(7, 20)
+    assert bench.count(lambda: torch.nn.Linear(20, 30)(x)) == 2 * 7 * 20 * 30
+    net = DisCoDiff(32, 3, 0, num_latents=0, model_channels=64, channel_mult=(1, 2, 2), num_blocks=2, attn_resolutions=(16, 8))
+    images, sigma = torch.zeros(1, 3, 32, 32), torch.ones(1)
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(8.0e6, rel=0.01)
+    assert bench.count(lambda: net(images, images, sigma)) == pytest.approx(3.64e9, rel=0.01)
+
+
+def test_a_row_of_each_kind(tmp_path):
+    """Configurations of stage 1, of a prior and of sample.py; FLOPs do not depend on the batch, and latents cost some."""
+    row = bench.measure(tiny_config(tmp_path / "tiny.py"), "cpu", 4, 2, True)
+    assert row["batch"] == 4 and len(row["most_expensive"]) == 10 and 0 < sum(share for _, share, _ in row["most_expensive"]) <= 1
+    assert all(np.isfinite(value) and value > 0 for key, value in row.items() if key not in ("config", "most_expensive"))
+    assert row["gflop_training"] > 2.5 * row["gflop_evaluation"] and 0 < row["update_share"] < 1
+    again = bench.measure(str(tmp_path / "tiny.py"), "cpu", 2, 1, False)
+    assert again["gflop_training"] == row["gflop_training"] and again["gflop_evaluation"] == row["gflop_evaluation"]
+    (tmp_path / "tiny_prior.py").write_text("layers = 1\ndim = 16\nheads = 2\n")
+    (tmp_path / "restart_tiny.py").write_text("num_steps = 3\nrestarts = ((3, 1, 1.0, 20.0),)\n")
+    prior, restart = (bench.measure(str(tmp_path / f"{name}.py"), "cpu", 2, 1, False) for name in ("tiny_prior", "restart_tiny"))
+    assert prior["images_per_second"] > 0 and "training_x_edm" not in prior
+    assert "images_per_second" not in restart
+    assert len(bench.line_of(row)) == len(bench.line_of(prior)) == len(bench.line_of(restart))
+
+
+def test_the_table_and_the_json(tmp_path):
+    done = subprocess.run([sys.executable, "bench.py", f"--config={tiny_config(tmp_path / 'tiny.py')}", "--rounds=1", "--batch_size=2",
+                           "--device=cpu", f"--out_dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done
+    (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert row["config"] == "tiny" and bench.line_of(row) in done.stdout
+
+
+def test_bad_input(tmp_path):
+    for argument, message in (("--config=nothing.py", "there is no file nothing.py; --config=default is the default"),
+                              ("--rounds=0", "rounds 0 must be positive"), ("--device=tpu", "--device=tpu can't be used here")):
+        with pytest.raises(UserError, match=message):
+            run("bench.py", argument, f"--out_dir={tmp_path}")
+
+
+def test_the_loader_alone():
+    assert min(bench.loader("cpu", count=1_000)) > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_does_not_wait_for_the_gpu(tmp_path):
+    """No synchronisation between host and device in a training step, once it is compiled."""
+    step = bench.prepared("train_stage1.py", "default", tmp_path, "cuda", "--compile=False")
+    for i in range(3):
+        torch.cuda.set_sync_debug_mode("error" if i else "default")
+        try:
+            step["gradients"](i)
+            step["update"](32 * i)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
