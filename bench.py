@@ -23,6 +23,7 @@ import gc
 import json
 import math
 import multiprocessing
+import os
 import resource
 import runpy
 import statistics
@@ -263,6 +264,7 @@ def main():
     print(f"{'':30}{'training: images a second':>40}{'evaluation: images a second':>35}{'peak':>8}")
     print("{:24}{:>6}{:>10}{:>9}{:>6}{:>7}{:>8}{:>12}{:>10}{:>6}{:>7}{:>8}".format(
         "config", "batch", "images/s", "GFLOP", "MFU", "x EDM", "update", "images/s", "GFLOP", "MFU", "x EDM", "GB"))
+    os.environ["TQDM_DISABLE"] = "1"  # in what is started below
     rows = []
     for name in configs:
         try:

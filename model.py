@@ -55,19 +55,12 @@ def sinusoids(t, channels):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def heads_of(x, heads):
-    """Pixels as tokens: (B, C, H, W) -> (B, heads, HW, C / heads). Of a tensor with channels last no copy, and as flash
-    attention wants it."""
-    return x.flatten(2).unflatten(1, (heads, -1)).transpose(2, 3)
-
-
-def image_of(a, shape):
-    """The inverse of `heads_of`, channels last: -> (B, C, H, W), which is `shape`."""
-    return a.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, shape[2:])
-
-
 class CrossAttention(nn.Module):
-    """Image features are the queries, latent tokens the keys and values (sec. 3.3)."""
+    """Image features are the queries, latent tokens the keys and values (sec. 3.3).
+
+    Per head, softmax((W_q x) . k) and then W_p v; which is softmax(x . (W_q' k)), and then the W_p v. There are few latents
+    and many pixels: so both projections are applied to keys and values, which is done once an image.
+    """
 
     def __init__(self, channels, latent_dim):
         super().__init__()
@@ -78,12 +71,20 @@ class CrossAttention(nn.Module):
         self.proj = zero(nn.Conv2d(channels, channels, 1))  # step 0 equals the network without latents
 
     def keys_values(self, tokens):
-        """(B, m, latent_dim) -> keys and values, each (B, heads, m, channels / heads)."""
-        return [t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.kv(tokens).chunk(2, dim=2)]
+        """(B, m, latent_dim) -> projected keys (B, heads m, C), what the queries' bias adds (B, 1, heads m), values (B, heads m, C)."""
+        k, v = (t.unflatten(2, (self.heads, -1)) for t in self.kv(tokens).chunk(2, dim=2))  # (B, m, heads, c)
+        k = k / math.sqrt(k.shape[3])
+        keys = torch.einsum("bmhc,hcd->bhmd", k, self.q.weight.flatten(1).unflatten(0, (self.heads, -1)))
+        bias = torch.einsum("bmhc,hc->bhm", k, self.q.bias.unflatten(0, (self.heads, -1)))
+        values = torch.einsum("bmhc,dhc->bhmd", v, self.proj.weight.flatten(1).unflatten(1, (self.heads, -1)))
+        values = values + self.proj.bias / self.heads  # a head's weights sum to 1
+        return keys.flatten(1, 2), bias.flatten(1)[:, None], values.flatten(1, 2)
 
-    def forward(self, x, keys, values):
-        a = F.scaled_dot_product_attention(heads_of(self.q(self.norm(x)), self.heads), keys, values)
-        return x + self.proj(image_of(a, x.shape))
+    def forward(self, x, keys, bias, values):
+        queries = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        scores = torch.baddbmm(bias, queries, keys.transpose(1, 2)).unflatten(2, (self.heads, -1))  # (B, HW, heads, m)
+        a = scores.softmax(3).flatten(2) @ values
+        return x + a.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class UNetBlock(nn.Module):
@@ -115,9 +116,9 @@ class UNetBlock(nn.Module):
         # EDM has q, k and v interleaved in the output channels: head, channel within head, then q/k/v. Sorted here in
         # the weights, which are small: interleaved activations are nothing that flash attention takes
         weight, bias = (p.unflatten(0, (self.heads, -1, 3)).movedim(2, 0).flatten(0, 2) for p in self.qkv.parameters())
-        q, k, v = F.conv2d(x, weight, bias).chunk(3, dim=1)
-        a = F.scaled_dot_product_attention(*(heads_of(t, self.heads) for t in (q, k, v)))
-        return self.proj(image_of(a, x.shape))
+        qkv = F.conv2d(x, weight, bias).flatten(2).chunk(3, dim=1)
+        a = F.scaled_dot_product_attention(*(t.unflatten(1, (self.heads, -1)).transpose(2, 3) for t in qkv))  # (B, heads, HW, c)
+        return self.proj(a.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:]))  # channels last, as it came
 
     def forward(self, x, emb, keys_values=None):
         h = self.conv0(self.resized(F.silu(self.norm0(x))))

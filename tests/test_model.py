@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import fill
-from model import (SEDD, DisCoDiff, Prior, UNet, absorb, analytic_probs, denoise_probs, draw_codes, edm_settings,
+from model import (SEDD, CrossAttention, DisCoDiff, Prior, UNet, absorb, analytic_probs, denoise_probs, draw_codes, edm_settings,
                    euler_probs, gumbel_noise, gumbel_softmax, log_linear, score_entropy, sedd_loss, seed_of,
                    seeded_generator)
 from sample import SeededNoise, codes_of_prior
@@ -89,6 +89,19 @@ def used_model():
 
 
 @torch.no_grad()
+def test_cross_attention_is_softmax_of_queries_and_keys_times_values():
+    """Written out (sec. 3.3): projections of the pixels as queries, of the tokens as keys and values, two heads."""
+    cross = CrossAttention(128, 24)
+    for name, p in cross.named_parameters():
+        p.data = fill(name, p.shape)
+    x, tokens = torch.randn(2, 128, 4, 4), torch.randn(2, 5, 24)
+    q = cross.q(cross.norm(x)).flatten(2).unflatten(1, (2, 64))  # (B, heads, c, HW)
+    k, v = (t.unflatten(2, (2, 64)) for t in cross.kv(tokens).chunk(2, dim=2))  # (B, m, heads, c)
+    weights = (torch.einsum("bhcp,bmhc->bhpm", q, k) / 8).softmax(-1)
+    a = torch.einsum("bhpm,bmhc->bhcp", weights, v).reshape(x.shape)
+    assert (cross(x, *cross.keys_values(tokens)) - (x + cross.proj(a))).abs().max() < 1e-5
+
+
 def test_each_latent_matters_and_dropped_ones_do_not():
     model = used_model()
     x, sigma = torch.randn(1, 3, 16, 16), torch.ones(1)
