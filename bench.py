@@ -36,6 +36,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile as torch_profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,7 +50,7 @@ config = ""  # a file; "": all
 out_dir = "out/bench"
 device = "auto"
 batch_size = 0  # 0: on a GPU the largest of 256, 128, ... that fits, on a CPU what makes a step of about 1 TFLOP, at most 32
-rounds = 5  # of everything in turns; medians are shown
+rounds = 3  # of everything in turns; medians are shown
 profile = False  # also the ten most expensive operations of a training step
 
 SHAPES = {"cifar10": (32, 32, 3, 10), "imagenet64": (64, 64, 3, 1000)}  # random images stand in for these
@@ -76,7 +78,8 @@ def matrix_product(device):
 
 
 def count(function):
-    with FlopCounterMode(display=False) as counter:
+    """FLOPs. Attention is counted as the matrix products that it is: the counter knows no flash attention on a CPU."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
     return counter.get_total_flops()
 
@@ -118,13 +121,13 @@ def training(run, batch, evaluation):
 
 
 def stage1(config, batch, folder, device, *settings):
-    """-> {name: function}, of train_stage1.py, and of the denoiser as sample.py calls it."""
+    """-> the script's globals and {name: function}, of train_stage1.py, and of the denoiser as sample.py calls it."""
     run = prepared("train_stage1.py", config, folder, device, "--init_from=", f"--batch_size={batch}", f"--batch_gpu={batch}", *settings)
     ema, place = run["ema"], run["device"]
     labels = torch.zeros(batch, dtype=torch.int64, device=place) if ema.label_dim else None
     denoise = sample.denoiser(ema, labels, torch.zeros(batch, ema.num_latents, dtype=torch.int64, device=place))
     x, sigma = torch.randn(batch, *ema.img_shape, device=place), torch.tensor(1.0, device=place)
-    return training(run, batch, lambda: denoise(x, sigma))
+    return run, training(run, batch, lambda: denoise(x, sigma))
 
 
 def prior(config, batch, folder, device):
@@ -140,7 +143,7 @@ def prior(config, batch, folder, device):
     run = prepared("train_prior.py", config, folder, device, f"--batch_size={batch}")
     noise = sample.SeededNoise("bench", range(batch), run["device"])
     c = torch.zeros(batch, dtype=torch.int64, device=run["device"])
-    return training(run, batch, torch.no_grad()(lambda: sample.codes_of_prior(run["averaged"], noise, c)))
+    return run, training(run, batch, torch.no_grad()(lambda: sample.codes_of_prior(run["averaged"], noise, c)))
 
 
 def sampler(config, batch, folder, device):
@@ -150,7 +153,7 @@ def sampler(config, batch, folder, device):
     c, z = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, run["num_latents"], dtype=torch.int64)
     denoise = sample.denoiser(run["ema"], c.to(run["device"]), z.to(run["device"]))
     noise = torch.randn(batch, *run["model"].img_shape, device=run["device"])
-    return {"evaluation": lambda: sample.restart(denoise, noise, **{name: s[name] for name in (
+    return run, {"evaluation": lambda: sample.restart(denoise, noise, **{name: s[name] for name in (
         "num_steps", "restarts", "gamma", "S_min", "S_max", "S_noise")})}
 
 
@@ -161,17 +164,16 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def first_calls(build, batch, device):
-    """-> the functions for the largest batch that fits, of this and its halves, all called once; the batch; peak memory."""
+def largest(build, batch, device):
+    """-> build(batch) for the largest batch that fits, of this and its halves; and that batch."""
     while True:
+        torch.compiler.reset()  # or what is compiled for a second batch size is compiled for any
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         try:
-            functions = build(batch)
-            for function in functions.values():
-                function()
-            return functions, batch, peak_memory(device)
+            return build(batch), batch
         except torch.OutOfMemoryError:
             require(batch > 1, "not even one image at once fits on this GPU")
-        functions = None
         gc.collect()
         torch.cuda.empty_cache()
         batch //= 2
@@ -185,15 +187,26 @@ def measure(config, device, batch_size, rounds, profile):
     kind = prior if config.endswith("_prior.py") else sampler if Path(config).name.startswith("restart") else stage1
     eager = ("--compile=False",) if kind is stage1 else ()  # compiled code can't be counted
     with tempfile.TemporaryDirectory() as folder:
-        flops = {name: count(function) for name, function in kind(config, 1, folder, device, *eager).items()}
+        flops = {name: count(function) for name, function in kind(config, 1, folder, device, *eager)[1].items()}
         gc.collect()
+
+        def build(batch):
+            """Functions, all of them called once, and the peak memory without those of plain EDM."""
+            run, functions = kind(config, batch, folder, device)
+            for function in functions.values():
+                function()
+            memory = peak_memory(place)
+            if kind is stage1 and run["num_latents"]:
+                _, plain = stage1(config, batch, folder, device, "--num_latents=0")
+                functions |= {f"plain {name}": function for name, function in plain.items()}
+                for function in plain.values():
+                    function()
+            return functions, memory
+
         if not batch_size:
             batch_size = 256 if place.type == "cuda" else min(32, 2 ** int(math.log2(max(1, 1e12 / max(flops.values())))))
-        functions, batch, memory = first_calls(lambda batch: kind(config, batch, folder, device), batch_size, place)
+        (functions, memory), batch = largest(build, batch_size, place)
         row = dict(config=Path(config).stem, batch=batch, rounds=rounds, gflop_evaluation=flops["evaluation"] / 1e9)
-        if kind is stage1:
-            plain, batch, _ = first_calls(lambda batch: stage1(config, batch, f"{folder}/edm", device, "--num_latents=0"), batch, place)
-            functions |= {f"plain {name}": function for name, function in plain.items()}
         multiply, work = matrix_product(place)
         times = in_turns({"product": multiply, **functions}, rounds, place)
         peak = work / np.array(times["product"])  # FLOP/s, in each round
@@ -205,23 +218,27 @@ def measure(config, device, batch_size, rounds, profile):
             row |= dict(images_per_second=batch / statistics.median(step), gflop_training=flops["gradients"] / 1e9,
                         mfu_training=statistics.median(flops["gradients"] * batch / step / peak),
                         update_share=statistics.median(times["update"] / step), peak_gb=memory / 2 ** 30)
-        if kind is stage1:
+        if "plain evaluation" in times:
             row |= dict(training_x_edm=statistics.median(step / (np.array(times["plain gradients"]) + times["plain update"])),
                         evaluation_x_edm=statistics.median(np.array(times["evaluation"]) / times["plain evaluation"]))
         if profile:
-            row["most_expensive"] = most_expensive(functions)
+            row["most_expensive"] = most_expensive(functions, place)
     return row
 
 
-def most_expensive(functions, count=10):
+def most_expensive(functions, device, number=10):
     """-> [(operation, share of the time, calls), ...] of a training step, or of an evaluation where there is none."""
     with torch_profile() as found:
         for name in ("gradients", "update") if "gradients" in functions else ("evaluation",):
             functions[name]()
-    time_of = lambda e: e.self_device_time_total if torch.cuda.is_available() else e.self_cpu_time_total  # noqa: E731
-    operations = sorted(found.key_averages(), key=time_of, reverse=True)
-    total = sum(map(time_of, operations))
-    return [(e.key, time_of(e) / total, e.count) for e in operations[:count]]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    if device.type == "cuda":  # kernels, and not the operations that launch them, which have the same time again
+        spent = [(e.key, e.self_device_time_total, e.count) for e in found.key_averages() if e.device_type == DeviceType.CUDA]
+    else:
+        spent = [(e.key, e.self_cpu_time_total, e.count) for e in found.key_averages()]
+    total = sum(time for _, time, _ in spent)
+    return [(key, time / total, calls) for key, time, calls in sorted(spent, key=lambda e: -e[1])[:number]]
 
 
 def loader(device, batch=256, count=20_000):
@@ -265,24 +282,29 @@ def main():
     print("{:24}{:>6}{:>10}{:>9}{:>6}{:>7}{:>8}{:>12}{:>10}{:>6}{:>7}{:>8}".format(
         "config", "batch", "images/s", "GFLOP", "MFU", "x EDM", "update", "images/s", "GFLOP", "MFU", "x EDM", "GB"))
     os.environ["TQDM_DISABLE"] = "1"  # in what is started below
-    rows = []
+    found = dict(device=on, torch=torch.__version__, rows=[])
+
+    def save():
+        with data.atomic(f"{out_dir}/bench.json") as f:
+            f.write(json.dumps(found, indent=1).encode())
+
     for name in configs:
         try:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fresh one: its peak memory is its own
-                rows.append(pool.submit(measure, name, device, batch_size, rounds, profile).result())
+                row = pool.submit(measure, name, device, batch_size, rounds, profile).result()
         except BrokenProcessPool:
             print(f"{name}: its process was killed. Too little memory? A smaller --batch_size= may help", file=sys.stderr)
             continue
-        print(line_of(rows[-1]), flush=True)
-        for operation, share, calls in rows[-1].get("most_expensive", ()):
+        print(line_of(row), flush=True)
+        for operation, share, calls in row.get("most_expensive", ()):
             print(f"    {share:6.1%}  {calls:6} calls  {operation}")
-    found = dict(device=on, torch=torch.__version__, rows=rows)
+        found["rows"].append(row)
+        save()
     if not config:
         found["loader_images_per_second"] = dict(zip(("gathered", "floats"), loader(device)))
         print("the loader alone, 64 x 64 x 3 from a memory map: {gathered:,.0f} images a second; {floats:,.0f} as floats on the "
               "device".format(**found["loader_images_per_second"]))
-    with data.atomic(f"{out_dir}/bench.json") as f:
-        f.write(json.dumps(found, indent=1).encode())
+        save()
     print(f"{out_dir}/bench.json is ready")
 
 

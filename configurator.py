@@ -178,6 +178,16 @@ def on_any_process(flag):
     return bool(flag)
 
 
+def same_on_all(number):
+    """Whether all processes have this number."""
+    import torch
+
+    ends = torch.tensor([number, -number])
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
+    return ends[0] == -ends[1]
+
+
 def catch_sigterm():
     """-> an event that SIGTERM sets (pre-emption on a cluster), which from now on ends nothing by itself."""
     came = threading.Event()

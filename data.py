@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from configurator import UserError, configure, require
+from configurator import UserError, configure, on_any_process, require
 
 name = ""  # of the data set; `python data.py NAME` is short for --name=NAME
 source = ""  # file or folder to read; "" downloads a public set
@@ -325,11 +325,20 @@ def read_checkpoint(path, check_only=False):
     unpacked: an entry that is compressed is none of ours.
     """
     try:
+        with open(path, "rb"):
+            pass
+    except FileNotFoundError:
+        return None
+    except OSError as error:  # nothing that another copy would help with
+        raise UserError(f"can't read {path}: {error.strerror}") from None
+    try:
         with zipfile.ZipFile(path) as archive:
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
             if not stored or archive.testzip() is not None:
                 return None
         return check_only or torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception:  # whatever a broken file makes the decoders raise
         return None
 
@@ -388,7 +397,8 @@ def resume(path, config, model_args, free, made_by):
     `config`, `model_args`: this run's settings, as the checkpoint carries them; `free`: the names of those
     that may change on the way. Raises UserError that names the differences where others did.
     """
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a process died
+    # by torchrun, after a process died; on several nodes some may not have counted it
+    restarted = on_any_process(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
     if config["overwrite"] and not restarted or not Path(path).exists():
         return None
     state = load_checkpoint(path, made_by)

@@ -3,8 +3,8 @@ Reads the networks that EDM published (Karras et al. 2022), without running them
 
 Such a file, edm-imagenet-64x64-cond-adm.pkl for instance, is a pickle: a program that may call any function of Python. EDM's own
 loader also executes the source code that is in it. Here every name that the program may refer to becomes an inert record of
-what the file wants done with it; any other name is refused. Nothing is called, and what tensors there are is read off
-the records afterwards.
+what the file wants done with it, but for OrderedDict; any other name is refused. Nothing else is called, and what tensors
+there are is read off the records afterwards.
 """
 
 import io
@@ -30,7 +30,7 @@ NAMES = {  # all that EDM's files refer to
 class Record:
     """A call, or an object, that the file asks for: the arguments, and the state to give it. Each name has a class of its own."""
 
-    state = None
+    state = loaded = None
 
     def __new__(cls, *args):
         record = super().__new__(cls)
@@ -73,27 +73,28 @@ def tensor_of(record):
     expect(is_call(storage, "torch.storage._load_from_bytes") and isinstance(storage.args[0], bytes),
            "a tensor without a storage")
     expect(not storage.args[0].startswith(b"PK"), "a storage in a zip file")  # where a few bytes may unpack to many
-    stored = torch.load(io.BytesIO(storage.args[0]), map_location="cpu", weights_only=True)
-    whole = torch.empty(0, dtype=stored.dtype).set_(stored)
+    if storage.loaded is None:  # once, however many tensors share it
+        storage.loaded = torch.load(io.BytesIO(storage.args[0]), map_location="cpu", weights_only=True)
+    whole = torch.empty(0, dtype=storage.loaded.dtype).set_(storage.loaded)
     tensor = whole.as_strided(size, stride, offset)  # which checks the bounds
     expect(tensor.is_floating_point() and tensor.numel() <= whole.numel(), "a tensor that is larger than its storage")
     return tensor
 
 
 def fields_of(module):
-    """-> the class name and the __dict__ of a module, be it EDM's or a ModuleDict."""
+    """-> the __dict__ of a module, be it one of EDM's or a ModuleDict."""
     if is_call(module, "torch.nn.modules.container.ModuleDict"):
-        return "ModuleDict", module.state
+        return module.state
     expect(is_call(module, "torch_utils.persistence._reconstruct_persistent_obj"),
            f"a {type(module).__name__} where a module should be")
-    return module.args[0]["class_name"], module.args[0]["state"]
+    return module.args[0]["state"]
 
 
 def parameters_of(module, prefix, found, seen):
     """Adds the parameters of a module and those inside it to `found`, under PyTorch's names."""
     expect(id(module) not in seen, "a module that is in it twice")
     seen.add(id(module))
-    _, fields = fields_of(module)
+    fields = fields_of(module)
     for name, parameter in fields["_parameters"].items():
         if parameter is not None:
             found[prefix + name] = tensor_of(parameter)
@@ -105,18 +106,16 @@ def parameters_of(module, prefix, found, seen):
 def read_edm(path):
     """The averaged network `ema` of a file that EDM published -> its parameters, {"model.enc.64x64_conv.weight": Tensor, ...}, and sigma_data.
 
-    Raises UserError where the file can't be read, refers to anything that EDM's files do not, or is not EDM's
-    preconditioning around ADM's U-Net.
+    Raises UserError where the file can't be read, refers to anything that EDM's files do not, or is no network in EDM's
+    preconditioning.
     """
     try:
         with open(path, "rb") as file:
             network = Unpickler(file).load()["ema"]
-        name, fields = fields_of(network)
-        inside, _ = fields_of(fields["_modules"]["model"])
-        expect((name, inside) == ("EDMPrecond", "DhariwalUNet"), f"it is {name} around {inside}, not EDMPrecond around DhariwalUNet")
+        sigma_data = float(fields_of(network)["sigma_data"])  # which EDM's preconditioning alone has
         found = {}
         parameters_of(network, "", found, set())
-        return found, float(fields["sigma_data"])
+        return found, sigma_data
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
     except UserError as error:

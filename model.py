@@ -58,8 +58,9 @@ def sinusoids(t, channels):
 class CrossAttention(nn.Module):
     """Image features are the queries, latent tokens the keys and values (sec. 3.3).
 
-    Per head, softmax((W_q x) . k) and then W_p v; which is softmax(x . (W_q' k)), and then the W_p v. There are few latents
-    and many pixels: so both projections are applied to keys and values, which is done once an image.
+    Per head, with pixels x, q = W_q x + b, weights = softmax(q . k / sqrt(c)), and W_p (weights v) is added to the image. As
+    (W_q x) . k = x . (W_q' k) and W_p (weights v) = weights (W_p v), both projections go to the m tokens, once an image,
+    instead of to the HW pixels at every evaluation.
     """
 
     def __init__(self, channels, latent_dim):

@@ -28,7 +28,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
-from configurator import UserError, barrier, catch_sigterm, configure, on_any_process, require, start_processes
+from configurator import UserError, barrier, catch_sigterm, configure, on_any_process, require, same_on_all, start_processes
 from model import SKIPPED_IN_A_ROW, absorb, draw_codes, guarded_step, gumbel_noise, mean_bits, sedd_loss, seeded_generator
 from sample import PRIORS, load_stage1
 
@@ -141,6 +141,7 @@ if checkpoint := data.resume(checkpoint_path, config, model_args, FREE, "train_p
     averaged.load_state_dict(checkpoint["ema"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     skipped.copy_(checkpoint["skipped"])
+require(same_on_all(step), f"the processes found different checkpoints: {out_dir} must be on a file system that all nodes share")
 forward = DistributedDataParallel(model, device_ids=[device.index] if on_gpu else None) if world > 1 else model
 
 # ----------------------------------------------------------------------------------------------------
@@ -243,7 +244,8 @@ if __name__ == "__main__":
         print(f"{checkpoint_path} is finished: it has seen {seen:,} codes. "
               "A larger --total_images trains on, --overwrite=True starts anew")
     if master and not step:
-        save(step)  # as in stage 1
+        save(step)  # both as in stage 1
+        data.previous(checkpoint_path).unlink(missing_ok=True)
     bar = tqdm(total=total_images, initial=seen, unit="img", disable=not master, mininterval=1)
     model.train()
     loss_sum, steps = 0, 0
@@ -257,7 +259,7 @@ if __name__ == "__main__":
         if due(log_every, seen):
             in_a_row, in_all = skipped.tolist()
             require(in_a_row < SKIPPED_IN_A_ROW, f"the gradients of the last {in_a_row:.0f} steps were not finite, and the "
-                    f"weights stayed as they were: a lower --lr may help; {checkpoint_path} is left as it was")
+                    f"weights stayed as they were: a lower --lr may help; {checkpoint_path} has weights of before")
             if master:
                 shown = {"bits": f"{(loss_sum / steps).item() / math.log(2):.2f}"}
                 if len(held_out_indices):
@@ -283,7 +285,8 @@ if __name__ == "__main__":
                 print(f"  independent latents given the class{given_class:7.2f}")
                 print("  this prior, given the class        {:7.2f} +- {:.2f}".format(*held_out_bits(8)))
         print(f"{checkpoint_path} is ready; next: python sample.py --out_dir={out_dir}" + " --prior=sedd" * (prior == "sedd"))
-    elif master:
+    barrier()  # until process 0 has saved
+    if master and seen < total_images:
         print(f"stopped by SIGTERM after {seen:,} codes, which {checkpoint_path} has: the same command goes on from there")
     if world > 1:
         dist.destroy_process_group()

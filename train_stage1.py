@@ -16,7 +16,7 @@ From EDM's trained network, the paper's recipe for ImageNet-64:
 
 Leaves in out_dir: stage1.pt (weights, their moving average, optimiser, settings), the one before it
 (stage1.previous.pt), preview_*.png, stage1.jsonl. The same command again continues where it stopped, be it by SIGTERM,
-which saves first and ends with exit code 143, or by a crash; a larger --total_images trains a finished run on.
+which saves first and ends the process with exit code 143, or by a crash; a larger --total_images trains a finished run on.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
-from configurator import UserError, catch_sigterm, configure, on_any_process, require, start_processes
+from configurator import UserError, barrier, catch_sigterm, configure, on_any_process, require, same_on_all, start_processes
 from edm_pickle import read_edm
 from model import SKIPPED_IN_A_ROW, DisCoDiff, draw_codes, edm_settings, guarded_step, gumbel_noise, seed_of, seeded_generator
 from sample import denoiser, heun
@@ -164,10 +164,10 @@ def start_from(path):
         here = edm_settings(model.state_dict()) | dict(sigma_data=sigma_data)
         different = [f"{name}={there[name]!r} there, {here[name]!r} here" for name in here if there[name] != here[name]]
         require(not different, f"{path} is a network of other settings: {'; '.join(different)}")
-        new, strange = model.load_state_dict(weights, strict=False)
-        strange += [name for name in new if name.startswith("model.") and ".cross." not in name]
-        if strange:
-            raise ValueError(f"{strange[0]} is missing, or too many")
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        missing = [name for name in missing if name.startswith("model.") and ".cross." not in name]
+        if missing or unexpected:
+            raise ValueError(f"it has no {missing[0]}" if missing else f"it has {unexpected[0]}, which ours has not")
     except (LookupError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} is not a network of ADM's architecture: {' '.join(str(error).split())[:200]}") from None
 
@@ -187,7 +187,7 @@ else:
     if init_from:
         start_from(init_from)
     ema.load_state_dict(model.state_dict())
-require(mean_over_processes(torch.tensor(float(step), device=device)) == step,
+require(same_on_all(step),
         f"the processes found different checkpoints: {out_dir} must be on a file system that all nodes share")
 
 forward = torch.compile(model) if compile and on_gpu else model
@@ -340,6 +340,7 @@ if __name__ == "__main__":
                   "A larger --total_images trains on, --overwrite=True starts anew")
         if not step:
             save(step)  # is there room on the disk? And what torchrun restarts is not what --overwrite=True is to replace
+            data.previous(checkpoint_path).unlink(missing_ok=True)  # nor what a damaged checkpoint of this run leads back to
 
     sums, skipped_before = [0, 0, 0], skipped[1].item()  # since the last log; on the device
     since, images_since = time.time(), 0
@@ -357,7 +358,7 @@ if __name__ == "__main__":
         if due(log_every, seen):
             in_a_row, in_all = skipped.tolist()
             require(in_a_row < SKIPPED_IN_A_ROW, f"the gradients of the last {in_a_row:.0f} steps were not finite, and the weights "
-                    f"stayed as they were: try a lower --lr or --encoder_lr, and look at the data; {checkpoint_path} is left as it was")
+                    f"stayed as they were: try a lower --lr or --encoder_lr, and look at the data; {checkpoint_path} has weights of before")
             steps = images_since // batch_size - (in_all - skipped_before) or math.nan  # those that were not skipped
             report = dict(images=seen, loss=mean_over_processes(sums[0]).item() / steps)
             if num_latents:
@@ -381,14 +382,15 @@ if __name__ == "__main__":
         stopping = on_any_process(sigterm.is_set())
         if master and (due(save_every, seen) or stopping):
             save(step)
-        if master and due(preview_every, seen):
+        if master and due(preview_every, seen) and not stopping:
             save_preview(f"{out_dir}/preview_{seen:09d}.png")
 
     bar.close()
     if master and seen >= total_images:
         print_losses()
         print(f"{checkpoint_path} is ready" + (f"; next: python train_prior.py --out_dir={out_dir}" if num_latents else ""))
-    elif master:
+    barrier()  # until process 0 has saved
+    if master and seen < total_images:
         print(f"stopped by SIGTERM after {seen:,} images, which {checkpoint_path} has: the same command goes on from there")
     if world > 1:
         dist.destroy_process_group()

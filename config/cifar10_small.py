@@ -1,5 +1,4 @@
-"""Plain EDM on CIFAR-10 with 8.0 M parameters, 64 x (1, 2, 2) channels: what a laptop can still train, and what bench.py compares
-processors by.
+"""Plain EDM on CIFAR-10 with 8.0 M parameters, 64 x (1, 2, 2) channels: what a laptop can still train. Our guess, not tuned.
 
     python data.py cifar10
     python train_stage1.py config/cifar10_small.py

@@ -2,6 +2,7 @@
 the new cross-attentions add nothing at first. Optimisation is EDM's (App. D.2); the paper does not say how long, 200 M images
 are our guess.
 
+    python data.py imagenet64 --source=ILSVRC/Data/CLS-LOC/train --resolution=64
     curl -O https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-imagenet-64x64-cond-adm.pkl
     torchrun --nproc_per_node=8 train_stage1.py config/imagenet64_finetune.py
     torchrun --nproc_per_node=8 train_prior.py config/imagenet64_prior.py --out_dir=out/imagenet64_finetune

@@ -102,6 +102,7 @@ def test_cross_attention_is_softmax_of_queries_and_keys_times_values():
     assert (cross(x, *cross.keys_values(tokens)) - (x + cross.proj(a))).abs().max() < 1e-5
 
 
+@torch.no_grad()
 def test_each_latent_matters_and_dropped_ones_do_not():
     model = used_model()
     x, sigma = torch.randn(1, 3, 16, 16), torch.ones(1)
