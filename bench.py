@@ -117,17 +117,19 @@ def prepared(script, config, folder, device, *settings):
 
 
 def training(run, batch, evaluation):
-    return {"gradients": lambda: run["gradients"](0), "update": lambda: run["update"](batch), "evaluation": evaluation}
+    """-> a training script's globals, {name: function}, and a function that counts their FLOPs."""
+    functions = {"gradients": lambda: run["gradients"](0), "update": lambda: run["update"](batch), "evaluation": evaluation}
+    return run, functions, lambda: {name: count(function) for name, function in functions.items()}
 
 
 def stage1(config, batch, folder, device, *settings):
-    """-> the script's globals and {name: function}, of train_stage1.py, and of the denoiser as sample.py calls it."""
+    """Of train_stage1.py, and of the denoiser as sample.py calls it."""
     run = prepared("train_stage1.py", config, folder, device, "--init_from=", f"--batch_size={batch}", f"--batch_gpu={batch}", *settings)
     ema, place = run["ema"], run["device"]
     labels = torch.zeros(batch, dtype=torch.int64, device=place) if ema.label_dim else None
     denoise = sample.denoiser(ema, labels, torch.zeros(batch, ema.num_latents, dtype=torch.int64, device=place))
     x, sigma = torch.randn(batch, *ema.img_shape, device=place), torch.tensor(1.0, device=place)
-    return run, training(run, batch, lambda: denoise(x, sigma))
+    return training(run, batch, lambda: denoise(x, sigma))
 
 
 def prior(config, batch, folder, device):
@@ -143,7 +145,7 @@ def prior(config, batch, folder, device):
     run = prepared("train_prior.py", config, folder, device, f"--batch_size={batch}")
     noise = sample.SeededNoise("bench", range(batch), run["device"])
     c = torch.zeros(batch, dtype=torch.int64, device=run["device"])
-    return run, training(run, batch, torch.no_grad()(lambda: sample.codes_of_prior(run["averaged"], noise, c)))
+    return training(run, batch, torch.no_grad()(lambda: sample.codes_of_prior(run["averaged"], noise, c)))
 
 
 def sampler(config, batch, folder, device):
@@ -152,9 +154,14 @@ def sampler(config, batch, folder, device):
     run = prepared("train_stage1.py", "default", folder, device)
     c, z = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, run["num_latents"], dtype=torch.int64)
     denoise = sample.denoiser(run["ema"], c.to(run["device"]), z.to(run["device"]))
-    noise = torch.randn(batch, *run["model"].img_shape, device=run["device"])
-    return run, {"evaluation": lambda: sample.restart(denoise, noise, **{name: s[name] for name in (
-        "num_steps", "restarts", "gamma", "S_min", "S_max", "S_noise")})}
+    noise, evaluations = torch.randn(batch, *run["model"].img_shape, device=run["device"]), []
+
+    def restart(denoise):
+        sample.restart(denoise, noise, **{name: s[name] for name in ("num_steps", "restarts", "gamma", "S_min", "S_max", "S_noise")})
+
+    restart(lambda x, sigma: evaluations.append(sigma) or x)
+    return run, {"evaluation": lambda: restart(denoise)}, lambda: {
+        "evaluation": len(evaluations) * count(lambda: denoise(noise, evaluations[0]))}
 
 
 def peak_memory(device):
@@ -187,17 +194,17 @@ def measure(config, device, batch_size, rounds, profile):
     kind = prior if config.endswith("_prior.py") else sampler if Path(config).name.startswith("restart") else stage1
     eager = ("--compile=False",) if kind is stage1 else ()  # compiled code can't be counted
     with tempfile.TemporaryDirectory() as folder:
-        flops = {name: count(function) for name, function in kind(config, 1, folder, device, *eager)[1].items()}
+        flops = kind(config, 1, folder, device, *eager)[2]()
         gc.collect()
 
         def build(batch):
             """Functions, all of them called once, and the peak memory without those of plain EDM."""
-            run, functions = kind(config, batch, folder, device)
+            run, functions, _ = kind(config, batch, folder, device)
             for function in functions.values():
                 function()
             memory = peak_memory(place)
             if kind is stage1 and run["num_latents"]:
-                _, plain = stage1(config, batch, folder, device, "--num_latents=0")
+                _, plain, _ = stage1(config, batch, folder, device, "--num_latents=0")
                 functions |= {f"plain {name}": function for name, function in plain.items()}
                 for function in plain.values():
                     function()

@@ -253,7 +253,7 @@ def test_a_batch_that_processes_can_not_share(tmp_path):
 @pytest.mark.parametrize("launcher", [[sys.executable], [*TORCHRUN, "--nproc_per_node=2"]])
 def test_twenty_kills(tmp_path, launcher):
     """SIGKILL at 20 random moments, the same command each time: never an unreadable checkpoint, and the same weights in the end."""
-    settings = [*TINY, "--total_images=16000", "--save_every=8", "--log_every=80"]
+    settings = [*TINY, "--total_images=6400", "--save_every=8", "--log_every=80"]
     whole = start(f"--out_dir={tmp_path / 'whole'}", *settings, launcher=launcher)
     assert "is ready" in whole.communicate()[0]
     rng, kills, steps = random.Random(0), 0, []
