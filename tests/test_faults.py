@@ -180,7 +180,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(trained, tmp_path, script, n
     assert same_training(checkpoint(tmp_path / "whole", name), checkpoint(tmp_path / "stopped", name))
 
 
-@pytest.mark.parametrize("to", ["torchrun", "one worker"])
+@pytest.mark.parametrize("to", [pytest.param("torchrun", marks=pytest.mark.soak), "one worker"])
 def test_sigterm_to_several_processes(tmp_path, to):
     """All stop after the same step, whichever of them has heard the signal."""
     settings = [*TINY, "--total_images=4800", "--save_every=1000000"]
@@ -198,7 +198,7 @@ def test_sigterm_to_several_processes(tmp_path, to):
 def test_torchrun_starts_a_killed_worker_again(tmp_path):
     """SIGKILL to one of two, in the middle: the run ends by itself, with the weights of one that nobody disturbed; and
     --overwrite=True does not begin a second time."""
-    settings = [*TINY, "--total_images=400", "--save_every=80", "--overwrite=True"]
+    settings = [*TINY, "--total_images=240", "--save_every=40", "--overwrite=True"]
     launcher = [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=2"]
     whole = start(f"--out_dir={tmp_path / 'whole'}", *settings, launcher=launcher)
     assert "is ready" in whole.communicate(timeout=120)[0]

@@ -54,6 +54,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path):
         assert whole["step"] == 4 and same_training(whole, parts) and not same(whole["model"], whole["ema"])
 
 
+@pytest.mark.soak
 def test_a_killed_run_continues(tmp_path):
     """SIGKILL in the middle, then the same command line."""
     settings = [*TINY, "--total_images=240", "--save_every=16", "--log_every=16"]
@@ -228,11 +229,11 @@ def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path):
 
 
 def test_help_shows_the_settings():
-    for script in ("train_stage1.py", "train_prior.py", "sample.py", "data.py", "compare_priors.py"):
-        done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-        assert "python " + script in done.stdout
-        assert "overwrite = False" in done.stdout or script in ("sample.py", "compare_priors.py")
-        assert "num_steps = 18" in done.stdout or script != "sample.py"
+    for script in ("train_stage1.py", "train_prior.py", "sample.py", "data.py", "compare_priors.py", "bench.py"):
+        printed = run(script, "--help")
+        assert "python " + script in printed
+        assert "overwrite = False" in printed or script in ("sample.py", "compare_priors.py", "bench.py")
+        assert "num_steps = 18" in printed or script != "sample.py"
 
 
 def test_processes_change_nothing_for_the_priors(tmp_path, trained):
