@@ -53,6 +53,7 @@ batch_size = 0  # 0: on a GPU the largest of 256, 128, ... that fits, on a CPU w
 rounds = 3  # of everything in turns; medians are shown
 profile = False  # also the ten most expensive operations of a training step
 
+LINE = "{:24}{:>6}{:>10}{:>9}{:>6}{:>7}{:>8}{:>12}{:>10}{:>6}{:>7}{:>8}"  # of the table
 SHAPES = {"cifar10": (32, 32, 3, 10), "imagenet64": (64, 64, 3, 1000)}  # random images stand in for these
 
 
@@ -274,7 +275,7 @@ def line_of(row):
              cell("gflop_training", ",.2f"), cell("mfu_training", ".2f"), cell("training_x_edm", ".3f"), cell("update_share", ".1%"),
              cell("evaluations_per_second", ",.1f"), cell("gflop_evaluation", ",.2f"), cell("mfu_evaluation", ".2f"),
              cell("evaluation_x_edm", ".3f"), cell("peak_gb", ".1f"))
-    return "{:24}{:>6}{:>10}{:>9}{:>6}{:>7}{:>8}{:>12}{:>10}{:>6}{:>7}{:>8}".format(*cells)
+    return LINE.format(*cells)
 
 
 def main():
@@ -286,7 +287,7 @@ def main():
     on = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{on}, torch {torch.__version__}; GFLOP: of one image; medians of {rounds} rounds")
     print(f"{'':30}{'training: images a second':>40}{'evaluation: images a second':>35}{'peak':>8}")
-    print("{:24}{:>6}{:>10}{:>9}{:>6}{:>7}{:>8}{:>12}{:>10}{:>6}{:>7}{:>8}".format(
+    print(LINE.format(
         "config", "batch", "images/s", "GFLOP", "MFU", "x EDM", "update", "images/s", "GFLOP", "MFU", "x EDM", "GB"))
     os.environ["TQDM_DISABLE"] = "1"  # in what is started below
     found = dict(device=on, torch=torch.__version__, rows=[])
