@@ -3,48 +3,47 @@ Files: image data sets, checkpoints, picture grids. Nothing here knows a network
 
     python data.py fashion-mnist                                    # downloads; also mnist, cifar10
     python data.py cifar10 --source=cifar-10-batches-bin            # files that are already here
-    python data.py imagenet64 --source=ILSVRC/train --resolution=64 # a folder with one subfolder a class
-    python data.py imagenet64 --source=imagenet-64x64.zip           # a data set .zip from EDM's tools
+    python data.py imagenet64 --source=ILSVRC/train --resolution=64 # a folder or .zip with one subfolder a class
+    python data.py imagenet64 --source=imagenet-64x64.zip           # a .zip or folder of EDM's dataset_tool.py
+    python data.py holiday --source=~/photographs --exif=True       # one's own photographs
 
-Each turns a source into datasets/NAME/ with images.npy, uint8 (N, H, W, C), labels.npy, int64 (N,), and
-classes.json, which train_stage1.py then reads as --dataset=NAME through a memory map. The 10,000 images
-of Fashion-MNIST's test split come with the repository and need no preparation: fashion-mnist-10k.
+Each turns a source into datasets/NAME/ with images.npy, uint8 (N, H, W, C), labels.npy, int64 (N,), classes.json (the
+classes' names) and made.json (how the images were made), which train_stage1.py then reads as --dataset=NAME through a
+memory map. The 10,000 images of Fashion-MNIST's test split come with the repository: fashion-mnist-10k.
 """
 
-import gzip
 import hashlib
-import io
 import json
 import math
 import mmap
 import os
 import shutil
-import struct
 import sys
-import tarfile
 import urllib.request
 import zipfile
 import zlib
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from configurator import UserError, configure, on_any_process, require
+from sources import LARGEST, TRANSFORMS, Pictures, is_zip, list_images, open_source, read_idx, require_images
 
 name = ""  # of the data set; `python data.py NAME` is short for --name=NAME
 source = ""  # file or folder to read; "" downloads a public set
-resolution = 64  # for a folder of images: centre-cropped and area-downsampled to this many pixels
-workers = os.cpu_count() or 1  # processes that decode a folder of images
+resolution = 0  # of image files, in pixels; 0: 64 for a folder; a .zip's, and those of EDM's dataset_tool.py, stay as they are
+transform = "center-crop"  # to that resolution as EDM does: cropped, then Lanczos; "center-crop-dhariwal": as ADM does
+exif = False  # turn images as EXIF says: for photographs. EDM and ADM don't: ImageNet, and what is compared with it, without
+workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # processes that decode images
 overwrite = False  # replace an existing datasets/NAME
 
 HERE = Path(__file__).resolve().parent
 EMBEDDED = "fashion-mnist-10k"
 UNREADABLE_SHARE = 0.01  # of the images: more than this is an error
-LARGEST = 2 ** 30  # bytes that one compressed file may unpack to in memory
+FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
 # ----------------------------------------------------------------------------------------------------
 # data sets, as the training scripts see them
@@ -76,6 +75,23 @@ def load(name, root=HERE / "datasets"):
     if hasattr(mmap, "MADV_RANDOM"):
         images.base.madvise(mmap.MADV_RANDOM)  # no read-ahead: batches are drawn from all over the file
     return images, labels, len(classes)
+
+
+def class_names(name, root=HERE / "datasets"):
+    """The names of the classes of a data set that `load` knows, [] without labels."""
+    return FASHION if name == EMBEDDED else [*map(str, json.loads((root / name / "classes.json").read_text()))]
+
+
+def made_of(source, root=HERE / "datasets"):
+    """How the images of a prepared data set, or of an .npz of sample.py's or ADM's, were made: a dict with "transform", or None
+    where nobody has said so."""
+    if Path(source).suffix == ".npz":
+        with open_npz(source, large=("images.npy", "arr_0.npy")) as found:
+            if "mu_s" in found:  # ADM's reference batches
+                return dict(transform="center-crop-dhariwal")
+            return json.loads(str(found["made"])) if "made" in found else None
+    path = root / source / "made.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def load_trained_on(config, path):
@@ -143,40 +159,43 @@ def to_uint8(x):
     return (x * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def read_images(source, img_shape):
-    """Images to take codes from: an image file, a folder of them, an .npz with `images` (and `labels`), or the
-    name of a prepared data set. img_shape: (C, H, W), to which image files are brought as in `from_folder`.
+def read_images(source, img_shape, exif=False):
+    """Images to take codes from: an image file, a folder or .zip of them, an .npz with `images` (and `labels`), or the name of a
+    prepared data set. img_shape: (C, H, W), to which image files are brought as in `sources.center_crop`; exif: as in `decode`.
 
     -> uint8 (N, H, W, C), labels int64 (N,) or None, and the order to take them in: a data set's is shuffled
     """
     channels, size, _ = img_shape
-    path, labels = Path(source), None
-    if path.suffix == ".npz" and path.is_file():
-        images, labels = open_images(source)
-        order = np.arange(len(images))
-    elif path.exists():
-        files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        require(files, f"{source} has no images in it")
-        images = [decode(p, size) for p in files]
-        for file, image in zip(files, images):
-            require(not isinstance(image, str), f"{file} can't be read: {image}")
-        images = [image if channels == 3 else np.asarray(Image.fromarray(image).convert("L"))[..., None] for image in images]
-        images, order = np.stack(images), np.arange(len(images))
+    if Path(source).suffix != ".npz" and Path(source).exists():
+        images, labels = open_pictures(source, size=size, channels=channels, exif=exif)
     else:
-        images, labels, _ = load(source)
-        order, _ = split(len(images), 0)
+        images, labels = open_images(source)
     require(images.shape[1:] == (size, size, channels) and len(images),
             f"{source} has images of the shape {images.shape}: this model's are (N, {size}, {size}, {channels})")
-    return images[:], labels, order
+    prepared = is_prepared(source) and not Path(source).exists()
+    return images[:], labels, split(len(images), 0)[0] if prepared else np.arange(len(images))
+
+
+def is_prepared(source, root=HERE / "datasets"):
+    return source == EMBEDDED or (root / source / "classes.json").is_file()
+
+
+def open_pictures(source, **settings):
+    """An image file, or all in a folder or .zip -> `Pictures` with these settings, and labels, int64 (N,), where dataset.json has any."""
+    if Path(source).is_file() and not is_zip(source):
+        return Pictures([(source, Path(source))], **settings), None
+    files, labels, _, _ = list_images(source, folders_are_classes=False)
+    return Pictures(files, **settings), None if labels is None else np.array(labels, np.int64)
 
 
 def open_images(source):
-    """The images of an .npz, or of a prepared data set: uint8 (N, H, W, C), read in slices, and labels int64 (N,) or None.
+    """The images of an .npz, of a prepared data set, or of a folder or .zip of image files, as they are: uint8 (N, H, W, C), read
+    in slices, and labels int64 (N,) or None.
 
     An .npz is one of sample.py's, with `images` and perhaps `labels`, or of ADM's programs: arr_0, arr_1.
     """
     if Path(source).suffix != ".npz":
-        return load(source)[:2]
+        return open_pictures(source, channels=0) if Path(source).exists() and not is_prepared(source) else load(source)[:2]
     try:
         images = NpzImages(source)
         with open_npz(source, large=("images.npy", "arr_0.npy")) as found:
@@ -247,16 +266,25 @@ def write_npy_header(f, dtype, shape):
     np.lib.format.write_array_header_1_0(f, dict(descr=np.dtype(dtype).str, fortran_order=False, shape=shape))
 
 
-def save_grid(images, path, columns):
-    """Writes uint8 images (N, H, W, C) as one PNG, row by row; small ones are enlarged to be seen."""
+def save_grid(images, path, columns, titles=()):
+    """Writes uint8 images (N, H, W, C) as one PNG, row by row; small ones are enlarged to be seen. titles: of the rows."""
     n, h, w, c = images.shape
     images = np.concatenate([images, np.full((-n % columns, h, w, c), 255, np.uint8)])
     images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
     grid = images.reshape(-1, columns, h + 2, w + 2, c).swapaxes(1, 2).reshape(-1, columns * (w + 2), c)
     picture = Image.fromarray(grid.squeeze(2) if c == 1 else grid)
     scale = max(1, 64 // h)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+    if titles:
+        font = ImageFont.load_default(14)
+        margin = 8 + max(math.ceil(font.getlength(title)) for title in titles)
+        titled = Image.new(picture.mode, (margin + picture.width, picture.height), "white")
+        titled.paste(picture, (margin, 0))
+        for row, title in enumerate(titles):
+            ImageDraw.Draw(titled).text((margin - 4, (row + 0.5) * (h + 2) * scale), title, "black", font, anchor="rm")
+        picture = titled
     with atomic(path) as f:
-        picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST).save(f, "png")
+        picture.save(f, "png")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -435,8 +463,7 @@ def write_log(path, lines, mode="a"):
 
 
 # ----------------------------------------------------------------------------------------------------
-# reading sources: each function -> number of images, class names, iterator of (name, image, label), where an
-# image is uint8 (H, W, C), or a string that says why it can't be read; class names are [] without labels
+# preparing
 
 PUBLIC = {  # name -> address, {file: MD5}
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", {
@@ -448,7 +475,7 @@ PUBLIC = {  # name -> address, {file: MD5}
     "cifar10": ("https://www.cs.toronto.edu/~kriz/", {
         "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
 }
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+OURS = {"images.npy", "labels.npy", "classes.json", "made.json"}  # all that a prepared data set's folder has
 
 
 def download(name, root):
@@ -476,182 +503,46 @@ def download(name, root):
     return folder
 
 
-def open_source(source, resolution, workers):
-    """Tells the kind of source by its name and content."""
-    path = Path(source)
-    require(path.exists(), f"there is no file or folder {source}")
-    if path.is_dir() and (path / "train-images-idx3-ubyte.gz").exists():
-        path /= "train-images-idx3-ubyte.gz"
-    if path.name.endswith("-images-idx3-ubyte.gz"):
-        return from_idx(path)
-    if path.suffix == ".bin":
-        return from_cifar({path.name: path.read_bytes()})
-    if path.name.endswith(".tar.gz") or (path.is_dir() and (path / "cifar-10-binary.tar.gz").exists()):
-        return from_cifar_tar(path / "cifar-10-binary.tar.gz" if path.is_dir() else path)
-    if path.is_dir() and (batches := sorted(path.glob("data_batch_*.bin"))):
-        return from_cifar({p.name: p.read_bytes() for p in batches})
-    if path.suffix == ".zip":
-        return from_zip(path)
-    require(path.is_dir(), f"{source} is none of the sources that `python data.py --help` lists")
-    return from_folder(path, resolution, workers)
+def overlap(a, b):
+    """Whether one of two paths is the other, or lies in it, by whatever links."""
+    a, b = Path(a).resolve(), Path(b).resolve()
+    return any(outer.exists() and part.exists() and part.samefile(outer)
+               for inner, outer in ((a, b), (b, a)) for part in (inner, *inner.parents))
 
 
-def read_idx(path):
-    """MNIST's format: .gz of images, and of labels beside it -> uint8 (N, H, W, 1), int64 (N,)"""
-    arrays = []
-    for p, ndim in ((path, 3), (path.with_name(path.name.replace("images-idx3", "labels-idx1")), 1)):
-        try:
-            with gzip.open(p) as f:
-                raw = f.read(LARGEST + 1)
-        except FileNotFoundError:
-            raise UserError(f"{p} is missing") from None
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{p} is damaged: {error}") from None
-        require(len(raw) <= LARGEST, f"{p} unpacks to more than {LARGEST:,} bytes")
-        header = 4 + 4 * ndim
-        shape = struct.unpack(f">{ndim}I", raw[4:header]) if len(raw) >= header else ()
-        require(raw[:4] == bytes([0, 0, 8, ndim]) and len(raw) == header + np.prod(shape, dtype=int),
-                f"{p} is not a complete IDX file of {'images' if ndim == 3 else 'labels'}")
-        arrays.append(np.frombuffer(raw, np.uint8, offset=header).reshape(shape))
-    require(len(arrays[0]) == len(arrays[1]), f"{path} has {len(arrays[0])} images, but {len(arrays[1])} labels")
-    return arrays[0][..., None], arrays[1].astype(np.int64)
+def is_ours(folder, complete=True):
+    """Whether there is nothing in this folder but what `prepare` writes, all or, of an interrupted preparation, some of it."""
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else {None}
+    return found <= OURS and (not complete or "classes.json" in found)
 
 
-def from_idx(path):
-    images, labels = read_idx(path)
-    return len(images), class_names(labels), ((f"image {i}", x, c) for i, (x, c) in enumerate(zip(images, labels)))
+def prepare(name, source, resolution=0, transform="center-crop", exif=False, workers=1, overwrite=False, root=HERE / "datasets"):
+    """Turns a source into root/name, in a folder of another name until it is complete; settings as in `open_source`.
 
-
-def from_cifar(files):
-    """CIFAR-10's binary version: records of a label and 3 x 32 x 32 pixels. files: {name: bytes}"""
-    for file, raw in files.items():
-        require(raw and len(raw) % 3073 == 0, f"{file} is not a complete file of CIFAR-10's binary version")
-    records = np.concatenate([np.frombuffer(raw, np.uint8).reshape(-1, 3073) for raw in files.values()])
-    require(records[:, 0].max() < 10, "a label is above 9: is this CIFAR-10's binary version?")
-    images, labels = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0]
-    return len(images), class_names(labels), ((f"image {i}", x, c) for i, (x, c) in enumerate(zip(images, labels)))
-
-
-def from_cifar_tar(path):
-    try:
-        with tarfile.open(path) as tar:
-            batches = sorted((m for m in tar if Path(m.name).match("data_batch_*.bin")), key=lambda m: m.name)
-            require(sum(m.size for m in batches) <= LARGEST, f"{path} unpacks to more than {LARGEST:,} bytes")
-            files = {m.name: tar.extractfile(m).read() for m in batches}
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
-    require(files, f"{path} has no data_batch_*.bin in it: CIFAR-10's binary version is wanted")
-    return from_cifar(files)
-
-
-def from_zip(path):
-    """EDM's data set: images of one size, and dataset.json with {"labels": [[file, class], ...]} or null."""
-    def unpack(file):
-        if archive.getinfo(file).file_size > LARGEST:
-            raise ValueError(f"{file} unpacks to {archive.getinfo(file).file_size:,} bytes")
-        return archive.read(file)
-
-    try:
-        archive = zipfile.ZipFile(path)  # read in memory: names in it with ../ lead nowhere
-        files = sorted(f for f in archive.namelist() if Path(f).suffix.lower() in IMAGE_SUFFIXES)
-        found = json.loads(unpack("dataset.json"))["labels"] if "dataset.json" in archive.namelist() else None
-        labels = {file: int(c) for file, c in found} if found else {}
-        if any(labels[file] != c for file, c in found or []):
-            raise ValueError("its labels are not whole numbers")
-    except (zipfile.BadZipFile, zlib.error, OSError, ArithmeticError, ValueError, TypeError, KeyError,
-            RecursionError) as error:
-        raise UserError(f"{path} is not a data set of EDM's tools, or damaged: {error}") from None
-    require(files, f"{path} has no images in it")
-    missing = [f for f in files if f not in labels] if labels else []
-    require(not missing, f"dataset.json in {path} has no label for {len(missing)} of the images, as {missing[:1]}")
-    require(min(labels.values(), default=0) >= 0, f"dataset.json in {path} has negative labels")
-
-    def items():
-        for file in files:
-            try:
-                image = Image.open(io.BytesIO(unpack(file)))
-                image = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-                yield file, image.reshape(*image.shape[:2], -1), labels.get(file)
-            except Exception as error:  # whatever a broken file makes the decoders raise
-                yield file, str(error), None
-
-    return len(files), class_names(list(labels.values())), items()
-
-
-def from_folder(folder, resolution, workers):
-    """One subfolder a class, sorted by name; without subfolders, images without labels."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    require(files, f"{folder} has no images in it")
-    tops = [p.relative_to(folder).parts for p in files]
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir()) if max(map(len, tops)) > 1 else []
-    number = {c: i for i, c in enumerate(classes)}
-    beside = [file for file, parts in zip(files, tops) if len(parts) == 1]
-    require(not (classes and beside), f"{folder} has {len(beside)} images beside its class folders, as {beside[:1]}: "
-                                      "move them into one, or away")
-
-    def items():
-        pool = ProcessPoolExecutor(workers)
-        try:
-            decoded = pool.map(decode, files, [resolution] * len(files), chunksize=32)
-            for path, parts, image in zip(files, tops, decoded):
-                yield str(path), image, number.get(parts[0])
-        finally:
-            pool.shutdown(cancel_futures=True)  # after an error, what is not begun is not done
-
-    return len(files), classes, items()
-
-
-def decode(path, resolution):
-    """An image file -> uint8 (resolution, resolution, 3): centre crop, then area down-sampling (box filter).
-
-    Any mode becomes RGB; what is transparent gets a white background. -> a string if it can't be read.
+    Images that can't be read are named and skipped, up to UNREADABLE_SHARE of all; more raise UserError, as do a source that
+    is none, or that has to do with where the data set goes, images of different sizes, classes without images, and a
+    full disk. What prepare has not made itself is never removed.
     """
-    try:
-        image = Image.open(path)
-        image.load()
-        if image.mode.startswith("I"):  # 16 bits a pixel, or 8 in 32
-            values = np.asarray(image)
-            deep = image.mode != "I" or values.max() > 255
-            image = Image.fromarray((values // 256 if deep else values).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.resize((resolution, resolution), Image.BOX if side >= resolution else Image.BICUBIC,
-                             box=(left, top, left + side, top + side))
-        return np.asarray(image)
-    except Exception as error:  # whatever a broken file makes the decoders raise
-        return f"{type(error).__name__}: {error}"
-
-
-def class_names(labels):
-    require(not len(labels) or max(labels) < 1_000_000, "a label is above 1,000,000: are these class numbers?")
-    return [str(c) for c in range(int(max(labels)) + 1)] if len(labels) else []
-
-
-# ----------------------------------------------------------------------------------------------------
-# preparing
-
-
-def prepare(name, source, resolution=64, workers=1, overwrite=False, root=HERE / "datasets"):
-    """Turns a source into root/name, in a folder of another name until it is complete.
-
-    Images that can't be read are named and skipped, up to UNREADABLE_SHARE of all; more raise UserError, as
-    do a source that is none, images of different sizes, and a full disk.
-    """
-    require(Path(name).name == name and name not in ("", ".", "..", "embedded", "downloads", "features", EMBEDDED),
-            f"{name!r} can't be a data set's name: say `python data.py NAME --source=...`")
-    folder, partial = root / name, root / f"{name}.partial"
+    require(Path(name).name == name and name not in ("", ".", "..", "embedded", "downloads", "features", EMBEDDED)
+            and not name.endswith(".partial"), f"{name!r} can't be a data set's name: say `python data.py NAME --source=...`")
+    folder = (root / name).resolve()  # perhaps a link to a larger disk
+    partial = folder.with_name(f"{folder.name}.partial")
+    for place in (folder, partial):
+        require(not source or not overlap(source, place), f"the images in {source} are where the data set goes, {place}: "
+                f"choose another name, as in `python data.py my-{name} --source={source}`, or move the images elsewhere")
+        require(not place.exists() or is_ours(place, complete=place == folder), f"{place} is there, and is not, or not only, a data set "
+                "that data.py has prepared: move it away, or choose another name")
     require(overwrite or not folder.exists(), f"{folder} exists: --overwrite=True replaces it")
     if not source:
         require(name in PUBLIC, f"{name} is not one of the sets that can be downloaded ({', '.join(PUBLIC)}): "
                                 "name its files with --source=")
         source = download(name, root)
-    require(resolution > 0 and workers > 0, f"resolution {resolution} and workers {workers} must be positive")
-    total, classes, items = open_source(source, resolution, workers)
+    require(resolution >= 0 and workers > 0, f"resolution {resolution} can't be negative, workers {workers} must be positive")
+    require(transform in TRANSFORMS, f"--transform is {' or '.join(TRANSFORMS)}, not {transform}")
+    total, classes, items, made = open_source(source, resolution, transform, exif, workers)
     require(total, f"{source} has no images in it")
+    if name == "fashion-mnist" and len(classes) == len(FASHION):
+        classes = FASHION
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted preparation
     try:
         partial.mkdir(parents=True)
@@ -667,14 +558,16 @@ def prepare(name, source, resolution=64, workers=1, overwrite=False, root=HERE /
                 if shape is None:
                     shape = image.shape
                     write_npy_header(f, np.uint8, (total, *shape))
-                require(image.shape == shape, f"{file} has the shape {image.shape}, those before it {shape}: "
-                                              "the images of such a source must be of one size")
+                require(image.shape == shape, f"{file} has the shape {image.shape}, those before it {shape}: images that are kept as they "
+                        "are must be of one size; --resolution= makes them so")
                 f.write(image.tobytes())
                 labels.append(label)
             f.seek(0)
             write_npy_header(f, np.uint8, (len(labels), *shape))
         if classes:
+            require_images(labels, classes, f"{source}, without those that can't be read,")
             np.save(partial / "labels.npy", np.array(labels, np.int64))
+        (partial / "made.json").write_text(json.dumps(made))
         (partial / "classes.json").write_text(json.dumps(classes))
         if folder.exists():
             shutil.rmtree(folder)
@@ -684,10 +577,11 @@ def prepare(name, source, resolution=64, workers=1, overwrite=False, root=HERE /
     finally:
         items.close()
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"{folder}: {len(labels):,} images of {' x '.join(map(str, shape))}, {len(classes)} classes"
+    names = f" ({', '.join(classes[:3])}{', ...' * (len(classes) > 3)})" if classes else ""
+    print(f"{folder}: {len(labels):,} images of {' x '.join(map(str, shape))}, {len(classes)} classes{names}"
           + (f"; {unreadable} could not be read" if unreadable else ""))
 
 
 if __name__ == "__main__":
     configure(globals(), [a if a.startswith("-") else f"--name={a}" for a in sys.argv[1:]])
-    prepare(name, source, resolution, workers, overwrite)
+    prepare(name, source, resolution, transform, exif, workers, overwrite)

@@ -1,0 +1,407 @@
+"""
+Where images come from: the formats that `python data.py NAME --source=...` reads, and the one way in which any image
+file becomes pixels, for data sets, --encode= and --images= alike. Nothing here writes a file.
+
+  images in a folder or .zip   one subfolder a class; or dataset.json, as EDM's dataset_tool.py writes it
+  MNIST's format               train-images-idx3-ubyte.gz, with the labels beside it
+  CIFAR-10's binary version    data_batch_*.bin, or cifar-10-binary.tar.gz
+"""
+
+import gzip
+import io
+import json
+import os
+import signal
+import struct
+import sys
+import tarfile
+import zipfile
+import zlib
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from configurator import UserError, require
+
+IMAGE_SUFFIXES = {f".{name}" for name in "apng avif bmp dib gif j2k jfif jp2 jpe jpeg jpg pbm pcx pfm pgm png pnm ppm psd qoi "
+                                         "sgi tga tif tiff webp".split()}
+NO_DATA = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}  # what systems leave behind; as are names with a leading dot
+LARGEST = 2 ** 30  # bytes that one compressed file may unpack to in memory
+MOST_WORKERS = 61  # that Windows can wait for
+TRANSFORMS = ("center-crop", "center-crop-dhariwal")  # EDM's names for its own way and ADM's
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+# ----------------------------------------------------------------------------------------------------
+# one image file -> pixels
+
+
+def to_8_bits(image):
+    """A Pillow image of any mode -> one of the mode "L" (grey) or "RGB". What is transparent gets a white background.
+
+    Raises ValueError where the file does not say which values are black and white.
+    """
+    clear = image.info.get("transparency")
+    grey = image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # 0 ... 65535
+        values = np.asarray(image) >> 8
+        values[np.asarray(image) == (-1 if clear is None else clear)] = 255
+        image = Image.fromarray(values.astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        values, whole = np.asarray(image), image.mode == "I"
+        if not (values.min() >= 0 and values.max() <= 255):  # NaN, too
+            raise ValueError(f"{values.min():g} ... {values.max():g} in {image.mode}, 32 bits: which is white? Save it with 8 or 16 bits")
+        image = Image.fromarray((values * (255 if values.max() <= 1 and not whole else 1)).round().astype(np.uint8))
+    elif isinstance(clear, tuple) and max(clear) > 255:  # of a PNG with 3 x 16 bits, of which Pillow reads the upper 8
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if grey else "RGB")
+
+
+def center_crop(image, size, transform="center-crop"):
+    """A Pillow image -> its centre, size x size pixels, the way EDM's or ADM's data sets were made.
+
+    "center-crop": EDM's dataset_tool.py; a square as large as fits, then Lanczos. "center-crop-dhariwal": ADM's; halved by
+    averaging while it is twice too large, then bicubic, then the square.
+    """
+    if transform == "center-crop":
+        side = min(image.size)
+        left, top = ((whole - side) // 2 for whole in image.size)
+        return image.crop((left, top, left + side, top + side)).resize((size, size), Image.LANCZOS)
+    while min(image.size) >= 2 * size:
+        image = image.resize([whole // 2 for whole in image.size], Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize([round(whole * scale) for whole in image.size], Image.BICUBIC)
+    left, top = ((whole - size) // 2 for whole in image.size)
+    return image.crop((left, top, left + size, top + size))
+
+
+def decode(file, size=0, transform="center-crop", exif=False, channels=3):
+    """An image file -> uint8 (size, size, channels), or a string that says why it can't be read.
+
+    file: its path, its bytes, or the error that reading it gave. size 0: as large as it is; channels 0: 1 for grey images, 3 for others. exif: turned as its EXIF orientation says.
+    """
+    try:
+        if isinstance(file, Exception):
+            raise file
+        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+        image.load()
+        image = to_8_bits(ImageOps.exif_transpose(image) if exif else image)
+        if channels == 3:
+            image = image.convert("RGB")
+        if size:
+            image = center_crop(image, size, transform)
+        image = np.asarray(image.convert("L") if channels == 1 else image)
+        return image.reshape(*image.shape[:2], -1)
+    except Exception as error:  # whatever a broken file makes the decoders raise
+        return f"{type(error).__name__}: {error}"
+
+
+def content(file):
+    """What `decode` takes of a file in a folder (its path) or in a .zip (the function that reads it)."""
+    try:
+        return file() if callable(file) else file
+    except Exception as error:  # whatever a broken archive makes the decoders raise
+        return error
+
+
+class Pictures:
+    """Image files as an array uint8 (N, H, W, C) that is decoded when it is sliced: len(), .shape, slices of step 1.
+
+    files: [(name, path or bytes of an image)], at least one; settings: those of `decode`. Raises UserError for files that
+    can't be read, and for images of different shapes.
+    """
+
+    def __init__(self, files, **settings):
+        self.files, self.settings = files, settings
+        self.shape = (len(files), *self.decoded(*files[0]).shape)
+
+    def __len__(self):
+        return len(self.files)
+
+    def decoded(self, name, file):
+        image = decode(content(file), **self.settings)
+        require(not isinstance(image, str), f"{name} can't be read: {image}")
+        return image
+
+    def __getitem__(self, part):
+        images = [self.decoded(*file) for file in self.files[part]]
+        for (name, _), image in zip(self.files[part], images):
+            require(image.shape == self.shape[1:], f"{name} is {image.shape}, {self.files[0][0]} is {self.shape[1:]} (height, width, "
+                    "channels): images must be of one size; `python data.py NAME --source=...` makes them so")
+        return np.stack(images) if images else np.empty((0, *self.shape[1:]), np.uint8)
+
+
+# ----------------------------------------------------------------------------------------------------
+# images in a folder or a .zip
+
+
+def is_data(name):
+    return not any(part in NO_DATA or (part.startswith(".") and part not in (".", "..")) for part in PurePosixPath(name).parts)
+
+
+def is_image(name):
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def list_folder(folder):
+    """-> {name of a file below this folder, with / between folders: its path}, names of all folders below it.
+
+    Links are followed. Raises UserError for a folder that can't be read, and for a link that leads nowhere or in a circle.
+    """
+    def refuse(error):
+        raise UserError(f"can't read {error.filename}: {error.strerror}")
+
+    files, folders = {}, []
+    for place, inside, names in os.walk(folder, onerror=refuse, followlinks=True):
+        place = Path(place)
+        inside[:] = filter(is_data, inside)
+        for path in (place / name for name in inside):
+            folders.append(path.relative_to(folder).as_posix())
+            if path.is_symlink():
+                around = [place, *place.parents][:len(place.parts) - len(Path(folder).parts) + 1]
+                require(all(path.resolve() != p.resolve() for p in around), f"{path} is a link to a folder that it lies in: remove it")
+        for path in (place / name for name in filter(is_data, names)):
+            require(is_image(path) or not path.is_symlink() or path.exists(), f"{path} is a link to nothing: mend or remove it")
+            files[path.relative_to(folder).as_posix()] = path
+    return files, folders
+
+
+def list_zip(path):
+    """As `list_folder`: {name of a file in this .zip: function that reads it}, names of all folders in it.
+
+    A name leads nowhere outside. Raises UserError for a damaged archive, and for one that Python can't unpack.
+    """
+    def reader(entry):
+        def read():
+            if entry.file_size > LARGEST:
+                raise ValueError(f"{entry.filename} unpacks to {entry.file_size:,} bytes")
+            return archive.read(entry)
+        return read
+
+    files, folders = {}, set()
+    try:
+        archive = zipfile.ZipFile(path)
+        entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{path} is not a .zip, or damaged: {error}") from None
+    for entry in entries:
+        name = PurePosixPath("/", entry.filename.replace("\\", "/"))
+        name = PurePosixPath(*(part for part in name.parts[1:] if part != ".."))
+        if not is_data(name):
+            continue
+        folders |= {str(parent) for parent in name.parents} | ({str(name)} if entry.is_dir() else set())
+        if entry.is_dir():
+            continue
+        require(not entry.flag_bits & 1, f"{path} has a password: unpack it, and name the folder with --source=")
+        require(entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA),
+                f"{path} is packed in a way that Python can't read (method {entry.compress_type}: {entry.filename}): unpack it, and "
+                "name the folder with --source=")
+        files[str(name)] = reader(entry)
+    return files, sorted(folders - {"."})
+
+
+def list_images(path, folders_are_classes=True):
+    """The images of a folder or .zip -> [(name, path or function that reads it)], labels, class names, whether as EDM writes it.
+
+    By dataset.json where there is one, at the top or in the only folder there: {"labels": [[name, class], ...]}, or null for
+    none. Else one subfolder a class, sorted by name; in a .zip perhaps in one folder around all of them. Without subfolders:
+    no labels (None), no class names ([]). Raises UserError for what is none of these, and for classes without images.
+    folders_are_classes=False: only dataset.json has labels.
+    """
+    files, folders = list_zip(path) if is_zip(path) else list_folder(path)
+    names = sorted(filter(is_image, files), key=lambda name: PurePosixPath(name).parts)
+    tops = {PurePosixPath(name).parts[0] for name in [*files, *folders]}
+    only = f"{min(tops)}/" if len(tops) == 1 else ""
+    given = next((name for name in ("dataset.json", f"{only}dataset.json") if name in files), None)
+    if given:
+        labels = read_labels(f"{path}: {given}", files[given], given.removesuffix("dataset.json"))
+    require(names, f"{path} has no images in it")
+    if given:
+        if labels:
+            missing = [name for name in names if name not in labels]
+            require(not missing, f"{given} in {path} has no label for {len(missing)} of the images, as {missing[:1]}")
+            if gone := labels.keys() - files.keys():
+                print(f"{path}: {len(gone)} images that {given} has a label for are not there, as {min(gone)}", file=sys.stderr)
+        labels = [labels[name] for name in names] if labels else None
+        classes = numbered(labels, path) if labels else []
+    elif not folders_are_classes:
+        labels, classes = None, []
+    else:
+        parents = {PurePosixPath(name).parent for name in names}
+        if not (is_zip(path) and only and min(len(parent.parts) for parent in parents) > 1):
+            only = ""
+        parts = [PurePosixPath(name.removeprefix(only)).parts for name in names]
+        labels, classes = None, []
+        if max(map(len, parts)) > 1:
+            beside = [name for name, p in zip(names, parts) if len(p) == 1]
+            require(not beside, f"{path} has {len(beside)} images beside its class folders, as {beside[:1]}: move them into one, or away")
+            classes = sorted({PurePosixPath(name.removeprefix(only)).parts[0] for name in folders if name.startswith(only) and f"{name}/" != only})
+            number = {name: i for i, name in enumerate(classes)}
+            labels = [number[p[0]] for p in parts]
+            require_images(labels, classes, path)
+    others = Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in files if not is_image(name) and name != given)
+    if others:
+        kinds = ", ".join(f"{count} with {kind}" for kind, count in others.most_common(5))
+        print(f"{path}: left out what is no image by its name ({kinds})", file=sys.stderr)
+    shown = (lambda name: name) if is_zip(path) else (lambda name: str(files[name]))
+    return [(shown(name), files[name]) for name in names], labels, classes, bool(given)
+
+
+def is_zip(path):
+    return Path(path).suffix.lower() == ".zip" and Path(path).is_file()
+
+
+def read_labels(what, file, around):
+    """EDM's dataset.json -> {name: class}, or None where it says that there are no labels."""
+    try:
+        found = json.loads(file() if callable(file) else file.read_bytes())["labels"]
+        labels = {around + name: int(c) for name, c in found} if found else None
+        if any(labels[around + name] != c for name, c in found or []):
+            raise ValueError("its labels are not whole numbers, one for each image")
+        if labels and min(labels.values()) < 0:
+            raise ValueError("it has negative labels")
+    except UserError:
+        raise
+    except Exception as error:  # whatever a broken file makes the decoders raise
+        raise UserError(f"{what} is not the one of EDM's tools, or damaged: {type(error).__name__}: {error}") from None
+    return labels
+
+
+def numbered(labels, source):
+    """Class names for whole numbers 0, 1, ...: those numbers. Raises UserError where one has no images."""
+    require(max(labels) < 1_000_000, f"{source} has a label above 1,000,000: are these class numbers?")
+    classes = [str(c) for c in range(int(max(labels)) + 1)]
+    require_images(labels, classes, source)
+    return classes
+
+
+def require_images(labels, classes, source):
+    counts = np.bincount(np.asarray(labels, np.int64), minlength=len(classes))
+    empty = [classes[c] for c in np.flatnonzero(counts == 0)]
+    require(not empty, f"{source} has no images of {len(empty)} of its {len(classes)} classes ({', '.join(empty[:5])}"
+            f"{', ...' * (len(empty) > 5)}): remove their folders, or number the classes without gaps")
+
+
+def from_files(path, resolution, transform, exif, workers):
+    files, labels, classes, edm = list_images(path)
+    as_they_are = not resolution and (edm or is_zip(path))
+    size = 0 if as_they_are else resolution or 64
+    made = dict(source="EDM's dataset_tool.py" if edm else "images", resolution=size, transform=transform if size else None, exif=exif)
+    decoded = decode_all(files, workers, size=size, transform=transform, exif=exif, channels=0 if as_they_are or edm else 3)
+
+    def items():
+        for (name, image), label in zip(decoded, labels or [None] * len(files)):
+            yield name, image, label
+
+    return len(files), classes, items(), made
+
+
+def decode_all(files, workers, **settings):
+    """Files as `list_images` has them -> iterator of (name, what `decode` makes of it), by so many processes, which are never
+    more than a few files ahead: memory does not grow where writing is slower than decoding."""
+    if workers == 1:
+        for name, file in files:
+            yield name, decode(content(file), **settings)
+        return
+    workers, ahead = min(workers, MOST_WORKERS) if sys.platform == "win32" else workers, deque()
+    try:
+        pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+        try:
+            for name, file in files:
+                ahead.append((name, pool.submit(decode, content(file), **settings)))
+                if len(ahead) >= 8 * workers:
+                    name, image = ahead.popleft()
+                    yield name, image.result()
+            for name, image in ahead:
+                yield name, image.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error, what is not begun is not done
+    except BrokenProcessPool:
+        raise UserError("a process that decodes images was killed (too little memory?): --workers=1 takes the least") from None
+
+
+# ----------------------------------------------------------------------------------------------------
+# MNIST's and CIFAR-10's formats
+
+
+def read_idx(path):
+    """MNIST's format: .gz of images, and of labels beside it -> uint8 (N, H, W, 1), int64 (N,)"""
+    arrays = []
+    for p, ndim in ((path, 3), (path.with_name(path.name.replace("images-idx3", "labels-idx1")), 1)):
+        try:
+            with gzip.open(p) as f:
+                raw = f.read(LARGEST + 1)
+        except FileNotFoundError:
+            raise UserError(f"{p} is missing") from None
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{p} is damaged: {error}") from None
+        require(len(raw) <= LARGEST, f"{p} unpacks to more than {LARGEST:,} bytes")
+        header = 4 + 4 * ndim
+        shape = struct.unpack(f">{ndim}I", raw[4:header]) if len(raw) >= header else ()
+        require(raw[:4] == bytes([0, 0, 8, ndim]) and len(raw) == header + np.prod(shape, dtype=int),
+                f"{p} is not a complete IDX file of {'images' if ndim == 3 else 'labels'}")
+        arrays.append(np.frombuffer(raw, np.uint8, offset=header).reshape(shape))
+    require(len(arrays[0]) == len(arrays[1]), f"{path} has {len(arrays[0])} images, but {len(arrays[1])} labels")
+    return arrays[0][..., None], arrays[1].astype(np.int64)
+
+
+def read_cifar(files):
+    """CIFAR-10's binary version: records of a label and 3 x 32 x 32 pixels. files: {name: bytes} -> images, labels"""
+    for file, raw in files.items():
+        require(raw and len(raw) % 3073 == 0, f"{file} is not a complete file of CIFAR-10's binary version")
+    records = np.concatenate([np.frombuffer(raw, np.uint8).reshape(-1, 3073) for raw in files.values()])
+    require(records[:, 0].max() < 10, "a label is above 9: is this CIFAR-10's binary version?")
+    return records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0].astype(np.int64)
+
+
+def read_cifar_tar(path):
+    try:
+        with tarfile.open(path) as tar:
+            batches = sorted((m for m in tar if Path(m.name).match("data_batch_*.bin")), key=lambda m: m.name)
+            require(sum(m.size for m in batches) <= LARGEST, f"{path} unpacks to more than {LARGEST:,} bytes")
+            files = {m.name: tar.extractfile(m).read() for m in batches}
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+    require(files, f"{path} has no data_batch_*.bin in it: CIFAR-10's binary version is wanted")
+    return read_cifar(files)
+
+
+def from_arrays(images, labels, source, kind, names=()):
+    classes = numbered(labels, source)
+    require(not names or len(classes) == len(names), f"{source} has images of {len(classes)} classes: {kind} has {len(names)}")
+    return len(images), list(names) or classes, ((f"image {i}", x, c) for i, (x, c) in enumerate(zip(images, labels))), dict(source=kind)
+
+
+# ----------------------------------------------------------------------------------------------------
+
+
+def open_source(source, resolution=0, transform="center-crop", exif=False, workers=1):
+    """Tells the kind of source by its name and content. -> number of images; class names, [] without labels; iterator of
+    (name, image, label), where an image is uint8 (H, W, C), or a string that says why it can't be read; and how the
+    images were made, a dict for people and for eval_fid.py.
+
+    resolution, transform, exif: of image files, see `decode`; resolution 0: a folder's to 64, but those of a .zip, and of a set
+    that EDM's dataset_tool.py made, as they are.
+    """
+    path = Path(source)
+    require(path.exists(), f"there is no file or folder {source}")
+    if path.is_dir() and (path / "train-images-idx3-ubyte.gz").exists():
+        path /= "train-images-idx3-ubyte.gz"
+    if path.name.endswith("-images-idx3-ubyte.gz"):
+        return from_arrays(*read_idx(path), path, "MNIST's format")
+    if path.is_dir() and (path / "cifar-10-binary.tar.gz").exists():
+        path /= "cifar-10-binary.tar.gz"
+    if path.name.endswith(".tar.gz"):
+        return from_arrays(*read_cifar_tar(path), path, "CIFAR-10", CIFAR10)
+    batches = [path] if path.suffix == ".bin" else sorted(path.glob("data_batch_*.bin")) if path.is_dir() else []
+    if batches:
+        return from_arrays(*read_cifar({p.name: p.read_bytes() for p in batches}), path, "CIFAR-10", CIFAR10)
+    require(path.is_dir() or is_zip(path), f"{source} is none of the sources that `python data.py --help` lists")
+    return from_files(path, resolution, transform, exif, workers)
