@@ -46,12 +46,16 @@ def test_inception_equals_the_reference(inception):
     assert spatial.shape == (4, 17 * 17 * 7) and p.shape == (4, 1008) and torch.allclose(p.sum(1), torch.ones(4))
 
 
-def test_spatial_features_are_the_first_channels_of_mixed_6e(inception):
+def test_spatial_features_are_the_first_channels_of_mixed_6d(inception):
+    """TensorFlow's "mixed_6/conv" is the 1 x 1 branch of 6d (of its "mixed_4" ... "mixed_7", ours 6b ... 6e)."""
     seen = []
-    handle = inception.Mixed_6e.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    handles = [module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+               for module in (inception.Mixed_6d.branch1x1, inception.Mixed_6d)]
     spatial = inception(torch.rand(1, 1, 28, 28) * 2 - 1)[1]
-    handle.remove()
-    assert torch.equal(spatial.unflatten(1, (17, 17, 7)), seen[0][:, :7].permute(0, 2, 3, 1)) and spatial.std() > 0
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(spatial.unflatten(1, (17, 17, 7)), seen[1][:, :7].permute(0, 2, 3, 1)) and spatial.std() > 0
+    assert torch.equal(seen[0][:, :7], seen[1][:, :7])
 
 
 def test_tensorflow_1_takes_pixels_without_a_shift():
@@ -404,7 +408,7 @@ def test_inception_from_images_to_table_and_statistics(with_inception, place):
     found = json.loads((place / "twelve.inception.json").read_text())
     for title in ("FID", "sFID", "Inception Score", "precision", "recall"):
         assert f"\n{title:24}{found[title]:10.4g}" in printed
-    assert "resized as in pytorch-fid" in printed and found["features"] == "inception-pytorch" and found["FID"] > 0
+    assert "resized as in pytorch-fid" in printed and found["features"] == "inception-pytorch-6d" and found["FID"] > 0
     assert printed.count("12 images of") == 4 and printed.count("fewer than the 2,048") == 2 and "7 x 7 x 1" in printed
     (kept,) = (place / "datasets" / "features").glob("few-*inception-pytorch*.npz")
     assert str(kept) in printed
@@ -413,7 +417,7 @@ def test_inception_from_images_to_table_and_statistics(with_inception, place):
     printed = with_inception("--images=twelve.npz", "--data=edm.npz", "--resize=pytorch")
     alone = json.loads((place / "twelve.inception.json").read_text())
     assert alone["FID"] == pytest.approx(found["FID"]) and not {"sFID", "precision"} & set(alone) and "EDM's have --resize=tf1" in printed
-    with pytest.raises(UserError, match="made with the features inception-pytorch, not inception-tf1"):
+    with pytest.raises(UserError, match="made with the features inception-pytorch-6d, not inception-tf1-6d"):
         with_inception("--images=twelve.npz", f"--data={kept}")
     with_inception("--images=")
     (tf1,) = (place / "datasets" / "features").glob("few-*inception-tf1*.npz")
