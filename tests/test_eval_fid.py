@@ -5,6 +5,7 @@ import sys
 import urllib.error
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ import data
 import eval_fid
 from configurator import UserError
 from conftest import ROOT, fill, run
-from eval_fid import (Inception, Moments, frechet_distance, inception_score, load_inception, manifold_radii, measure,
-                      precision_recall, resize_tf1, root, share_inside)
+from eval_fid import (Inception, Moments, equally_many, frechet_distance, inception_score, kernel_distance, load_inception,
+                      manifold_radii, measure, precision_recall, resize_tf1, root, share_inside, shared_codes)
 
 REFERENCE = Path(__file__).parent / "reference"
 SHAPES = json.loads((REFERENCE / "fid_inception_shapes.json").read_text())
@@ -143,12 +144,63 @@ def test_precision_and_recall():
     assert precision_recall(grid, grid + 20) == (3 / 20, 3 / 20)  # what is in reach of the end that is 3 wide: 20, 21, 22
 
 
-def test_precision_and_recall_take_equally_many():
-    """Of 400 points in a row 20 are drawn, which are further apart, so that their radii reach what those of all would not."""
+def test_precision_and_recall_take_all_or_equally_many(monkeypatch):
+    """Of 400 points in a row 20 are drawn, which are further apart, so that their radii reach what those of all do not."""
     many = torch.stack([torch.arange(400.0), torch.zeros(400)], dim=1)
     few = torch.stack([torch.arange(0, 400, 20.0), torch.full((20,), 10.0)], dim=1)
-    assert precision_recall(many, few)[0] > 0.8 and precision_recall(few, many)[1] > 0.8
+    assert precision_recall(*equally_many(many, few))[0] > 0.8 and precision_recall(*equally_many(few, many))[1] > 0.8
+    assert precision_recall(many, few)[0] == 0 and precision_recall(few, many)[1] == 0  # ADM's protocol: all
     assert share_inside(few, many, manifold_radii(many)) == 0
+
+    def of(features):
+        monkeypatch.setattr(eval_fid, "features", features)
+        return eval_fid.compare_rows(many.numpy(), few.numpy(), "cpu")
+
+    adm, ours = of("inception"), of("classifier")
+    assert adm["precision"] == 0 and ours["precision"] > 0.8
+    assert adm["protocol"].endswith("ADM's program: 400 reference images, 20 samples")
+    assert ours["protocol"].endswith("equally many: 20 of each side")
+    assert (adm["KID"], adm["KID se"]) == kernel_distance(many, few) and (ours["KID"], ours["KID se"]) == kernel_distance(*equally_many(many, few))
+    monkeypatch.setattr(eval_fid, "manifold_images", 10)
+    assert of("classifier")["protocol"].endswith("10 of each side")
+
+
+def test_kid_is_the_double_sum():
+    x, y = rng.normal(size=(4, 3)), rng.normal(0.5, 1, size=(6, 3))
+    k = lambda a, b: (a @ b / 3 + 1) ** 3
+    own = [sum(k(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j) / (len(z) * (len(z) - 1)) for z in (x, y)]
+    want = sum(own) - 2 * sum(k(a, b) for a in x for b in y) / 24
+    for tile in (1, 3, 1000):
+        assert kernel_distance(torch.from_numpy(x), torch.from_numpy(y), tile)[0] == pytest.approx(want, rel=1e-12)
+        assert kernel_distance(torch.from_numpy(y), torch.from_numpy(x), tile)[0] == pytest.approx(want, rel=1e-12)
+    a, b = torch.zeros(5, 2), torch.ones(7, 2)  # k = 1 within the one, 8 within the other, 1 between: no row differs
+    assert kernel_distance(a, b) == (1 + 8 - 2, 0)
+
+
+@pytest.mark.parametrize("shift, low, high", [(0, 1.3, 1.55), (1, 0.9, 1.1)])
+def test_kid_is_unbiased_and_its_error_is_the_spread_or_above(shift, low, high):
+    """Between N(0, 1) and N(a, 1) MMD^2 is the sum over j of binom(3, j) (difference of the j-th moments)^2. For a = 0 the
+    error should be sqrt(2) times the spread, further apart once."""
+    g = torch.Generator().manual_seed(0)
+    found = torch.tensor([kernel_distance(torch.randn(80, 1, generator=g), torch.randn(160, 1, generator=g) + shift)
+                          for _ in range(1500)])
+    spread = found[:, 0].std().item()
+    want = 3 * shift ** 2 + 3 * shift ** 4 + (shift ** 3 + 3 * shift) ** 2
+    assert abs(found[:, 0].mean().item() - want) < 3 * spread / 1500 ** 0.5
+    assert low < found[:, 1].square().mean().sqrt().item() / spread < high
+
+
+def test_where_neighbours_share_codes():
+    codes, labels = rng.integers(0, 9, (10, 6)), np.arange(10)
+    (said,) = shared_codes(codes.repeat(8, axis=0), labels.repeat(8), 80)
+    assert "80 images have 10" in said and "--per_code=1" in said
+    assert shared_codes(codes.repeat(8, axis=0), None, 80)  # as those of sample.py's pictures
+    assert not shared_codes(codes, labels, 10) and not shared_codes(codes[:, :0].repeat(8, axis=0), labels.repeat(8), 80)
+    assert not shared_codes(codes[:1].repeat(80, axis=0), np.arange(80) % 10, 80)  # one code, of each class in turn
+    same = codes[np.r_[0, 0, 1:9]]  # by chance: nine of ten
+    assert not shared_codes(same, None, 10) and shared_codes(codes[np.r_[0, 0, 0, 1:8]], None, 10)
+    for odd in (np.empty(0), codes[:9], codes[0], codes.astype(float), np.array([["a"]] * 10), np.array(3)):
+        assert not shared_codes(odd, None, 10)
 
 
 def test_tiles_change_nothing():
@@ -188,11 +240,13 @@ def test_one_pass_finds_it_all(fake_images, monkeypatch, batch):
     assert found["count"] == 107 and found["recognised"] == pytest.approx((67 + 2) / 87)
     for got, want in zip((found["mu"], found["sigma"]), moments(v[:, :3])):
         assert np.allclose(got, want)
-    for got, want in zip((found["mu_spatial"], found["sigma_spatial"]), moments(v[:, 3:7])):
+    for got, want in zip((found["mu_s"], found["sigma_s"]), moments(v[:, 3:7])):
         assert np.allclose(got, want)
+    assert np.allclose(found["recognised_by_class"], [1] * 9 + [(6 + 2) / (6 + 20)])
     kept = [int(np.flatnonzero((v[:, :3] == row).all(1))[0]) for row in found["features"]]
     assert len(kept) == 54 and kept == sorted(set(kept)) and np.bincount(np.arange(107)[kept] % 10).min() > 0  # of each class
     assert 9.5 < found["inception_score"][0] < 10  # ten classes, in splits of 10 or 11 images
+    assert np.array_equal(measure(Fake(), fake_images, labels, keep=1000)["features"], v[:, :3])
 
 
 def test_memory_does_not_grow_with_the_images(monkeypatch):
@@ -223,6 +277,156 @@ def test_sfid_of_shifted_images_is_the_shift(fake_images, monkeypatch):
     found = eval_fid.compare(one, measure(Fake(), shifted, None), "cpu")
     assert found["FID"] < 1e-6 and found["sFID"] == pytest.approx(4 * 10 ** 2)
     assert (found["precision"], found["recall"]) == (1, 1) and "recognised" not in found
+
+
+# reference batches: by a network with known answers
+
+
+@pytest.fixture
+def reference(fake_images, tmp_path, monkeypatch):
+    """reference(arrays) -> what eval_fid.py finds of 60 samples against an .npz of these arrays, and what it prints.
+
+    .seen: the numbers of images that the network was given. .real, .made: the images.
+    """
+    net, seen = Fake(), []
+    net.fc = SimpleNamespace(in_features=3)
+
+    class Counting:
+        fc = net.fc
+
+        def __call__(self, x):
+            seen.append(len(x))
+            return net(x)
+
+    for name, value in dict(find_inception=lambda *settings: Counting(), SPATIAL=4, CACHE=tmp_path / "features", features="inception",
+                            device="cpu", batch_size=8, data=f"{tmp_path}/reference.npz", images=f"{tmp_path}/made.npz").items():
+        monkeypatch.setattr(eval_fid, name, value)
+    np.savez(tmp_path / "made.npz", images=fake_images[47:])
+
+    def evaluate(capsys, **arrays):
+        np.savez(tmp_path / "reference.npz", **arrays)
+        seen.clear()
+        eval_fid.main()
+        return json.loads((tmp_path / "made.inception.json").read_text()), capsys.readouterr().out
+
+    evaluate.seen, evaluate.real, evaluate.made = seen, fake_images[:47], fake_images[47:]
+    return evaluate
+
+
+def rows(images):
+    return images.reshape(len(images), 8).astype(float)
+
+
+def test_adms_reference_batch_gives_all_metrics(reference, capsys, monkeypatch):
+    """Moments from the file, which are of other images; features of its images, against all samples. The images are read a
+    batch at a time, and measured once."""
+    stored = rng.normal(100, 50, (200, 7))
+    (mu, sigma), (mu_s, sigma_s) = moments(stored[:, :3]), moments(stored[:, 3:])
+    adm = dict(arr_0=reference.real, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+    real, made = (torch.from_numpy(rows(x)[:, :3]) for x in (reference.real, reference.made))
+    found, printed = reference(capsys, **adm)
+    assert found["FID"] == pytest.approx(frechet_distance(mu, sigma, *moments(made.numpy())))
+    assert found["sFID"] == pytest.approx(frechet_distance(mu_s, sigma_s, *moments(rows(reference.made)[:, 3:7])))
+    assert (found["precision"], found["recall"]) == precision_recall(real, made) and 0 < found["recall"] < 1
+    assert (found["KID"], found["KID se"]) == pytest.approx(kernel_distance(real, made))
+    assert "47 reference images, 60 samples" in found["protocol"] and f"\n  {found['protocol']}\n" in printed
+    assert f"\n{'KID':24}{found['KID']:10.4g} +- {found['KID se']:.2g}\n" in printed
+    assert (found["count"], found["real_count"]) == (60, None) and "47 images of" in printed
+    assert sum(reference.seen) == 47 + 60 + 2 and max(reference.seen) == 8
+    assert reference(capsys, **adm)[0] == found and sum(reference.seen) == 60 + 1  # from the cache
+    monkeypatch.setattr(eval_fid, "ALL", 50)
+    assert "47 reference images, 50 samples" in reference(capsys, **adm)[0]["protocol"]
+    monkeypatch.setattr(eval_fid, "ALL", 60)
+    monkeypatch.setattr(eval_fid, "manifold_images", 20)
+    assert "20 reference images, 60 samples" in reference(capsys, **adm)[0]["protocol"]
+    monkeypatch.setattr(eval_fid, "resize", "pytorch")
+    with pytest.raises(UserError, match="--resize=tf1"):
+        reference(capsys, **adm)
+
+
+def test_other_files_to_compare_with(reference, capsys):
+    """EDM's mu and sigma alone: FID. Images alone: all of it. Others with the same name are told apart."""
+    mu, sigma = moments(rows(reference.real)[:, :3])
+    mu_s, sigma_s = moments(rows(reference.real)[:, 3:7])
+    edm, printed = reference(capsys, mu=mu, sigma=sigma)
+    assert edm["FID"] > 0 and not {"sFID", "precision", "KID", "protocol"} & set(edm) and "EDM's have --resize=tf1" in printed
+    adm, _ = reference(capsys, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, arr_0=reference.real)
+    alone, printed = reference(capsys, arr_0=reference.real)
+    assert adm == {key: pytest.approx(value) if type(value) is float else value for key, value in alone.items()} | dict(real_count=None)
+    assert alone["FID"] == pytest.approx(edm["FID"]) and alone["real_count"] == 47 and "47 images of" in printed
+    assert reference(capsys, images=reference.real[:20])[0]["real_count"] == 20
+    mixed, _ = reference(capsys, mu=mu, sigma=sigma, arr_0=reference.real[:20])
+    assert mixed["FID"] == pytest.approx(edm["FID"]) and "sFID" not in mixed and "20 reference images" in mixed["protocol"]
+
+
+@pytest.mark.parametrize("arrays, words", [
+    (dict(mu_s=np.zeros(9), sigma_s=np.eye(9)), r"mu_s \(9,\) and sigma_s \(9, 9\).*of 4 dimensions"),
+    (dict(mu_s=np.zeros(4)), "can't be read as statistics.*sigma_s"), (dict(mu=np.zeros(4)), r"mu \(4,\)"),
+    (dict(mu=np.full(3, np.nan)), "values that can't be"), (dict(sigma=np.triu(np.ones((3, 3)))), "values that can't be"),
+    (dict(mu=np.array([{}])), "can't be read as statistics"), (dict(arr_0=np.zeros((50, 2, 4))), "not an .npz with `images`"),
+    (dict(arr_0=np.zeros((5, 2, 4, 1), np.uint8)), "at least 10"),
+    (dict(made_with="inception-tf1"), "features inception-tf1, not inception-tf1-6d")])  # with sFID's features of 6e
+def test_odd_reference_batches_are_refused(reference, capsys, arrays, words):
+    with pytest.raises(UserError, match=words) as error:
+        reference(capsys, **(dict(mu=np.zeros(3), sigma=np.eye(3)) | arrays))
+    assert "\n" not in str(error.value)
+
+
+# another network's features
+
+
+@pytest.fixture
+def given(tmp_path, monkeypatch):
+    """given(arrays, arguments) -> what eval_fid.py finds of an .npz of these arrays, and what it prints."""
+    def evaluate(arrays, *arguments):
+        np.savez(tmp_path / "dino.npz", **arrays)
+        printed = run("eval_fid.py", f"--features={tmp_path / 'dino.npz'}", "--images=nowhere.npz", "--data=nowhere", *arguments)
+        return json.loads((tmp_path / "dino.features.json").read_text()), printed
+    return evaluate
+
+
+def test_features_from_a_file(given, monkeypatch):
+    real, generated = rng.integers(-9, 9, (40, 5)), rng.integers(-8, 10, (60, 5))
+    found, printed = given(dict(real=real, generated=generated))
+    assert found["FD"] == pytest.approx(frechet_distance(*moments(real), *moments(generated))) and "FID" not in found
+    pair = equally_many(torch.from_numpy(real), torch.from_numpy(generated))
+    assert [len(x) for x in pair] == [40, 40] and (found["precision"], found["recall"]) == precision_recall(*pair)
+    assert (found["KID"], found["KID se"]) == kernel_distance(*pair) and found["protocol"].endswith("equally many: 40 of each side")
+    assert (found["count"], found["real_count"]) == (60, 40) and "60 rows" in printed and "40 of real" in printed
+    for title in ("FD", "precision", "recall", "KID"):
+        assert f"\n{title:24}{found[title]:10.4g}" in printed
+    assert "warning" not in printed and "dino.features.json is ready" in printed
+    for dtype in ("float16", "float32", ">f8", "int8"):
+        assert given(dict(real=real.astype(dtype), generated=np.asfortranarray(generated.astype(dtype)), other=np.array([{}])))[0] == found
+    assert "10 of each side" in given(dict(real=real, generated=generated), "--manifold_images=10")[0]["protocol"]
+    found, printed = given(dict(real=rng.normal(size=(4, 5)), generated=rng.normal(size=(9, 5))))
+    assert printed.count("warning: 4 rows of real are fewer than the 5 dimensions") == printed.count("warning") == 1
+    assert given(dict(real=real[:, :1], generated=real[:, :1]))[0]["FD"] == 0
+
+
+@pytest.mark.parametrize("arrays, words", [
+    (dict(real=None), "it has generated, not real"), (dict(generated=None, a=1), "it has real, a, not generated"),
+    (dict(real=None, generated=None), "it has nothing, not real and generated"), (dict(real=np.zeros(9)), r"real float64 \(9,\)"),
+    (dict(generated=np.zeros((9, 2, 3))), r"generated float64 \(9, 2, 3\)"), (dict(real=np.zeros((9, 0))), r"\(9, 0\)"),
+    (dict(real=np.zeros((9, 4))), "4 dimensions in real, 3 in generated"), (dict(real=np.full((9, 3), np.nan)), "NaN, infinity .* in real"),
+    (dict(generated=np.full((9, 3), -np.inf, np.float16)), "NaN, infinity .* in generated"), (dict(real=np.full((9, 3), 1e200)), "1e50"),
+    (dict(real=np.zeros((3, 3))), "3 rows of real: 4 or more"), (dict(real=np.array([[{}]])), "Object arrays"),
+    (dict(generated=np.zeros((9, 3), complex)), "complex128"), (dict(real=np.array([["a"] * 3] * 9)), "<U1")])
+def test_odd_features_are_refused(given, arrays, words):
+    arrays = dict(real=np.ones((9, 3)), generated=np.ones((9, 3))) | arrays
+    with pytest.raises(UserError, match=words) as error:
+        given({key: value for key, value in arrays.items() if value is not None})
+    assert "\n" not in str(error.value)
+
+
+def test_features_that_are_no_file_are_refused(given, tmp_path):
+    with pytest.raises(UserError, match="none.npz is not an .npz with features.*No such file"):
+        run("eval_fid.py", f"--features={tmp_path / 'none.npz'}")
+    (tmp_path / "text.npz").write_text("features")
+    with pytest.raises(UserError, match="text.npz is not an .npz with features"):
+        run("eval_fid.py", f"--features={tmp_path / 'text.npz'}")
+    with pytest.raises(UserError, match="--self_check.*features alone"):
+        given(dict(real=np.ones((9, 3)), generated=np.ones((9, 3))), "--self_check=True")
 
 
 # files
@@ -303,8 +507,13 @@ def evaluate(place, monkeypatch):
 def test_real_images_measured_by_the_classifier(evaluate, place):
     printed = evaluate(f"--images={place / 'samples.npz'}")
     found = json.loads((place / "samples.classifier.json").read_text())
-    for title in ("FD-classifier", "precision", "recall", "recognised", "NFE", "seconds per image"):
+    for title in ("FD-classifier", "precision", "recall", "KID", "recognised", "NFE", "seconds per image"):
         assert f"\n{title:24}{found[title]:10.4g}" in printed
+    assert "equally many: 600 of each side" in found["protocol"] and f"\n  {found['protocol']}\n" in printed and "warning" not in printed
+    labels, by_class = np.load(place / "samples.npz")["labels"], found["recognised by class"]
+    assert found["recognised"] == pytest.approx(sum(by_class[str(c)] for c in labels) / 600) and len(by_class) == 10
+    rows = "".join(f"  {name:22}{share:10.4g}\n" for name, share in by_class.items())
+    assert f"\n{'recognised':24}{found['recognised']:10.4g}\n{rows}NFE" in printed
     assert "600 images" in printed and "1,500 images of small, 7 x 7 x 1" in printed and "not FID" in printed
     assert found["recognised"] > 0.6 and found["precision"] > 0.6 and found["recall"] > 0.6
     assert (found["count"], found["real_count"], found["NFE"], found["seconds per image"]) == (600, 1500, 35, 0.25)
@@ -346,7 +555,14 @@ def test_what_is_missing_or_small_is_said(evaluate, place):
     np.savez(place / "few.npz", images=images[:40])
     printed = evaluate(f"--images={place / 'few.npz'}")
     assert "fewer than the 64 dimensions" in printed and "no class labels" in printed
-    assert "recognised" not in json.loads((place / "few.classifier.json").read_text())
+    assert not {"recognised", "recognised by class"} & set(json.loads((place / "few.classifier.json").read_text()))
+    np.savez(place / "shared.npz", images=images[:80], codes=np.arange(10).repeat(8)[:, None], labels=np.full(80, 3), nfe=[{}])
+    printed = evaluate(f"--images={place / 'shared.npz'}")
+    assert "warning: neighbours share codes: 80 images have 10," in printed and "--per_code=1" in printed
+    found = json.loads((place / "shared.classifier.json").read_text())
+    assert found["recognised by class"] == {"3": found["recognised"]} and "NFE" not in found
+    np.savez(place / "odd.npz", images=images[:80], codes=np.array([{}]))
+    assert "codes" not in evaluate(f"--images={place / 'odd.npz'}")
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -406,7 +622,7 @@ def test_inception_from_images_to_table_and_statistics(with_inception, place):
     np.savez(place / "twelve.npz", images=images[:12])
     printed = with_inception("--images=twelve.npz", "--resize=pytorch")
     found = json.loads((place / "twelve.inception.json").read_text())
-    for title in ("FID", "sFID", "Inception Score", "precision", "recall"):
+    for title in ("FID", "sFID", "Inception Score", "precision", "recall", "KID"):
         assert f"\n{title:24}{found[title]:10.4g}" in printed
     assert "resized as in pytorch-fid" in printed and found["features"] == "inception-pytorch-6d" and found["FID"] > 0
     assert printed.count("12 images of") == 4 and printed.count("fewer than the 2,048") == 2 and "7 x 7 x 1" in printed
