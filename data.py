@@ -83,15 +83,17 @@ def class_names(name, root=HERE / "datasets"):
 
 
 def made_of(source, root=HERE / "datasets"):
-    """How the images of a prepared data set, or of an .npz of sample.py's or ADM's, were made: a dict with "transform", or None
-    where nobody has said so."""
-    if Path(source).suffix == ".npz":
+    """How the images of a prepared data set, or those that the images in an .npz go back to, were made: a dict with "transform", or
+    None where nobody has said so."""
+    try:
+        if Path(source).suffix != ".npz":
+            return json.loads((root / source / "made.json").read_text())
         with open_npz(source, large=("images.npy", "arr_0.npy")) as found:
             if "mu_s" in found:  # ADM's reference batches
                 return dict(transform="center-crop-dhariwal")
-            return json.loads(str(found["made"])) if "made" in found else None
-    path = root / source / "made.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+            return json.loads(str(found["made"]))  # sample.py's
+    except Exception:  # whatever a broken or foreign file makes the decoders raise
+        return None
 
 
 def load_trained_on(config, path):

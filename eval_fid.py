@@ -5,6 +5,7 @@ How good are samples? The field's image metrics, against a data set.
     torchrun --nproc_per_node=8 eval_fid.py --data=imagenet64 --images=out/imagenet64/samples.npz
     python eval_fid.py --data=VIRTUAL_imagenet64_labeled.npz --images=out/imagenet64/samples.npz    # ADM's reference batch
     python eval_fid.py --data=imagenet-64x64.npz --images=out/imagenet64/samples.npz    # EDM's statistics: FID alone
+    python eval_fid.py --data=imagenet64 --images=generated           # a folder of image files, all of one size
     python eval_fid.py --features=classifier                          # without Inception's weights; on out/samples.npz
     python eval_fid.py --features=classifier --self_check=True        # does the measure see what it should?
     python eval_fid.py --features=dinov2.npz                          # of any network: its features, `real` and `generated`
@@ -39,11 +40,11 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from configurator import UserError, barrier, configure, require, start_processes
-from data import (HERE, Shuffle, atomic, fingerprint, identity, load, load_checkpoint, open_images, open_npz, save_checkpoint,
-                  split, to_float)
+from data import (HERE, Shuffle, atomic, class_names, fingerprint, identity, load, load_checkpoint, made_of, open_images, open_npz,
+                  save_checkpoint, split, to_float)
 from inception import Inception, find_inception, load_inception, resize_tf1  # the tests take them from here
 
-images = "out/samples.npz"  # an .npz with `images` (and `labels`), or a prepared data set's name
+images = "out/samples.npz"  # an .npz with `images` (and `labels`), a folder or .zip of images, or a prepared data set's name
 data = "fashion-mnist-10k"  # a prepared data set's name; for Inception also an .npz: EDM's statistics, ADM's batch, or images
 features = "inception"  # or "classifier", or an .npz of features, `real` and `generated`
 resize = "tf1"  # to Inception's 299 x 299, bilinear as in EDM's and ADM's programs and numbers; "pytorch": as in pytorch-fid
@@ -355,10 +356,10 @@ def compare_rows(real, generated, device):
     return {"precision": precision, "recall": recall, "KID": distance, "KID se": error, "protocol": protocol}
 
 
-def compare(real, found, device, class_names=()):
+def compare(real, found, device, classes=()):
     """The metrics, by name, of what `measure` found of generated images, against that of real ones, or mu and sigma alone.
 
-    class_names: of the classes that the share recognised is given for one by one.
+    classes: the names of those that the share recognised is given for one by one.
     """
     result = {"FID" if features == "inception" else "FD-classifier":
               frechet_distance(real["mu"], real["sigma"], found["mu"], found["sigma"])}
@@ -370,8 +371,8 @@ def compare(real, found, device, class_names=()):
         result |= compare_rows(real["features"], found["features"], device)
     if features == "classifier" and math.isfinite(found["recognised"]):
         result["recognised"] = found["recognised"]
-        if class_names:  # NaN: there is no such image
-            shares = zip(class_names, found["recognised_by_class"].tolist())
+        if classes:  # NaN: there is no such image
+            shares = zip(classes, found["recognised_by_class"].tolist())
             result["recognised by class"] = {name: share for name, share in shares if not math.isnan(share)}
     return result
 
@@ -543,8 +544,7 @@ def main():
     if rank > 0:
         return
 
-    names = [str(c) for c in range(num_classes)]  # class_names(data), when data.py gives them
-    result = compare(real, found, place, names if num_classes <= CLASSES_SHOWN else ())
+    result = compare(real, found, place, class_names(data) if 0 < num_classes <= CLASSES_SHOWN else ())
     counts = dict(count=len(made_images), real_count=int(real["count"]) if "count" in real else None)
     warnings = too_few(net.fc.in_features, *zip(counts.values(), (f"images of {images}", f"images of {data}")))
     if images.endswith(".npz"):
@@ -554,12 +554,15 @@ def main():
                 if value.dtype.kind in "iuf" and value.size:
                     result[title] = float(value.mean())
             warnings += shared_codes(array_in(f, "codes"), made_labels, len(made_images))
+    ways = [(made_of(source) or {}).get("transform") for source in (images, data)]
+    if all(ways) and ways[0] != ways[1]:
+        warnings.append(f"warning: {images} goes back to images made by {ways[0]}, {data} to {ways[1]}: part of the distance is that")
     if features == "classifier" and "recognised" not in result:
         warnings.append(f"{images} has no class labels: the share recognised is left out")
     for name, x in ((images, made_images), (data, real_images)):
         print(name if x is None else f"{len(x):,} images of {name}, {' x '.join(map(str, x.shape[1:]))}")
     print(note)
-    report(result, warnings, f"{images.removesuffix('.npz')}.{features}.json",
+    report(result, warnings, f"{images.rstrip('/').removesuffix('.npz')}.{features}.json",
            images=images, data=data, features=made_with, **counts)
 
 

@@ -500,7 +500,8 @@ def place(tmp_path_factory):
 def evaluate(place, monkeypatch):
     """evaluate(settings) -> what eval_fid.py prints"""
     monkeypatch.setattr(data, "HERE", place)
-    monkeypatch.setattr(data, "load", partial(data.load, root=place / "datasets"))
+    for function in (data.load, data.class_names, data.made_of, data.is_prepared):
+        monkeypatch.setattr(data, function.__name__, partial(function, root=place / "datasets"))
     return partial(run, "eval_fid.py", "--features=classifier", "--data=small", "--device=cpu")
 
 
