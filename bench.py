@@ -128,7 +128,8 @@ def stage1(config, batch, folder, device, *settings):
     run = prepared("train_stage1.py", config, folder, device, "--init_from=", f"--batch_size={batch}", f"--batch_gpu={batch}", *settings)
     ema, place = run["ema"], run["device"]
     labels = torch.zeros(batch, dtype=torch.int64, device=place) if ema.label_dim else None
-    denoise = sample.denoiser(ema, labels, torch.zeros(batch, ema.num_latents, dtype=torch.int64, device=place))
+    denoise = sample.denoiser(ema, labels, torch.zeros(batch, ema.num_latents, dtype=torch.int64, device=place),
+                              autocast=run["autocast"])
     x, sigma = torch.randn(batch, *ema.img_shape, device=place), torch.tensor(1.0, device=place)
     return training(run, batch, lambda: denoise(x, sigma))
 
@@ -154,7 +155,7 @@ def sampler(config, batch, folder, device):
     s = configure(dict(vars(sample)), [config])
     run = prepared("train_stage1.py", "default", folder, device)
     c, z = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, run["num_latents"], dtype=torch.int64)
-    denoise = sample.denoiser(run["ema"], c.to(run["device"]), z.to(run["device"]))
+    denoise = sample.denoiser(run["ema"], c.to(run["device"]), z.to(run["device"]), autocast=run["autocast"])
     noise, evaluations = torch.randn(batch, *run["model"].img_shape, device=run["device"]), []
 
     def restart(denoise):

@@ -17,11 +17,11 @@ import time
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 import data
 from configurator import configure, require, start_processes
 from model import draw_codes, gumbel_noise, mean_bits, seeded_generator
+from run import progress
 from sample import SeededNoise, codes_of_prior, load_prior, load_stage1
 
 out_dir = "out"
@@ -138,7 +138,7 @@ def main():
         (real, _), (other, c) = real_codes(), real_codes()
         found[0, i] = distances(real, other, k)
         found[1, i] = distances(real, shuffled_in_class(other, c, g), k)
-        for j, (_, prior, _, _, how) in enumerate(tqdm(methods, desc=f"sample {i + 1} of {samples}", unit="sampler")):
+        for j, (_, prior, _, _, how) in enumerate(progress(methods, desc=f"sample {i + 1} of {samples}", unit="sampler")):
             began = time.perf_counter()
             made = generate(prior, c, seed + i * num_codes, **how)
             seconds[j] += (time.perf_counter() - began) / samples / num_codes * 1000

@@ -13,10 +13,10 @@ strings, True/False, tuples) and never executed.
 import ast
 import difflib
 import os
-import signal
 import sys
-import threading
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -27,11 +27,11 @@ def configure(scope, argv=None):
     """Overrides the settings in `scope`, a script's globals(), by the command line; returns them as a dict.
 
     Settings are the bool, int, float, str and tuple variables set so far, but for _private names and
-    CONSTANTS; a new value must be of the default's type. Raises UserError for an unknown name (with the
-    nearest valid one), a wrong type, or anything that can't be parsed. --help prints the script's
-    docstring and settings, and exits.
+    CONSTANTS; a new value must be of the default's type, and ~ at the start of a string is the home folder. Raises
+    UserError for an unknown name (with the nearest valid one), a wrong type, or anything that can't be parsed. --help
+    prints the script's docstring and settings, and exits.
     """
-    sys.excepthook = _one_line_for_user_errors
+    sys.excepthook = partial(_one_line_for_user_errors, scope)
     argv = sys.argv[1:] if argv is None else argv
     settings = {name: value for name, value in scope.items()
                 if not (name.startswith("_") or name.isupper()) and isinstance(value, (bool, int, float, str, tuple))}
@@ -45,7 +45,7 @@ def configure(scope, argv=None):
                 raise UserError(f"{argument}: settings are written --name=value")
             new = [(name, text if isinstance(settings.get(name), str) else _literal(text), argument)]
         else:
-            new = _read_config_file(argument)
+            new = _read_config_file(_at_home(argument, argument))
         for name, value, where in new:
             if name not in settings:
                 nearest = difflib.get_close_matches(name, settings, n=1, cutoff=0)
@@ -59,6 +59,13 @@ def require(condition, message):
     """Raises UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def _at_home(path, where):
+    """With the home folder in place of ~ at its start, or of ~name."""
+    found = os.path.expanduser(path)
+    require(not found.startswith("~"), f"{where}: no home folder is known for {path.partition('/')[0]}; write the path in full")
+    return found
 
 
 def _literal(text):
@@ -103,7 +110,7 @@ def _checked(name, value, default, where):
         fits = all(type(item) is type(default[0]) for item in value)
     if not fits:
         raise UserError(f"{where}: {name} takes a {kind.__name__} such as {default!r}, not {value!r}")
-    return value
+    return _at_home(value, where) if kind is str else value
 
 
 def _usage(scope, settings):
@@ -115,27 +122,51 @@ def _usage(scope, settings):
     return "\n".join([scope["__doc__"].strip(), "", "Settings and their defaults:", "", *block])
 
 
-def _one_line_for_user_errors(kind, error, traceback):
-    if issubclass(kind, UserError):
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+def out_of_memory(error):
+    """Whether it says that the host's or the GPU's memory does not suffice; PyTorch has a class for the GPU's alone."""
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or "not enough memory" in said or "can't allocate memory" in said)
+
+
+def _one_line_for_user_errors(scope, kind, error, traceback):
+    """The excepthook of a script with these globals: what the user can mend is said in one line."""
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted: the same command continues from the last checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)
-    sys.__excepthook__(kind, error, traceback)
+    folder = scope.get("out_dir")
+    if issubclass(kind, UserError):
+        line = error
+    elif out_of_memory(error):
+        line = "out of memory"
+        if setting := next((name for name in ("batch_gpu", "batch_size") if name in scope), None):
+            at_once = f", {scope['micro_batch']} images at once" if "micro_batch" in scope else ""
+            line += f": a smaller --{setting} may help; it is {scope[setting]}{at_once}"
+        if os.path.exists(scope.get("checkpoint_path", "")):
+            line += f". {scope['checkpoint_path']} is untouched"
+    elif isinstance(error, OSError) and folder and Path(folder) in Path(str(error.filename), "-").parents:
+        line = f"can't read or write {error.filename}: {error.strerror}"  # the disk went away, or somebody deleted it
+    else:
+        sys.__excepthook__(kind, error, traceback)
+        return
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def start_processes(device):
     """-> rank, number of processes, torch.device. Joins the others where torchrun started this process.
 
-    device: "auto", "cpu", "cuda", "cuda:1". Raises UserError where this machine has no such device.
+    device: "auto", "cpu", "cuda", "cuda:1", "mps" (Apple's GPUs, for one process). Raises UserError where this machine has no such device.
     """
     import torch  # here, so that this file can be read and used without it
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    require(device.partition(":")[0] in ("cpu", "cuda"), f"--device={device} can't be used here: it is auto, cpu or cuda")
+    kind = device.partition(":")[0]
+    require(kind in ("cpu", "cuda", "mps"), f"--device={device} can't be used here: it is auto, cpu, cuda or mps")
+    require(kind != "mps" or world == 1, f"--device={device} is for one process: {world} can't work together there")
+    require(kind != "mps" or torch.backends.mps.is_available(), f"--device={device} can't be used here: it is for Apple's GPUs")
     try:
         place = torch.device(device)
         if place.type == "cuda" and (world > 1 or place.index is None):
@@ -167,15 +198,20 @@ def barrier():
         torch.distributed.barrier()
 
 
-def on_any_process(flag):
-    """Whether `flag` is true on any of the processes, which all ask together. Nothing waits for a GPU."""
+def max_over_processes(number):
+    """The largest of the processes' numbers, for which all of them ask together. Nothing waits for a GPU."""
     import torch
 
     if torch.distributed.is_initialized():
-        flags = torch.tensor(float(flag))
-        torch.distributed.all_reduce(flags)
-        flag = flags > 0
-    return bool(flag)
+        numbers = torch.tensor(number)
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+        number = numbers.item()
+    return number
+
+
+def on_any_process(flag):
+    """Whether `flag` is true on any of the processes, which all ask together."""
+    return bool(max_over_processes(int(flag)))
 
 
 def same_on_all(number):
@@ -186,10 +222,3 @@ def same_on_all(number):
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
     return ends[0] == -ends[1]
-
-
-def catch_sigterm():
-    """-> an event that SIGTERM sets (pre-emption on a cluster), which from now on ends nothing by itself."""
-    came = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: came.set())
-    return came

@@ -326,9 +326,10 @@ class atomic:
             raise UserError(f"can't write {self.path}: {cause.strerror}{kept}") from None
 
 
-CHECKPOINT = {"train_stage1": {"config", "model_args", "step", "ema"},  # and "model" and "optimizer", to train on
+CHECKPOINT = {"train_stage1": {"config", "model_args", "step", "ema"},
               "train_prior": {"config", "model_args", "step", "ema", "encoder"},
               "eval_fid": {"model", "accuracy"}}
+TO_TRAIN_ON = {"model", "optimizer"}
 
 
 def save_checkpoint(path, state):
@@ -380,17 +381,24 @@ def load_checkpoint(path, made_by, settings=""):
     it is missing, or another script's.
     """
     path = Path(path)
-    require(path.is_file(), f"there is no checkpoint {path}: run `python {made_by}.py{settings} --out_dir={path.parent}` first")
+    require(os.path.isfile(path), f"there is no checkpoint {path}: run `python {made_by}.py{settings} --out_dir={path.parent}` first")
     state = read_checkpoint(path)
     if state is None:
         state = read_checkpoint(previous(path))
         require(state is not None, f"{path} is truncated or damaged: put a good copy in its place, or delete it and "
                                    f"run {made_by}.py again")
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{path} is truncated or damaged: the one before it is taken, {previous(path)}", file=sys.stderr)
-    require(isinstance(state, dict) and state.get("made_by") == made_by and state.keys() >= CHECKPOINT[made_by],
-            f"{path} is not a checkpoint of {made_by}.py: was another file copied over it?")
+        say_previous(path)
+    require(is_of(made_by, state), f"{path} is not a checkpoint of {made_by}.py: was another file copied over it?")
     return state
+
+
+def say_previous(path):
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{path} is truncated or damaged: the one before it is taken, {previous(path)}", file=sys.stderr)
+
+
+def is_of(made_by, state):
+    return isinstance(state, dict) and state.get("made_by") == made_by and state.keys() >= CHECKPOINT[made_by]
 
 
 def ship(source, target):
@@ -421,24 +429,50 @@ def fingerprint(state):
     return crc
 
 
-def resume(path, config, model_args, free, made_by):
-    """The checkpoint at `path` to continue from, or None where there is none yet.
+def resume(path, config, model_args, free, changeable, made_by, **others):
+    """The checkpoint at `path` to continue from, or None where a new run begins.
 
-    `config`, `model_args`: this run's settings, as the checkpoint carries them; `free`: the names of those
-    that may change on the way. Raises UserError that names the differences where others did.
+    config, model_args: this run's settings, as the checkpoint carries them; free: the names of those that may change on
+    the way; changeable: of those that may where --change names them. Settings that the checkpoint does not know yet are
+    not compared. With --overwrite=True, what is continued is a run that the same command line began (so that it has the same
+    settings, and the same `others` in its checkpoint) and did not end. Raises UserError that names the differences.
     """
+    change = [name.strip() for name in config["change"].split(",") if name.strip()]
+    unknown = [name for name in change if name not in changeable]
+    require(not unknown, f"--change={config['change']}: {', '.join(unknown)} can't change during a run; these can: {', '.join(changeable)}")
+    require(not (change and config["overwrite"]), "--overwrite=True begins anew, --change goes on: choose one")
     # by torchrun, after a process died; on several nodes some may not have counted it
     restarted = on_any_process(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
-    if config["overwrite"] and not restarted or not Path(path).exists():
+    if not os.path.exists(path):
         return None
+    new = {**model_args, **config}
+
+    def different(state, *but):
+        old = {**state["model_args"], **state["config"]}
+        return [k for k in sorted(old.keys() - {*but}) if old[k] != new.get(k)]
+
+    if config["overwrite"]:
+        for file in (path, previous(path)):
+            state = read_checkpoint(file)
+            if is_of(made_by, state):
+                break
+        else:
+            return None
+        ours = TO_TRAIN_ON <= state.keys() and not different(state) and all(state[key] == value for key, value in others.items())
+        if not (ours and (restarted or state["step"] * config["batch_size"] < config["total_images"])):
+            return None
+        if file != path:
+            say_previous(path)
+        return state
     state = load_checkpoint(path, made_by)
-    require({"model", "optimizer"} <= state.keys(), f"{path} has the averaged weights alone, to sample from: it can't be "
+    require(TO_TRAIN_ON <= state.keys(), f"{path} has the averaged weights alone, to sample from: it can't be "
             "trained on. Choose another --out_dir, or start anew with --overwrite=True")
-    old, new = {**state["model_args"], **state["config"]}, {**model_args, **config}
-    changed = [f"{k}={old.get(k)!r} there, {new.get(k)!r} here"
-               for k in sorted({*old, *new} - set(free)) if old.get(k) != new.get(k)]
-    require(not changed, f"{path} is of a run with other settings ({'; '.join(changed)}): "
-                         "choose another --out_dir, or start anew with --overwrite=True")
+    changed = different(state, *free, *change)
+    goes_on = f"say --change={','.join(changed)} to go on with what is here, " if set(changed) <= set(changeable) else ""
+    old = {**state["model_args"], **state["config"]}
+    changes = "; ".join(f"{k}={old[k]!r} there, {new.get(k)!r} here" for k in changed)
+    require(not changed, f"{path} is of a run with other settings ({changes}): "
+                         f"{goes_on}choose another --out_dir, or start anew with --overwrite=True")
     return state
 
 

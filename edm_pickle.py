@@ -13,7 +13,7 @@ from collections import OrderedDict
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, require
 
 NAMES = {  # all that EDM's files refer to
     "torch_utils.persistence._reconstruct_persistent_obj",  # a module: its class's name and source, and its __dict__
@@ -90,6 +90,14 @@ def fields_of(module):
     return module.args[0]["state"]
 
 
+def require_class(module, name, of):
+    """Raises UserError unless the module is of this class, one of EDM's."""
+    is_one = is_call(module, "torch_utils.persistence._reconstruct_persistent_obj")
+    found = module.args[0]["class_name"] if is_one else type(module).__name__
+    require(found == name, f"its {of} is a {found if str(found).isidentifier() else 'stranger'}; only ADM's (DhariwalUNet) with "
+                           "EDM's preconditioning (EDMPrecond) fits")
+
+
 def parameters_of(module, prefix, found, seen):
     """Adds the parameters of a module and those inside it to `found`, under PyTorch's names."""
     expect(id(module) not in seen, "a module that is in it twice")
@@ -106,15 +114,18 @@ def parameters_of(module, prefix, found, seen):
 def read_edm(path):
     """The averaged network `ema` of a file that EDM published -> its parameters, {"model.enc.64x64_conv.weight": Tensor, ...}, and sigma_data.
 
-    Raises UserError where the file can't be read, refers to anything that EDM's files do not, or is no network in EDM's
-    preconditioning.
+    Raises UserError where the file can't be read, refers to anything that EDM's files do not, or has another network, or
+    another preconditioning, which it names.
     """
     try:
         with open(path, "rb") as file:
             network = Unpickler(file).load()["ema"]
-        sigma_data = float(fields_of(network)["sigma_data"])  # which EDM's preconditioning alone has
+        fields = fields_of(network)
+        require_class(network, "EDMPrecond", "preconditioning")
+        sigma_data = float(fields["sigma_data"])
         found = {}
         parameters_of(network, "", found, set())
+        require_class(fields["_modules"]["model"], "DhariwalUNet", "network")
         return found, sigma_data
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None

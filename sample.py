@@ -3,6 +3,7 @@ Samples of a trained DisCo-Diff (Alg. 3): codes from the prior, then the denoise
 
     python sample.py                                   # out/samples.png and out/samples.npz
     python sample.py --init_from=pretrained            # the same without training
+    python sample.py --checkpoint=out/stage1-000100000.pt --encode=fashion-mnist-10k    # of an earlier stage 1
     python sample.py --guidance=2 --class_label=9      # stronger latents (App. B), one class
     python sample.py --encode=fashion-mnist-10k        # the codes of these images, by the encoder
     python sample.py --code=3,1,4,1,5,9,2,6            # a code by hand
@@ -17,6 +18,7 @@ codes int64 (N, m), seeds int64 (N,), nfe int64 (N,), the denoiser's evaluations
 are two), and seconds float32 (N,), its share of its batch's time. An interrupted run continues when it is started again.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -28,17 +30,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import data
 from configurator import UserError, barrier, configure, require, start_processes
 from model import DisCoDiff, Prior, SEDD, analytic_probs, denoise_probs, draw_codes, euler_probs, seed_of
+from run import has_float64, hold, progress, set_precision
 
 # run
 out_dir = "out"  # where the samples go, and the checkpoints are
 init_from = ""  # or another folder that has the checkpoints; "pretrained": those that come with the repository
+checkpoint = ""  # a file in place of their stage1.pt: a snapshot, such as out/stage1-000100000.pt
 name = "samples"  # of the two files
-device = "auto"
+device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; auto: a GPU of NVIDIA's if there is one
+precision = "bf16"  # of images on a GPU: "bf16", "fp16", "tf32", "fp32"; elsewhere always float32
 num_images = 160
 batch_size = 80  # images that one process makes at once
 seed = 0
@@ -206,13 +210,14 @@ def first_hitting(score, x, rand, gumbel):
 # a network as a denoiser, and noise that depends on seeds
 
 
-def denoiser(model, labels=None, codes=None, guidance=1.0):
-    """-> denoise(x, sigma) for the samplers: `model` with these class labels (B,) and hard codes (B, m).
+def denoiser(model, labels=None, codes=None, guidance=1.0, autocast=contextlib.nullcontext()):
+    """-> denoise(x, sigma) for the samplers: `model` with these class labels (B,) and hard codes (B, m), run under `autocast`.
 
-    What depends on the codes alone is computed here, once. Guidance (App. B) evaluates both terms in one
+    x may be on the CPU for a network on a device that has no float64. What depends on the codes alone is computed here, once. Guidance (App. B) evaluates both terms in one
     batch; guidance = 1 is the plain conditional model, and costs one evaluation.
     """
     keys_values = model.condition(codes) if model.num_latents else ()
+    place = next(model.parameters()).device
     copies = 1
     if guidance != 1:
         copies = 2
@@ -221,9 +226,10 @@ def denoiser(model, labels=None, codes=None, guidance=1.0):
         labels = None if labels is None else labels.repeat(2)
 
     def denoise(x, sigma):
-        x = x.float().repeat(copies, 1, 1, 1)
-        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            D = model.denoise(x, sigma.expand(len(x)), labels, keys_values)
+        home = x.device
+        x, sigma = x.float().to(place).repeat(copies, 1, 1, 1), sigma.float().to(place)
+        with torch.no_grad(), autocast:
+            D = model.denoise(x, sigma.expand(len(x)), labels, keys_values).to(home)
         if copies == 1:
             return D
         D, D_null = D.chunk(2)
@@ -233,10 +239,12 @@ def denoiser(model, labels=None, codes=None, guidance=1.0):
 
 
 class SeededNoise:
-    """Noise whose row i depends on the purpose and seeds[i] alone, drawn on the CPU: the same everywhere."""
+    """Noise whose row i depends on the purpose and seeds[i] alone, drawn on the CPU: the same everywhere. It is float64, and
+    stays on the CPU where `device` has none, and with it all that the samplers compute.
+    """
 
     def __init__(self, purpose, seeds, device):
-        self.device = device
+        self.device = device if has_float64(device) else "cpu"
         self.generators = [np.random.default_rng(seed_of(purpose, int(s))) for s in seeds]
 
     def randn(self, *shape):
@@ -255,26 +263,30 @@ class SeededNoise:
 PRIORS = {"ar": Prior, "sedd": SEDD}
 
 
-def load_stage1(out_dir, device):
-    """-> the trained DisCoDiff (its moving average, in eval mode) of a run's folder, and its checkpoint."""
-    checkpoint = data.load_checkpoint(f"{out_dir}/stage1.pt", "train_stage1")
+def load_stage1(out_dir, device, snapshot=""):
+    """-> the trained DisCoDiff (its moving average, in eval mode) of a run's folder, or of a snapshot, and its checkpoint."""
+    checkpoint = data.load_checkpoint(snapshot or f"{out_dir}/stage1.pt", "train_stage1")
     return build(DisCoDiff, checkpoint, checkpoint["ema"], device), checkpoint
 
 
-def load_prior(out_dir, kind, device, stage1):
+def load_prior(out_dir, kind, device, stage1, snapshot=""):
     """-> the trained Prior ("ar") or SEDD ("sedd"; its moving average) of a run's folder, in eval mode.
 
-    Raises UserError if it is of the other kind, or of other codes than `stage1`'s.
+    Raises UserError if it is of the other kind, or of other codes than those of `stage1`, which is a snapshot's if one is named.
     """
-    path, command = f"{out_dir}/prior_{kind}.pt", f"`python train_prior.py --prior={kind} --out_dir={out_dir}"
+    path, mend = f"{out_dir}/prior_{kind}.pt", f"run `python train_prior.py --prior={kind} --out_dir={out_dir} --overwrite=True`"
+    if snapshot:
+        mend = (f"give codes by --code or --encode, which need no prior; or copy {snapshot} into a folder of its own as stage1.pt, "
+                "and train a prior there")
+        require(Path(path).is_file(), f"there is no prior {path}: {mend}")
     checkpoint = data.load_checkpoint(path, "train_prior", f" --prior={kind}")
     have = checkpoint["config"].get("prior")
     require(have == kind, f"{path} holds a prior of the kind {have!r}, not {kind!r}: was another file copied over it?")
     require(checkpoint["encoder"] == data.fingerprint(stage1["ema"]),
-            f"{path} was trained on codes of another stage 1: run {command} --overwrite=True`")
+            f"{path} was trained on codes of another stage 1: {mend}")
     have, want = [[a.get(key) for key in ("num_latents", "codebook_size", "label_dim")]
                   for a in (checkpoint["model_args"], stage1["model_args"])]
-    require(have == want, f"{path} has m, k, classes = {have}, stage 1 has {want}: run {command} --overwrite=True`")
+    require(have == want, f"{path} has m, k, classes = {have}, stage 1 has {want}: {mend}")
     return build(PRIORS[kind], checkpoint, checkpoint["ema"], device)
 
 
@@ -297,12 +309,14 @@ def codes_of_prior(prior, noise, labels=None, temperature=1.0, sampler="first-hi
 
     labels: (B,) int64, -1 for none; leaping: num_steps, eta, t0 and t1 of `tau_leaping`.
     """
-    m, k = prior.num_latents, prior.codebook_size
+    m, k, place = prior.num_latents, prior.codebook_size, next(prior.parameters()).device
+    wide = torch.float64 if has_float64(place) else torch.float32
+    labels = None if labels is None else labels.to(place)
     if isinstance(prior, Prior):
-        return prior.sample(noise.gumbel(m, k), labels, temperature)
+        return prior.sample(noise.gumbel(m, k).to(place, wide), labels, temperature).to(noise.device)
 
     def score(x, t):
-        return prior(x, t, labels)
+        return prior(x.to(place), t.to(place, wide), labels).to(noise.device)
 
     masks = torch.full((len(noise.generators), m), k, device=noise.device)
     if sampler == "first-hitting":
@@ -340,8 +354,8 @@ def given_conditions(source, which, model, noise):
     images, labels, order = source
     chosen = order[which % len(order)]
     with torch.no_grad():
-        logits = model.encoder(data.to_float(images[chosen], noise.device))
-    codes = draw_codes(logits, noise.gumbel(model.num_latents, model.codebook_size))
+        logits = model.encoder(data.to_float(images[chosen], next(model.parameters()).device))
+    codes = draw_codes(logits.to(noise.device), noise.gumbel(model.num_latents, model.codebook_size))
     return codes, None if labels is None else torch.from_numpy(labels[chosen]).to(noise.device)
 
 
@@ -353,6 +367,7 @@ def row_conditions(rows, model, sources, prior, device):
     """
     which = rows // 4 if len(sources) == 2 else rows
     noise = SeededNoise("codes", which, device)
+    device = noise.device
     if not model.label_dim or class_label >= 0:
         labels = torch.full((len(rows),), class_label, device=device)
     else:  # the classes in turn
@@ -393,8 +408,10 @@ def main():
     require(restarts or not gamma, "gamma is the churn of restarts: there are none")
     loops = restart_loops(num_steps, restarts, sigma_min, sigma_max, rho)
     rank, world, place = start_processes(device)
+    autocast = set_precision(precision, place)
     trained = str(data.HERE / "pretrained") if init_from == "pretrained" else init_from or out_dir
-    model, stage1 = load_stage1(trained, place)
+    require(not checkpoint or Path(checkpoint).is_file(), f"--checkpoint={checkpoint}: there is no such file")
+    model, stage1 = load_stage1(trained, place, checkpoint)
     require(-1 <= class_label < model.label_dim, f"class_label {class_label} is out of range: "
             f"this model has {model.label_dim} classes, 0 ... {model.label_dim - 1}" if model.label_dim else
             f"class_label {class_label}: this model was trained without classes")
@@ -402,14 +419,15 @@ def main():
             "this model has no discrete latents (num_latents=0): --code, --encode and --guidance need them")
     sources = [read_source(setting, source, model, stage1)
                for setting, source in (("code", code), ("encode", encode), ("compose", compose)) if source]
-    prior_net = load_prior(trained, prior, place, stage1) if model.num_latents and not sources else None
+    prior_net = load_prior(trained, prior, place, stage1, checkpoint) if model.num_latents and not sources else None
 
     # one file a batch; a run that was interrupted finds those that it has
     parts = Path(f"{out_dir}/{name}.parts")
     given = [source if isinstance(source[0], int) else data.identity(*source[:2]) for source in sources]
-    made_with = json.dumps({**config, "out_dir": "", "init_from": "", "device": "", "given": given,
+    made_with = json.dumps({**config, "out_dir": "", "init_from": "", "checkpoint": "", "device": "", "given": given,
                             "stage1": data.fingerprint(stage1["ema"]), "prior_net": prior_net and data.fingerprint(prior_net.state_dict())})
     if rank == 0:
+        hold(f"{out_dir}/{name}")
         if not any(parts.glob("*.npz")):
             with data.atomic(parts / "settings.json") as f:
                 f.write(made_with.encode())
@@ -427,7 +445,7 @@ def main():
             steps = model.num_latents if prior == "ar" or sedd_sampler == "first-hitting" else sedd_steps
             print(f"codes of the prior {prior}, {steps} evaluations each" + f", by {sedd_sampler}" * (prior == "sedd"))
     seconds, made = {"codes": 0.0, "images": 0.0}, np.zeros(2, int)
-    for start in tqdm(missing[rank::world], unit="batch", disable=rank > 0):
+    for start in progress(missing[rank::world], unit="batch", disable=rank > 0):
         seeds = seed + np.arange(start, min(start + batch_size, num_images))
         rows, row_of = np.unique(seeds // per_code, return_inverse=True)
         began = time.perf_counter()
@@ -435,7 +453,7 @@ def main():
         seconds["codes"] += time.perf_counter() - began
         began = time.perf_counter()
         codes, labels = row_codes[row_of].to(place), row_labels[row_of].to(place)
-        denoise = denoiser(model, labels if model.label_dim else None, codes, guidance)
+        denoise = denoiser(model, labels if model.label_dim else None, codes, guidance, autocast)
         noise = SeededNoise("images", seeds, place)
         x = sampler(denoise, noise.randn(*model.img_shape), num_steps=num_steps, sigma_min=sigma_min, sigma_max=sigma_max,
                     rho=rho, S_min=S_min, S_max=S_max, S_noise=S_noise, randn_like=noise.randn_like)

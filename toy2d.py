@@ -27,6 +27,7 @@ import data
 from configurator import UserError, configure, require, start_processes
 from model import Prior, draw_codes, gumbel_noise, gumbel_softmax, seeded_generator, zero
 from plot import COLOURS, Axes, figure
+from run import progress
 from sample import heun
 
 out_dir = "out/toy2d"
@@ -164,7 +165,7 @@ def train(points, num_latents, codebook_size, std, seed, codes=None):
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     low, high = math.log(std / 2), math.log(5 * scale)
-    for step in tqdm(range(steps), desc=f"m = {num_latents}, k = {codebook_size}", leave=False):
+    for step in progress(range(steps), desc=f"m = {num_latents}, k = {codebook_size}", leave=False):
         rows = torch.randint(len(points), (batch_size,), generator=g)
         y = points[rows]
         t = ((low + high) / 2 + (high - low) / 4 * torch.randn(batch_size, 1, generator=g)).exp()
@@ -334,7 +335,7 @@ def eight_gaussians(seed):
 
     truth, floor = (around(centres[torch.randint(8, (num_samples,), generator=g)], 0.2, g) for _ in range(2))
     samples, models = {"true samples: the floor": floor} | {name: path[-1] for name, path in paths.items()}, {}
-    for name, x in tqdm(samples.items(), desc="W-2", leave=False):
+    for name, x in progress(samples.items(), desc="W-2", leave=False):
         models[name] = {
             "W-2": {n: [wasserstein2(a, b) for a, b in zip(x.split(n), truth.split(n)) if len(a) == n] for n in sizes},
             "W-2, even": {n: [*map(wasserstein2, even(x, centres, n), even(truth, centres, n))] for n in sizes},
@@ -437,7 +438,7 @@ def train_prior(codes, k, seed):
     prior = Prior(codes.shape[1], k, layers=1, dim=64, heads=2)
     optimizer = torch.optim.Adam(prior.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 500)
-    for _ in tqdm(range(500), desc="prior", leave=False):
+    for _ in progress(range(500), desc="prior", leave=False):
         loss = prior.nats(codes[torch.randint(len(codes), (batch_size,), generator=g)]).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -10,13 +10,11 @@ SEDD-absorb, as Discrete Latent Codes has it (sec. 4).
 Reads out_dir/stage1.pt, which says on which images, split and classes; leaves out_dir/prior_ar.pt or
 prior_sedd.pt. Codes are drawn afresh each time an image is visited; the encoder itself runs once an image, and
 its logits are kept in half precision in out_dir/logits-*.npy (for ImageNet-64, m = 10 and k = 100: 2.6 GB). The
-same command again continues where it stopped, by SIGTERM too.
+same command again continues where it stopped, by Ctrl-C and SIGTERM too; all as in train_stage1.py.
 """
 
-import contextlib
 import copy
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +23,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from tqdm import tqdm
 
 import data
-from configurator import UserError, barrier, catch_sigterm, configure, on_any_process, require, same_on_all, start_processes
-from model import SKIPPED_IN_A_ROW, absorb, draw_codes, guarded_step, gumbel_noise, mean_bits, sedd_loss, seeded_generator
+from configurator import UserError, barrier, configure, max_over_processes, require, same_on_all, start_processes
+from model import absorb, draw_codes, guarded_step, gumbel_noise, mean_bits, sedd_loss, seeded_generator
+from run import catch_signals, end, hold, progress, release, require_good_steps, set_precision
 from sample import PRIORS, load_stage1
 
 # run
 out_dir = "out"
-overwrite = False  # start anew where out_dir already has a prior
+overwrite = False  # replace the prior that was in out_dir before this command was first given
+change = ""  # "lr,ema": settings that are to change in the run that is there
 seed = 0
 device = "auto"
+precision = "bf16"  # as in train_stage1.py
+loss_scale = 1.0
 # the Transformer
 prior = "ar"  # autoregressive; "sedd": discrete diffusion
 layers = 4
@@ -63,14 +64,14 @@ config = configure(globals())
 rank, world, device = start_processes(device)
 master, on_gpu = rank == 0, device.type == "cuda"
 require(prior in PRIORS, f"--prior is ar or sedd, not {prior}")
-for setting in ("layers", "dim", "heads", "total_images", "batch_size", "lr", "grad_clip", "log_every", "save_every"):
+for setting in ("layers", "dim", "heads", "total_images", "batch_size", "lr", "loss_scale", "grad_clip", "log_every", "save_every"):
     require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
 require(seed >= 0 and warmup_images >= 0 and cache_gb >= 0, "seed, warmup_images and cache_gb can't be negative")
 require(0 <= label_drop <= 1 and 0 <= ema < 1, f"label_drop must be in 0 ... 1, and ema in 0 ... below 1; they are {label_drop} and {ema}")
 require(batch_size % world == 0, f"batch_size {batch_size} can't be shared among {world} processes equally")
 local_batch = batch_size // world
-torch.set_float32_matmul_precision("high")
-autocast = torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext()
+autocast = set_precision(precision, device)
+scale = loss_scale if precision == "fp16" and on_gpu else 1
 
 stage1, stage1_checkpoint = load_stage1(out_dir, device)
 m, k, label_dim = stage1.num_latents, stage1.codebook_size, stage1.label_dim
@@ -91,14 +92,18 @@ def encode(indices, flip):
 logits_path = Path(f"{out_dir}/logits-{encoder_id:08x}.npy")  # (flips, N, m, k)
 shape = (flips, len(images), m, k)
 cached = np.prod(shape) * 2 <= cache_gb * 2 ** 30
+if master and __name__ == "__main__":
+    hold(f"{out_dir}/prior_{prior}")
 if cached and master and not logits_path.exists():  # the identity of the data was checked above
+    hold(f"{out_dir}/logits")
     for old in Path(out_dir).glob("logits-*.npy"):
         old.unlink()
     with data.atomic(logits_path) as file:
         data.write_npy_header(file, np.float16, shape)
         for flip in range(flips):
-            for part in tqdm(np.split(np.arange(len(images)), range(500, len(images), 500)), desc="encoding"):
+            for part in progress(np.split(np.arange(len(images)), range(500, len(images), 500)), desc="encoding"):
                 file.write(encode(part, np.full(len(part), bool(flip))).half().cpu().numpy().tobytes())
+    release(f"{out_dir}/logits")
 barrier()
 try:
     kept = np.load(logits_path, mmap_mode="r") if cached else None
@@ -131,9 +136,10 @@ parameters, averaged_parameters = list(model.parameters()), list(averaged.parame
 skipped = torch.zeros(2, device=device)  # steps whose gradients were not finite: in a row, in all
 
 checkpoint_path = f"{out_dir}/prior_{prior}.pt"
-FREE = ("out_dir", "overwrite", "device", "total_images", "cache_gb", "log_every", "save_every")
+FREE = ("out_dir", "overwrite", "change", "device", "total_images", "cache_gb", "log_every", "save_every")  # as in train_stage1.py
+CHANGEABLE = ("lr", "warmup_images", "label_drop", "grad_clip", "ema", "precision", "loss_scale")
 step = 0
-if checkpoint := data.resume(checkpoint_path, config, model_args, FREE, "train_prior"):
+if checkpoint := data.resume(checkpoint_path, config, model_args, FREE, CHANGEABLE, "train_prior", encoder=encoder_id):
     require(checkpoint["encoder"] == encoder_id, f"{checkpoint_path} is of another stage 1 than {out_dir}/stage1.pt: "
                                                  "start anew with --overwrite=True")
     step = checkpoint["step"]
@@ -208,7 +214,10 @@ def gradients(step):
     t = 1e-3 + (1 - 1e-3) * u[:, 1]
     with autocast:
         loss = loss_of(z, c, t, u[:, 2:]).mean()
-    loss.backward()
+    (scale * loss).backward()
+    if scale != 1:
+        for p in parameters:
+            p.grad /= scale
     return loss.detach()
 
 
@@ -239,17 +248,17 @@ def save(step):
 
 
 if __name__ == "__main__":
-    sigterm, stopping, seen = catch_sigterm(), False, step * batch_size
+    signals, stopped, seen = catch_signals(), 0, step * batch_size
     if master and seen >= total_images:
         print(f"{checkpoint_path} is finished: it has seen {seen:,} codes. "
               "A larger --total_images trains on, --overwrite=True starts anew")
     if master and not step:
         save(step)  # both as in stage 1
         data.previous(checkpoint_path).unlink(missing_ok=True)
-    bar = tqdm(total=total_images, initial=seen, unit="img", disable=not master, mininterval=1)
+    bar = progress(total=total_images, initial=seen, unit="img", disable=not master, mininterval=1)
     model.train()
     loss_sum, steps = 0, 0
-    while seen < total_images and not stopping:
+    while seen < total_images and not stopped:
         loss = gradients(step)
         bad = update(step)
         loss_sum, steps = loss_sum + torch.where(bad, 0, loss), steps + ~bad
@@ -258,8 +267,7 @@ if __name__ == "__main__":
 
         if due(log_every, seen):
             in_a_row, in_all = skipped.tolist()
-            require(in_a_row < SKIPPED_IN_A_ROW, f"the gradients of the last {in_a_row:.0f} steps were not finite, and the "
-                    f"weights stayed as they were: a lower --lr may help; {checkpoint_path} has weights of before")
+            require_good_steps(in_a_row, "--lr", checkpoint_path)
             if master:
                 shown = {"bits": f"{(loss_sum / steps).item() / math.log(2):.2f}"}
                 if len(held_out_indices):
@@ -268,8 +276,8 @@ if __name__ == "__main__":
                     shown["steps skipped"] = int(in_all)
                 bar.set_postfix(shown)
             loss_sum, steps = 0, 0
-        stopping = on_any_process(sigterm.is_set())
-        if master and (due(save_every, seen) or stopping):
+        stopped = max_over_processes(max(signals, default=0))
+        if master and (due(save_every, seen) or stopped):
             save(step)
 
     bar.close()
@@ -285,10 +293,4 @@ if __name__ == "__main__":
                 print(f"  independent latents given the class{given_class:7.2f}")
                 print("  this prior, given the class        {:7.2f} +- {:.2f}".format(*held_out_bits(8)))
         print(f"{checkpoint_path} is ready; next: python sample.py --out_dir={out_dir}" + " --prior=sedd" * (prior == "sedd"))
-    barrier()  # until process 0 has saved
-    if master and seen < total_images:
-        print(f"stopped by SIGTERM after {seen:,} codes, which {checkpoint_path} has: the same command goes on from there")
-    if world > 1:
-        dist.destroy_process_group()
-    if seen < total_images:
-        sys.exit(143)
+    end(stopped if seen < total_images else 0, f"{seen:,} codes", checkpoint_path)

@@ -14,17 +14,21 @@ Plain EDM, the baseline:
 From EDM's trained network, the paper's recipe for ImageNet-64:
     torchrun --nproc_per_node=8 train_stage1.py config/imagenet64_finetune.py
 
+From a network of our own, on another data set or with codes added to plain EDM:
+    python train_stage1.py --init_from=out/edm --out_dir=out/finetuned
+
 Leaves in out_dir: stage1.pt (weights, their moving average, optimiser, settings), the one before it
-(stage1.previous.pt), preview_*.png, stage1.jsonl. The same command again continues where it stopped, be it by SIGTERM,
-which saves first and ends the process with exit code 143, or by a crash; a larger --total_images trains a finished run on.
+(stage1.previous.pt), preview_*.png, stage1.jsonl. The same command again continues where it stopped, with
+--overwrite=True too: by Ctrl-C or SIGTERM, which save first and end the process with exit code 130 or 143, or by a
+crash. A larger --total_images trains a finished run on; --change=lr continues with another --lr.
 """
 
 import contextlib
 import json
 import math
-import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,20 +36,23 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from tqdm import tqdm
 
 import data
-from configurator import UserError, barrier, catch_sigterm, configure, on_any_process, require, same_on_all, start_processes
-from edm_pickle import read_edm
-from model import SKIPPED_IN_A_ROW, DisCoDiff, draw_codes, edm_settings, guarded_step, gumbel_noise, seed_of, seeded_generator
+from configurator import UserError, configure, max_over_processes, require, same_on_all, start_processes
+from model import DisCoDiff, draw_codes, guarded_step, gumbel_noise, seed_of, seeded_generator
+from run import can_compile, catch_signals, end, has_float64, hold, progress, require_good_steps, set_precision
 from sample import denoiser, heun
+from start_from import start_from
 
 # run
 out_dir = "out"
-init_from = ""  # a network that EDM published, such as edm-imagenet-64x64-cond-adm.pkl, to train on from
-overwrite = False  # start anew where out_dir already has a checkpoint
+init_from = ""  # to train on from: the folder or stage1.pt of another run, "pretrained", or EDM's edm-imagenet-64x64-cond-adm.pkl
+overwrite = False  # replace the run that was in out_dir before this command was first given
+change = ""  # "lr,tau": settings that are to change in the run that is there
 seed = 0
-device = "auto"  # "cpu", "cuda", "cuda:1"; auto: a GPU if there is one
+device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; auto: a GPU of NVIDIA's if there is one
+precision = "bf16"  # on a GPU: "bf16", "fp16", "tf32", "fp32"; elsewhere always float32
+loss_scale = 1.0  # in fp16, so that small gradients don't vanish; EDM has 100 for ImageNet-64
 compile = True  # torch.compile, on a GPU
 # data
 dataset = "fashion-mnist-10k"
@@ -87,6 +94,7 @@ sigma_data = 0.5
 # reports, all in images
 log_every = 1_000
 save_every = 7_000
+keep_every = 0  # checkpoints that stay, stage1-000100000.pt and so on; 0: none
 preview_every = 14_000  # 0: no previews
 
 config = configure(globals())
@@ -96,7 +104,8 @@ config = configure(globals())
 
 rank, world, device = start_processes(device)
 master, on_gpu = rank == 0, device.type == "cuda"
-torch.set_float32_matmul_precision("high")
+autocast = set_precision(precision, device)
+scale = loss_scale if precision == "fp16" and on_gpu else 1
 
 
 def mean_over_processes(x):
@@ -105,12 +114,12 @@ def mean_over_processes(x):
     return x / world
 
 
-for setting in ("total_images", "batch_size", "batch_gpu", "lr", "encoder_lr", "tau", "log_every", "save_every", "sigma_data",
+for setting in ("total_images", "batch_size", "batch_gpu", "lr", "encoder_lr", "loss_scale", "tau", "log_every", "save_every", "sigma_data",
                 "model_channels", "channel_mult_emb", "num_blocks", "codebook_size", "latent_dim", "latent_heads",
                 "encoder_patch", "encoder_dim", "encoder_heads"):
     require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
 for setting in ("seed", "num_latents", "latent_layers", "encoder_layers", "warmup_images", "ema_halflife_images",
-                "ema_rampup", "P_std", "preview_every", "null_prob", "dropout"):
+                "ema_rampup", "P_std", "keep_every", "preview_every", "null_prob", "dropout"):
     require(config[setting] >= 0, f"{setting} can't be negative: it is {config[setting]}")
 require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
 require(channel_mult and min(channel_mult) > 0, f"channel_mult has a positive number for each level, not {channel_mult}")
@@ -147,36 +156,24 @@ try:
     ema = DisCoDiff(**model_args).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 except ValueError as error:  # sizes that don't fit each other
     raise UserError(error) from None
-groups = [dict(params=model.model.parameters(), peak_lr=lr)]
+groups, peak_lrs = [dict(params=model.model.parameters())], [lr, lr, encoder_lr]
 if num_latents:
-    groups += [dict(params=model.latents.parameters(), peak_lr=lr),
-               dict(params=model.encoder.parameters(), peak_lr=encoder_lr)]
+    groups += [dict(params=model.latents.parameters()), dict(params=model.encoder.parameters())]
 optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
 parameters, ema_parameters = list(model.parameters()), list(ema.parameters())
 skipped = torch.zeros(2, device=device)  # steps whose gradients were not finite: in a row, in all
 
-
-def start_from(path):
-    """Gives the U-Net EDM's weights; the layers that EDM does not have start as the identity (sec. 4.1)."""
-    weights, sigma_data_there = read_edm(path)
-    try:
-        there = edm_settings(weights) | dict(sigma_data=sigma_data_there)
-        here = edm_settings(model.state_dict()) | dict(sigma_data=sigma_data)
-        different = [f"{name}={there[name]!r} there, {here[name]!r} here" for name in here if there[name] != here[name]]
-        require(not different, f"{path} is a network of other settings: {'; '.join(different)}")
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        missing = [name for name in missing if name.startswith("model.") and ".cross." not in name]
-        if missing or unexpected:
-            raise ValueError(f"it has no {missing[0]}" if missing else f"it has {unexpected[0]}, which ours has not")
-    except (LookupError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} is not a network of ADM's architecture: {' '.join(str(error).split())[:200]}") from None
-
-
 checkpoint_path = f"{out_dir}/stage1.pt"
-FREE = ("out_dir", "overwrite", "device", "compile", "batch_gpu", "total_images", "log_every", "save_every",
-        "preview_every")  # may change when a run continues: its course is the same (batch_gpu: but for dropout's masks)
+# may change when a run continues: its course is the same (batch_gpu: but for dropout's masks)
+FREE = ("out_dir", "overwrite", "change", "device", "compile", "batch_gpu", "total_images", "log_every", "save_every", "keep_every",
+        "preview_every")
+# may change where --change says so: used step by step. Not so xflip, which the prior follows, nor what says which image comes when
+CHANGEABLE = ("lr", "encoder_lr", "warmup_images", "ema_halflife_images", "ema_rampup", "P_mean", "P_std", "null_prob", "tau",
+              "dropout", "precision", "loss_scale")
 step = 0
-if checkpoint := data.resume(checkpoint_path, config, model_args, FREE, "train_stage1"):
+if master and __name__ == "__main__":
+    hold(f"{out_dir}/stage1")
+if checkpoint := data.resume(checkpoint_path, config, model_args, FREE, CHANGEABLE, "train_stage1"):
     step = checkpoint["step"]
     model.load_state_dict(checkpoint["model"])
     ema.load_state_dict(checkpoint["ema"])
@@ -185,16 +182,15 @@ if checkpoint := data.resume(checkpoint_path, config, model_args, FREE, "train_s
     del checkpoint
 else:
     if init_from:
-        start_from(init_from)
+        start_from(init_from, model, model_args)
     ema.load_state_dict(model.state_dict())
 require(same_on_all(step),
         f"the processes found different checkpoints: {out_dir} must be on a file system that all nodes share")
 
-forward = torch.compile(model) if compile and on_gpu else model
+forward = torch.compile(model) if compile and can_compile(device) else model
 if world > 1:
     warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1 x 1 convolutions, where they mean nothing
     forward = DistributedDataParallel(forward, device_ids=[device.index] if on_gpu else None)
-autocast = torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext()
 
 # ----------------------------------------------------------------------------------------------------
 # Alg. 1; every step's randomness is seeded anew, so that a resumed run equals an undisturbed one
@@ -242,20 +238,23 @@ def gradients(step):
             with autocast:
                 D, logits = forward(y, noise[rows], sigma[rows].flatten(), c, gumbel[rows], drop[rows], tau)
                 loss = (loss_weight(sigma[rows]) * (D - y) ** 2).sum() / local_batch  # Eq. 3
-            loss.backward()
+            (scale * loss).backward()
         loss_sum += loss.detach() / y[0].numel()
         if num_latents:
             p = logits.detach().softmax(-1)  # (B, m, k)
             code_sum += p.sum(0)
             entropy_sum += torch.special.entr(p).sum()
+    if scale != 1:
+        for p in parameters:
+            p.grad /= scale
     return loss_sum, code_sum, entropy_sum
 
 
 def update(seen):
     """Adam and moving average after so many images. -> whether the gradients were not finite, and Adam left the weights as
     they are. (EDM puts 0 for NaN and 1e5 for infinity, and goes on.)"""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * min(seen / max(warmup_images, 1), 1)
+    for group, peak_lr in zip(optimizer.param_groups, peak_lrs):
+        group["lr"] = peak_lr * min(seen / max(warmup_images, 1), 1)
     bad = guarded_step(optimizer, get_total_norm([p.grad for p in parameters]), skipped)
     halflife = min(ema_halflife_images, seen * ema_rampup)
     get_ema_multi_avg_fn(0.5 ** (batch_size / max(halflife, 1e-8)))(ema_parameters, parameters, None)
@@ -281,7 +280,8 @@ def save_preview(path, rows=8, columns=8):
     g = seeded_generator(device, "preview", seed)
     z = codes_of(y, g).repeat_interleave(columns, dim=0) if num_latents else None
     latents = torch.randn(len(shown) * columns, *model.img_shape, device=device, generator=g)
-    x = heun(denoiser(ema, c, z), latents).float().unflatten(0, (len(shown), columns))
+    latents = latents if has_float64(device) else latents.cpu()
+    x = heun(denoiser(ema, c, z, autocast=autocast), latents).float().to(device).unflatten(0, (len(shown), columns))
     grid = torch.cat([y[:, None], x], dim=1).flatten(0, 1)
     data.save_grid(data.to_uint8(grid), path, columns + 1)
 
@@ -319,17 +319,22 @@ def due(every, seen):
     return every and (seen // every != (seen - batch_size) // every or seen >= total_images)
 
 
-def save(step):
+def save(step, keep=False):
+    """Saves the checkpoint to continue from; with keep, one that stays, without the optimiser."""
     require(get_total_norm(parameters).isfinite(), f"the weights are not finite any more: a lower --lr or --encoder_lr may help; "
             f"{checkpoint_path} is left as it was")
-    data.save_checkpoint(checkpoint_path, dict(
-        made_by="train_stage1", config=config, model_args=model_args, step=step, model=model.state_dict(),
-        ema=ema.state_dict(), optimizer=optimizer.state_dict(), skipped=skipped))
+    state = dict(made_by="train_stage1", config=config, model_args=model_args, step=step, model=model.state_dict(),
+                 ema=ema.state_dict())
+    if keep:
+        with data.atomic(f"{out_dir}/stage1-{step * batch_size:09d}.pt") as file:
+            torch.save(state, file)
+    else:
+        data.save_checkpoint(checkpoint_path, state | dict(optimizer=optimizer.state_dict(), skipped=skipped))
 
 
 if __name__ == "__main__":
     log_path = f"{out_dir}/stage1.jsonl"
-    sigterm, stopping, seen = catch_sigterm(), False, step * batch_size
+    signals, stopped, seen = catch_signals(), 0, step * batch_size
     if master:
         print(f"{dataset}: {len(train_indices):,} images to train on, {img_resolution} x {img_resolution} x {img_channels}, "
               f"{num_classes} classes; U-Net {sum(p.numel() for p in model.model.parameters()):,} parameters, latents "
@@ -341,12 +346,14 @@ if __name__ == "__main__":
         if not step:
             save(step)  # is there room on the disk? And what torchrun restarts is not what --overwrite=True is to replace
             data.previous(checkpoint_path).unlink(missing_ok=True)  # nor what a damaged checkpoint of this run leads back to
+            for snapshot in Path(out_dir).glob("stage1-*.pt") if overwrite else ():
+                snapshot.unlink()
 
     sums, skipped_before = [0, 0, 0], skipped[1].item()  # since the last log; on the device
     since, images_since = time.time(), 0
-    bar = tqdm(total=total_images, initial=seen, unit="img", disable=not master, mininterval=1)
+    bar = progress(total=total_images, initial=seen, unit="img", disable=not master, mininterval=1)
     model.train()
-    while seen < total_images and not stopping:
+    while seen < total_images and not stopped:
         measured = gradients(step)
         bad = update(seen)
         sums = [total + torch.where(bad, 0, value) for total, value in zip(sums, measured)]
@@ -357,8 +364,7 @@ if __name__ == "__main__":
 
         if due(log_every, seen):
             in_a_row, in_all = skipped.tolist()
-            require(in_a_row < SKIPPED_IN_A_ROW, f"the gradients of the last {in_a_row:.0f} steps were not finite, and the weights "
-                    f"stayed as they were: try a lower --lr or --encoder_lr, and look at the data; {checkpoint_path} has weights of before")
+            require_good_steps(in_a_row, "--lr or --encoder_lr, and look at the data", checkpoint_path)
             steps = images_since // batch_size - (in_all - skipped_before) or math.nan  # those that were not skipped
             report = dict(images=seen, loss=mean_over_processes(sums[0]).item() / steps)
             if num_latents:
@@ -379,20 +385,16 @@ if __name__ == "__main__":
                     shown["steps skipped"] = int(in_all)
                 bar.set_postfix(shown)
             sums, skipped_before, images_since, since = [0, 0, 0], in_all, 0, time.time()
-        stopping = on_any_process(sigterm.is_set())
-        if master and (due(save_every, seen) or stopping):
+        stopped = max_over_processes(max(signals, default=0))
+        if master and (due(save_every, seen) or stopped):
             save(step)
-        if master and due(preview_every, seen) and not stopping:
+        if master and due(keep_every, seen):
+            save(step, keep=True)
+        if master and due(preview_every, seen) and not stopped:
             save_preview(f"{out_dir}/preview_{seen:09d}.png")
 
     bar.close()
     if master and seen >= total_images:
         print_losses()
         print(f"{checkpoint_path} is ready" + (f"; next: python train_prior.py --out_dir={out_dir}" if num_latents else ""))
-    barrier()  # until process 0 has saved
-    if master and seen < total_images:
-        print(f"stopped by SIGTERM after {seen:,} images, which {checkpoint_path} has: the same command goes on from there")
-    if world > 1:
-        dist.destroy_process_group()
-    if seen < total_images:
-        sys.exit(143)
+    end(stopped if seen < total_images else 0, f"{seen:,} images", checkpoint_path)

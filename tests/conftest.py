@@ -14,6 +14,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from run import release  # noqa: E402
+
 # a network that takes seconds, on the embedded data
 TINY = ["--model_channels=8", "--channel_mult=1,2", "--attn_resolutions=14,", "--num_latents=3", "--codebook_size=5",
         "--latent_dim=8", "--latent_layers=1", "--encoder_dim=16", "--encoder_layers=1", "--encoder_patch=14", "--preview_every=0",
@@ -34,7 +36,8 @@ def fill(name, shape):
 
 def run(script, *arguments):
     """Runs a script of ours as `python script arguments` does, in this process -> what it printed."""
-    argv, hook, handler, printed = sys.argv, sys.excepthook, signal.getsignal(signal.SIGTERM), io.StringIO()
+    argv, hook, printed = sys.argv, sys.excepthook, io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     sys.argv = [script, *map(str, arguments)]
     try:
         with redirect_stdout(printed):
@@ -43,7 +46,9 @@ def run(script, *arguments):
         assert not stop.code, stop.code
     finally:
         sys.argv, sys.excepthook = argv, hook
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        release()
         torch.manual_seed(0)
     return printed.getvalue()
 

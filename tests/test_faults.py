@@ -106,8 +106,8 @@ def test_a_data_set_that_changes_under_a_run(tmp_path, monkeypatch):
     load, save = data.load, data.save_checkpoint
     path = tmp_path / "set" / "images.npy"
     monkeypatch.setattr(data, "load", lambda name: load(name, tmp_path))
-    for harm in (lambda: path.write_bytes(path.read_bytes()[:-1000]), path.unlink,
-                 lambda: np.load(path, mmap_mode="r+").__setitem__((0, 0, 0, 0), 77)):
+    for name, harm in (("cut", lambda: path.write_bytes(path.read_bytes()[:-1000])), ("deleted", path.unlink),
+                       ("written", lambda: np.load(path, mmap_mode="r+").__setitem__((0, 0, 0, 0), 77))):
         path.parent.mkdir(exist_ok=True)
         np.save(path, images[:64])
         np.save(tmp_path / "set" / "labels.npy", labels[:64])
@@ -120,8 +120,8 @@ def test_a_data_set_that_changes_under_a_run(tmp_path, monkeypatch):
 
         monkeypatch.setattr(data, "save_checkpoint", save_and_harm)
         with pytest.raises(UserError, match="^set changed while it was being trained on: prepare it as it was"):
-            run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--dataset=set", "--save_every=8", "--overwrite=True")
-        assert checkpoint(tmp_path)["step"] == 2
+            run("train_stage1.py", f"--out_dir={tmp_path / name}", *TINY, "--dataset=set", "--save_every=8")
+        assert checkpoint(tmp_path / name)["step"] == 2
 
 
 def test_a_disk_that_fills_while_saving(tmp_path):

@@ -511,7 +511,7 @@ def test_composed_codes(trained):
     (["--code=1,2,3", "--compose=nothing"], "there is no data set 'nothing'"),
     (["--code=1,2,True"], "--code takes"),
     (["--batch_size=0"], "batch_size must be positive"),
-    (["--device=mps"], "--device=mps can't be used here: it is auto, cpu or cuda"),
+    (["--device=tpu"], "--device=tpu can't be used here: it is auto, cpu, cuda or mps"),
     (["--out_dir=/nowhere"], r"there is no checkpoint /nowhere/stage1.pt: run `python train_stage1.py"),
 ])
 def test_bad_input(trained, arguments, message):

@@ -1,0 +1,169 @@
+"""
+What surrounds a run: one run at a time in a folder, Ctrl-C and SIGTERM, progress, precision.
+"""
+
+import atexit
+import contextlib
+import importlib.util
+import io
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from configurator import UserError, barrier, require
+from model import SKIPPED_IN_A_ROW
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# ----------------------------------------------------------------------------------------------------
+# one run at a time
+
+held = {}  # {path of a lock: its open file}
+
+
+def hold(product):
+    """Keeps other runs from writing `product`, a path without its suffix, until this process ends, however it ends. Raises
+    UserError where another run has it. Where a platform or file system knows no locks, nothing is held.
+    """
+    if fcntl is None:
+        return
+    path = f"{product}.lock"
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(3):
+            file = open(path, "a")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held[path] = file
+            if os.fstat(file.fileno()).st_nlink:
+                break  # else its last holder has removed it since we opened it
+    except BlockingIOError:
+        raise UserError(f"another run is writing {product}: wait until it has ended, or write elsewhere") from None
+    except OSError:
+        pass  # what can't be written is said when it is to be written
+
+
+@atexit.register
+def release(product=None):
+    """Lets others write this product; without a name, all that is held."""
+    for path in [f"{product}.lock"] if product else [*held]:
+        if file := held.pop(path, None):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            file.close()
+
+
+# ----------------------------------------------------------------------------------------------------
+# being stopped
+
+
+def catch_signals():
+    """-> a list to which SIGTERM (pre-emption on a cluster) and Ctrl-C add their numbers; they end nothing by themselves any
+    more. Another Ctrl-C does, but within a second it is the same one: under torchrun it may come twice.
+    """
+    came, pressed = [], []
+
+    def note(number, frame):
+        if number == signal.SIGINT:
+            pressed.append(time.monotonic())
+            if pressed[-1] - pressed[0] > 1:
+                raise KeyboardInterrupt
+            if len(pressed) == 1 and os.environ.get("RANK", "0") == "0":
+                os.write(2, b"\nCtrl-C: the run stops after this step, and saves. Another one ends it at once\n")
+        came.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return came
+
+
+def end(stopped, seen, checkpoint_path):
+    """How all processes of a training run end, once process 0 has saved. stopped: the signal's number, or 0 where the run is
+    finished; seen: what it has seen, "8,000 images". Of a stopped run, all exit with 128 + its number.
+    """
+    barrier()
+    if stopped and os.environ.get("RANK", "0") == "0":
+        by = "Ctrl-C" if stopped == signal.SIGINT else "SIGTERM"
+        print(f"stopped by {by} after {seen}, which {checkpoint_path} has: the same command goes on from there", flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if stopped:
+        sys.exit(128 + stopped)
+
+
+def require_good_steps(skipped_in_a_row, lower, checkpoint_path):
+    """Raises UserError where so many steps in a row had no finite gradients that the run is lost; `lower`: what may help."""
+    require(skipped_in_a_row < SKIPPED_IN_A_ROW, f"the gradients of the last {skipped_in_a_row:.0f} steps were not finite, and "
+            f"the weights stayed as they were: try a lower {lower}; {checkpoint_path} has weights of before")
+
+
+# ----------------------------------------------------------------------------------------------------
+# progress
+
+
+def progress(items=None, **options):
+    """tqdm(items, **options), whose bar is for a terminal. Elsewhere, in a log file, the same figures come as plain lines, at
+    most one a minute and, but for leave=False, one at the end.
+    """
+    if sys.stderr.isatty():
+        return tqdm(items, **options)
+    form = "{desc}{percentage:.0f}%, {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+    return Lines(items, **options, file=io.StringIO(), bar_format=form)
+
+
+class Lines(tqdm):
+    def display(self, msg=None, pos=None):  # which tqdm calls to draw its bar, or to clear it by msg=""
+        now = time.monotonic()
+        self.shown = getattr(self, "shown", now)
+        if msg is None and (now - self.shown >= 60 or self.disable):  # set by `close`
+            self.shown = now
+            print(self, file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------
+# precision
+
+
+def set_precision(precision, device):
+    """How networks compute on a GPU: bf16 and fp16 by autocast, tf32 for float32 with a shorter mantissa in products, fp32.
+    Elsewhere all is float32. -> the context manager to run networks in
+    """
+    require(precision in ("bf16", "fp16", "tf32", "fp32"), f"--precision is bf16, fp16, tf32 or fp32, not {precision}")
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        say("this GPU has no bfloat16: the run goes on in float32. --precision=fp16 is faster")
+        precision = "tf32"
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast("cuda", dtype) if dtype else contextlib.nullcontext()
+
+
+def can_compile(device):
+    """Whether torch.compile works on this device; a line says why it does not on a GPU."""
+    if device.type != "cuda":
+        return False
+    triton, new = importlib.util.find_spec("triton"), torch.cuda.get_device_capability(device) >= (7, 0)
+    if not (triton and new):
+        why = "Triton is not installed" if new else "this GPU is too old for Triton"
+        say(f"torch.compile can't be used, since {why}: the run goes on without it, more slowly")
+    return bool(triton and new)
+
+
+def has_float64(device):
+    """Whether tensors can be float64 there: on Apple's GPUs they can't."""
+    return torch.device(device).type != "mps"
+
+
+def say(line):
+    """Prints a line on stderr, of one process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,90 @@
+"""
+Where stage 1 starts: the weights of a network that is trained already, EDM's or one of our own.
+"""
+
+import os
+import zipfile
+from pathlib import Path
+
+import data
+from configurator import UserError, require
+from edm_pickle import read_edm
+from model import edm_settings
+from run import say
+
+# of an encoder and its codes; those of the U-Net are read off its weights
+OF_LATENTS = ("num_latents", "codebook_size", "latent_dim", "latent_layers", "latent_heads",
+              "encoder_patch", "encoder_dim", "encoder_layers", "encoder_heads")
+
+
+def start_from(source, model, model_args):
+    """Gives `model`, a DisCoDiff of these settings, the weights at `source`; see `read_network`.
+
+    Layers that plain EDM does not have stay as they are: the cross-attentions begin as the identity (sec. 4.1), so that D is
+    the source's whatever the codes. A class embedding of another number of classes stays as it is, too, and a line says so.
+    Raises UserError where the networks don't fit each other.
+    """
+    path, weights, args = read_network(source)
+    try:
+        there, here = (edm_settings(state) | {name: of.get(name, 0) for name in ("sigma_data", *OF_LATENTS)}
+                       for state, of in ((weights, args), (model.state_dict(), model_args)))
+        require(here["num_latents"] or not there["num_latents"], f"{path} has discrete latents, which its denoiser counts on: "
+                "it can't go on with num_latents=0. Start from plain EDM, or keep the latents")
+        classes, wanted = there.pop("label_dim"), here.pop("label_dim")
+        different = [f"{name}={there[name]!r} there, {here[name]!r} here" for name in here
+                     if there[name] != here[name] and (there["num_latents"] or name not in OF_LATENTS)]
+        require(not different, f"{path} is a network of other settings: {'; '.join(different)}")
+        if classes != wanted:
+            weights.pop("model.map_label.weight", None)
+            say(f"{path} knows {classes} classes, here are {wanted}: its class embedding is not taken, a new one starts afresh")
+        if weights.pop("model.map_augment.weight", None) is not None:
+            say(f"{path} was trained with augmentation: its map_augment, which adds nothing where there is none, is left out")
+
+        def starts_afresh(name):
+            of_latents = not name.startswith("model.") or ".cross." in name
+            return of_latents and not there["num_latents"] or name == "model.map_label.weight" and classes != wanted
+
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        missing = [name for name in missing if not starts_afresh(name)]
+        if missing or unexpected:
+            raise ValueError(f"it has no {missing[0]}" if missing else f"it has {unexpected[0]}, which ours has not")
+    except (LookupError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} is not a network of ADM's architecture: {' '.join(str(error).split())[:200]}") from None
+
+
+def read_network(source):
+    """-> path of the file, its averaged weights, and its settings as in `model_args`; of EDM's network sigma_data alone.
+
+    source: a run's folder, its stage1.pt or a snapshot, "pretrained" for the folder that comes with the repository, or EDM's
+    pickle. Raises UserError that says what it is where it is none of these.
+    """
+    path = data.HERE / "pretrained" if source == "pretrained" else Path(source)
+    require(os.path.exists(path), f"there is no file or folder {path} to start from")
+    if path.is_dir():
+        require((path / "stage1.pt").is_file(), f"{path} has no stage1.pt in it: name the folder of a trained stage 1")
+        path /= "stage1.pt"
+    kind = kind_of(path)
+    wanted = "a stage1.pt, or one of EDM's networks, is wanted"
+    require(kind, f"{path} is neither a checkpoint nor one of EDM's networks: {wanted}")
+    if kind == "pickle":
+        weights, sigma_data = read_edm(path)
+        return path, weights, dict(sigma_data=sigma_data)
+    require(kind != "arrays", f"{path} holds images or other arrays, not a network: {wanted}")
+    state = data.read_checkpoint(path)
+    require(state is not None, f"{path} is truncated or damaged: {wanted}")
+    require(not data.is_of("train_prior", state), f"{path} is a prior: {wanted}")
+    require(data.is_of("train_stage1", state), f"{path} is not a checkpoint of train_stage1.py: {wanted}")
+    return path, state["ema"], state["model_args"]
+
+
+def kind_of(path):
+    """-> "pickle", "checkpoint" (or what is left of one), "arrays" (an .npz, or images in a .zip), or "" for others."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+        if start[:2] == b"PK" and zipfile.is_zipfile(path):
+            names = zipfile.ZipFile(path).namelist()
+            return "checkpoint" if any(name.endswith("data.pkl") for name in names) else "arrays"
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from None
+    return "checkpoint" if start[:2] == b"PK" else "pickle" if start[:1] == b"\x80" else ""
