@@ -29,7 +29,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from configurator import UserError, configure, on_any_process, require
+from configurator import UserError, configure, on_any_process, out_of_memory, require
 from sources import LARGEST, TRANSFORMS, Pictures, is_zip, list_images, open_source, read_idx, require_images
 
 name = ""  # of the data set; `python data.py NAME` is short for --name=NAME
@@ -368,9 +368,9 @@ def read_checkpoint(path, check_only=False):
             if not stored or archive.testzip() is not None:
                 return None
         return check_only or torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception:  # whatever a broken file makes the decoders raise
+    except Exception as error:  # whatever a broken file makes the decoders raise
+        if out_of_memory(error):
+            raise
         return None
 
 
@@ -465,8 +465,8 @@ def resume(path, config, model_args, free, changeable, made_by, **others):
             say_previous(path)
         return state
     state = load_checkpoint(path, made_by)
-    require(TO_TRAIN_ON <= state.keys(), f"{path} has the averaged weights alone, to sample from: it can't be "
-            "trained on. Choose another --out_dir, or start anew with --overwrite=True")
+    require(TO_TRAIN_ON <= state.keys(), f"{path} has {'weights' if 'model' in state else 'the averaged weights'} alone, to sample "
+            f"from: it can't be trained on, but --init_from={path} starts from it in another --out_dir. Or start anew with --overwrite=True")
     changed = different(state, *free, *change)
     goes_on = f"say --change={','.join(changed)} to go on with what is here, " if set(changed) <= set(changeable) else ""
     old = {**state["model_args"], **state["config"]}

@@ -114,11 +114,20 @@ def progress(items=None, **options):
     """
     if sys.stderr.isatty():
         return tqdm(items, **options)
-    form = "{desc}{percentage:.0f}%, {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+    form = "{l_bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
     return Lines(items, **options, file=io.StringIO(), bar_format=form)
 
 
 class Lines(tqdm):
+    def __iter__(self):
+        for item in self.iterable:
+            yield item
+            self.update()
+        self.close()
+
+    def __del__(self):
+        pass  # tqdm closes itself here: after an error, its one line is the last
+
     def display(self, msg=None, pos=None):  # which tqdm calls to draw its bar, or to clear it by msg=""
         now = time.monotonic()
         self.shown = getattr(self, "shown", now)

@@ -48,3 +48,16 @@ def test_config_files_hold_literals_only(tmp_path, text):
     (tmp_path / "bad.py").write_text(text)
     with pytest.raises(UserError, match="bad.py"):
         configure(settings(), [str(tmp_path / "bad.py")])
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    """~ at the start of a string, on the command line, in a config file and of its path."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.py").write_text('name = "~/runs"\n')
+    assert configure(settings(), ["~/a.py"])["name"] == f"{tmp_path}/runs"
+    assert configure(settings(), ["--name=~"])["name"] == str(tmp_path)
+    assert configure(settings(), ["--name=a~/~"])["name"] == "a~/~"
+    for argument in ("--name=~nobody-here/runs", "~nobody-here/a.py"):
+        with pytest.raises(UserError, match=r".*: no home folder is known for ~nobody-here; write the path in full$") as error:
+            configure(settings(), [argument])
+        assert str(error.value).startswith(argument)

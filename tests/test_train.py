@@ -1,3 +1,4 @@
+import contextlib
 import json
 import shutil
 import signal
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import bench
 import data
 from compare_priors import distances, shuffled_in_class
 from configurator import UserError
@@ -91,6 +93,160 @@ def test_overwrite_starts_anew(tmp_path):
     run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--total_images=16")
     run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--total_images=16", "--seed=3", "--overwrite=True")
     assert checkpoint(tmp_path)["config"]["seed"] == 3 and checkpoint(tmp_path)["step"] == 2
+
+
+@contextlib.contextmanager
+def a_crash(monkeypatch, step):
+    """Inside, a run crashes once it has saved this step. -> a list that gets the steps that are saved"""
+    save, saved = data.save_checkpoint, []
+
+    def save_and_crash(path, state):
+        save(path, state)
+        saved.append(state["step"])
+        if state["step"] == step:
+            raise ZeroDivisionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "save_checkpoint", save_and_crash)
+        yield saved
+
+
+def test_overwrite_replaces_once_and_then_goes_on(tmp_path, monkeypatch):
+    """What was there before the command was first given is replaced; the run that it began is continued, and replaced when it has ended."""
+    run("train_stage1.py", f"--out_dir={tmp_path / 'whole'}", *TINY)
+    command = [f"--out_dir={tmp_path / 'run'}", *TINY, "--overwrite=True", "--save_every=8"]
+    run("train_stage1.py", f"--out_dir={tmp_path / 'run'}", *TINY, "--seed=1", "--keep_every=24")
+    assert {p.name for p in (tmp_path / "run").glob("stage1-*")} == {"stage1-000000024.pt", "stage1-000000048.pt"}
+    with a_crash(monkeypatch, 3) as saved, pytest.raises(ZeroDivisionError):
+        run("train_stage1.py", *command)
+    assert saved == [0, 1, 2, 3] and not list((tmp_path / "run").glob("stage1-*"))
+    with a_crash(monkeypatch, -1) as saved:
+        run("train_stage1.py", *command)
+    assert saved == [4, 5, 6] and same_training(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "run"))
+    with monkeypatch.context() as patched:  # torchrun's second attempt, after a worker died when all was done
+        patched.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert "is finished: it has seen 48 images" in run("train_stage1.py", *command)
+    with a_crash(monkeypatch, -1) as saved:
+        run("train_stage1.py", *command)
+    assert saved == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_overwrite_and_the_stage_1_of_a_prior(trained, tmp_path, monkeypatch):
+    """A prior that was begun goes on, unless it is of another stage 1."""
+    command = [f"--out_dir={tmp_path}", *PRIOR, "--total_images=200", "--save_every=50", "--overwrite=True"]
+    stage1 = checkpoint(trained)
+    for bias in (0, 1):
+        stage1["ema"]["model.out_conv.bias"] += bias
+        torch.save(stage1, tmp_path / "stage1.pt")
+        with a_crash(monkeypatch, 2) as saved, pytest.raises(ZeroDivisionError):
+            run("train_prior.py", *command)
+        assert saved == [0, 1, 2]
+    with a_crash(monkeypatch, -1) as saved:
+        run("train_prior.py", *command)
+    assert saved == [3, 4]
+
+
+def test_which_checkpoints_are_continued(tmp_path, capsys):
+    """Of `resume` alone: what --overwrite=True makes of other, finished, damaged and strange checkpoints; settings of old ones."""
+    config = dict(overwrite=True, change="", lr=1.0, batch_size=8, total_images=48)
+    path = tmp_path / "stage1.pt"
+
+    def resumed(**changes):
+        return data.resume(path, config | changes, dict(m=3), ("total_images", "overwrite", "change"), ("lr",), "train_stage1", encoder=7)
+
+    def write(file=path, **changes):
+        torch.save(dict(made_by="train_stage1", config=config, model_args=dict(m=3), step=5, ema={}, model={}, optimizer={}, encoder=7)
+                   | changes, file)
+        return file
+
+    assert resumed() is None
+    write()
+    assert resumed()["step"] == 5
+    for changes in (dict(lr=2.0), dict(total_images=40), dict(total_images=100)):
+        assert resumed(**changes) is None
+    for other in (dict(model_args=dict(m=4)), dict(encoder=8), dict(config=config | dict(overwrite=False)), dict(made_by="train_prior"), dict(step=6)):
+        write(**other)
+        assert resumed() is None, other
+    write(previous := data.previous(path), step=4)
+    path.write_bytes(b"damaged")
+    assert resumed()["step"] == 4 and "the one before it is taken" in capsys.readouterr().err
+    assert resumed(lr=2.0) is None and not capsys.readouterr().err
+    previous.write_bytes(b"damaged")
+    assert resumed() is None
+    write(config={key: value for key, value in config.items() if key != "lr"})  # from before there was such a setting
+    assert resumed()["step"] == 5 and resumed(overwrite=False)["step"] == 5
+
+
+def test_settings_that_may_change(tmp_path):
+    """The new rate is used, and recorded; what is no such setting is named."""
+    settings = [f"--out_dir={tmp_path / 'run'}", *TINY, "--warmup_images=0"]
+    run("train_stage1.py", *settings, "--total_images=16")
+    state = checkpoint(tmp_path / "run")
+    for group in state["optimizer"]["param_groups"]:
+        group["peak_lr"] = 123.0  # which older checkpoints carry
+    torch.save(state, tmp_path / "run" / "stage1.pt")
+    with pytest.raises(UserError, match="dropout=0.0 there, 0.1 here; lr=0.002 there, 0.01 here.: say --change=dropout,lr to go on"):
+        run("train_stage1.py", *settings, "--lr=0.01", "--dropout=0.1")
+    with pytest.raises(UserError) as error:
+        run("train_stage1.py", *settings, "--lr=0.01", "--seed=1")
+    assert "--change" not in str(error.value)
+    with pytest.raises(UserError, match="--change=lr,seed: seed can't change during a run; these can: lr, encoder_lr, warmup_images"):
+        run("train_stage1.py", *settings, "--change=lr,seed")
+    with pytest.raises(UserError, match="--overwrite=True begins anew, --change goes on"):
+        run("train_stage1.py", *settings, "--change=lr", "--overwrite=True")
+    run("train_stage1.py", *settings, "--lr=0.01", "--dropout=0.1", "--change=lr, dropout", "--total_images=24")
+    state = checkpoint(tmp_path / "run")
+    assert [group["lr"] for group in state["optimizer"]["param_groups"]] == [0.01, 0.01, 5e-5]
+    assert state["config"]["lr"] == 0.01 and state["model_args"]["dropout"] == 0.1
+    run("train_stage1.py", *settings, "--lr=0.01", "--dropout=0.1", "--total_images=32")
+    assert checkpoint(tmp_path / "run")["step"] == 4
+    shutil.copy(tmp_path / "run" / "stage1.pt", tmp_path)
+    settings = [f"--out_dir={tmp_path}", *PRIOR, "--warmup_images=0"]
+    run("train_prior.py", *settings, "--total_images=50")
+    with pytest.raises(UserError, match="say --change=lr to go on with what is here"):
+        run("train_prior.py", *settings, "--total_images=100", "--lr=0.5")
+    run("train_prior.py", *settings, "--total_images=100", "--lr=0.5", "--change=lr")
+    assert checkpoint(tmp_path, "prior_ar.pt")["optimizer"]["param_groups"][0]["lr"] == 0.5
+
+
+def test_checkpoints_that_stay(tmp_path):
+    """Weights and average of their step, without the optimiser: they can be sampled from, be trained on from, and get a prior."""
+    run("train_stage1.py", f"--out_dir={tmp_path / 'short'}", *TINY, "--total_images=24")
+    run("train_stage1.py", f"--out_dir={tmp_path / 'run'}", *TINY, "--keep_every=24")
+    path, short = tmp_path / "run" / "stage1-000000024.pt", checkpoint(tmp_path / "short")
+    kept = torch.load(path)
+    assert all(same(kept[key], short[key]) for key in ("model", "ema", "step", "model_args")) and not {"optimizer", "skipped"} & kept.keys()
+    sample = ["--num_images=4", "--num_steps=2", "--device=cpu", "--seed=3"]
+    run("sample.py", f"--out_dir={tmp_path / 'run'}", *sample, f"--checkpoint={path}", "--code=0,1,2")
+    run("sample.py", f"--out_dir={tmp_path / 'short'}", *sample, "--code=0,1,2")
+    made = [np.load(tmp_path / name / "samples.npz")["images"] for name in ("run", "short")]
+    assert np.array_equal(*made)
+    with pytest.raises(UserError, match=r"there is no prior .*prior_ar.pt: give codes by --code or --encode"):
+        run("sample.py", f"--out_dir={tmp_path / 'run'}", *sample, f"--checkpoint={path}")
+    run("train_prior.py", f"--out_dir={tmp_path / 'run'}", *PRIOR, "--total_images=50")
+    with pytest.raises(UserError, match="another stage 1: give codes by --code or --encode, .* copy .*24.pt into a folder of its own as stage1.pt"):
+        run("sample.py", f"--out_dir={tmp_path / 'run'}", *sample, f"--checkpoint={path}")
+    with pytest.raises(UserError, match="--checkpoint=nothing.pt: there is no such file"):
+        run("sample.py", f"--out_dir={tmp_path / 'run'}", *sample, "--checkpoint=nothing.pt")
+    (tmp_path / "own").mkdir()
+    shutil.copy(path, tmp_path / "own" / "stage1.pt")
+    run("train_prior.py", f"--out_dir={tmp_path / 'own'}", *PRIOR, "--total_images=50")
+    run("sample.py", f"--out_dir={tmp_path / 'own'}", *sample)
+    with pytest.raises(UserError, match=r"stage1.pt has weights alone, .* but --init_from=.*own/stage1.pt starts from it"):
+        run("train_stage1.py", f"--out_dir={tmp_path / 'own'}", *TINY)
+
+
+def test_gradients_are_those_of_the_loss_whatever_its_scale(trained, tmp_path):
+    """As fp16 has it: scaled for the backward pass alone, by a power of two here, which changes no bit."""
+    shutil.copy(trained / "stage1.pt", tmp_path)
+    for script, settings in (("train_stage1.py", TINY), ("train_prior.py", PRIOR)):
+        found = []
+        for scale in (1, 128):
+            prepared = bench.prepared(script, "default", tmp_path if script == "train_prior.py" else tmp_path / str(scale), "cpu", *settings)
+            prepared["gradients"].__globals__["scale"] = scale
+            loss = prepared["gradients"](0)
+            found.append((loss, [p.grad for p in prepared["parameters"]]))
+        assert same(*found) and any(g.any() for g in found[0][1])
 
 
 def test_what_stage_1_leaves_and_prints(tmp_path):

@@ -1,0 +1,227 @@
+"""What surrounds a run: locks, signals, progress, precision."""
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import run as runs
+from configurator import UserError, configure, out_of_memory, start_processes
+from conftest import ROOT, TINY, run
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch):
+    """Handlers, locks, hooks and PyTorch's precision, as they were."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    runs.release()
+
+
+# locks
+
+
+def test_one_run_at_a_time(tmp_path, trained):
+    """The second one says so and writes nothing; the file is gone afterwards."""
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+    for script, product, settings in (("train_stage1.py", "stage1", [*TINY, "--overwrite=True"]),
+                                      ("train_prior.py", "prior_ar", ["--device=cpu", "--overwrite=True"]),
+                                      ("sample.py", "samples", ["--device=cpu", "--num_steps=2"])):
+        runs.hold(f"{trained}/{product}")
+        with pytest.raises(UserError, match=f"another run is writing {trained}/{product}: wait until it has ended"):
+            run(script, f"--out_dir={trained}", *settings)
+        assert not list(trained.glob("*.lock"))
+    assert {p: p.stat().st_mtime_ns for p in trained.rglob("*")} == before
+
+
+def test_a_killed_run_holds_nothing(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", f"import run, time; run.hold({str(tmp_path / 'a')!r}); print(1, flush=True); time.sleep(60)"],
+                              cwd=ROOT, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    with pytest.raises(UserError, match="another run"):
+        runs.hold(tmp_path / "a")
+    runs.hold(tmp_path / "b")
+    holder.kill()
+    holder.communicate()
+    assert (tmp_path / "a.lock").exists()
+    runs.hold(tmp_path / "a")
+    runs.release(tmp_path / "a")
+    assert [p.name for p in tmp_path.iterdir()] == ["b.lock"]
+
+
+def test_without_locks_runs_go_on(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError("Function not implemented")
+
+    monkeypatch.setattr(runs.fcntl, "flock", no_locks)
+    runs.hold(tmp_path / "a")
+    monkeypatch.setattr(runs, "fcntl", None)
+    runs.hold(tmp_path / "b")
+    (tmp_path / "file").write_text("")
+    runs.hold(tmp_path / "file" / "c")
+    assert not runs.held
+
+
+# signals
+
+
+def test_a_second_ctrl_c_ends_at_once_unless_it_is_the_same(monkeypatch, capfd):
+    now = [100.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    came = runs.catch_signals()
+    os.kill(os.getpid(), signal.SIGINT)
+    now[0] += 0.9
+    os.kill(os.getpid(), signal.SIGINT)
+    assert max(came) == signal.SIGINT and capfd.readouterr().err.count("Ctrl-C") == 1
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert max(came) == signal.SIGTERM
+    now[0] += 0.2
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("number, said", [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_exit_codes(capsys, number, said):
+    with pytest.raises(SystemExit) as stop:
+        runs.end(number, "8 images", "out/stage1.pt")
+    assert stop.value.code == {"Ctrl-C": 130, "SIGTERM": 143}[said]
+    assert capsys.readouterr().out == f"stopped by {said} after 8 images, which out/stage1.pt has: the same command goes on from there\n"
+    runs.end(0, "8 images", "out/stage1.pt")
+    assert not capsys.readouterr().out
+
+
+# what goes wrong, in one line
+
+
+def hooked(error, capsys, **scope):
+    """What the excepthook of a script with these globals says of an error, and the exit code."""
+    configure(scope, [])
+    with pytest.raises(SystemExit) as stop:
+        sys.excepthook(type(error), error, None)
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    return said[7:-1], stop.value.code
+
+
+def test_out_of_memory_is_one_line(tmp_path, capsys):
+    """Caused by a tensor, an array and Python's own; on a GPU it is another class."""
+    (tmp_path / "stage1.pt").write_text("")
+    caused = []
+    for too_much in (lambda: torch.empty(2 ** 55), lambda: np.empty(2 ** 55), lambda: bytes(2 ** 55)):
+        try:
+            too_much()
+        except Exception as error:
+            caused.append(error)
+    assert len(caused) == 3
+    for error in (*caused, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")):
+        assert out_of_memory(error)
+        assert hooked(error, capsys, batch_gpu=64, batch_size=512, checkpoint_path=str(tmp_path / "stage1.pt")) == (
+            f"out of memory: a smaller --batch_gpu may help; it is 64. {tmp_path}/stage1.pt is untouched", 2)
+        assert hooked(error, capsys, batch_size=512, checkpoint_path="nothing.pt") == ("out of memory: a smaller --batch_size may help; it is 512", 2)
+        assert hooked(error, capsys, workers=3) == ("out of memory", 2)
+    assert not out_of_memory(RuntimeError("shapes do not match")) and not out_of_memory(OSError("not enough memory cards"))
+
+
+def test_a_training_script_without_memory(tmp_path):
+    """With 8 GB of addresses, a batch whose noise takes 25: the checkpoint of the beginning stays."""
+    program = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (8 * 2 ** 30,) * 2); sys.argv.pop(0); "
+               "sys.path.insert(0, '.'); runpy.run_path('train_stage1.py', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", program, "train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--batch_size=8000000"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == (
+        f"error: out of memory: a smaller --batch_gpu may help; it is 512, 512 images at once. {tmp_path}/stage1.pt is untouched\n"), done
+    assert torch.load(tmp_path / "stage1.pt")["step"] == 0 and {p.name for p in tmp_path.iterdir()} == {"stage1.pt", "stage1.jsonl"}
+
+
+def test_a_folder_that_went_away_is_one_line(tmp_path, capsys):
+    for path in (tmp_path / "samples.parts" / "settings.json", tmp_path):
+        assert hooked(OSError(30, "Read-only file system", str(path)), capsys, out_dir=str(tmp_path)) == (
+            f"can't read or write {path}: Read-only file system", 2)
+    configure(dict(out_dir=str(tmp_path)), [])
+    sys.excepthook(FileNotFoundError, FileNotFoundError(2, "No such file or directory", "/elsewhere"), None)  # our mistake: its traceback
+    assert capsys.readouterr().err.startswith("FileNotFoundError: ")
+
+
+# progress
+
+
+def test_progress_is_plain_lines_without_a_terminal(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    bar = runs.progress(total=400, unit="img", initial=0, mininterval=0)
+    for _ in range(400):
+        now[0] += 1  # a second an image
+        bar.update(1)
+        bar.set_postfix({"loss": "0.5000"})
+    bar.close()
+    lines = capsys.readouterr().err.split("\n")
+    assert len(lines) == 8 and lines[-1] == "" and "\r" not in "".join(lines)
+    assert [line.split("%")[0].strip() for line in lines[:-1]] == ["15", "30", "45", "60", "75", "90", "100"]
+    assert all(", loss=0.5000]" in line and "img/s" in line for line in lines[:-1]) and lines[-2].startswith("100%| 400/400 [")
+    assert list(runs.progress([1, 2, 3], desc="of three")) == [1, 2, 3]
+    assert capsys.readouterr().err.startswith("of three: 100%| 3/3 [")
+    assert list(runs.progress([1, 2, 3], leave=False)) == [1, 2, 3] and list(runs.progress([1], disable=True)) == [1]
+    with pytest.raises(ZeroDivisionError):
+        for i in runs.progress([1, 0]):
+            1 / i
+    assert not capsys.readouterr().err
+
+
+def test_progress_in_a_terminal_is_tqdms(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert type(runs.progress([1])) is runs.tqdm and list(runs.progress([1, 2])) == [1, 2]
+    assert "\r" in capsys.readouterr().err
+
+
+# precision
+
+
+@pytest.mark.parametrize("precision, dtype, matmul, tf32", [
+    ("bf16", torch.bfloat16, "high", True), ("fp16", torch.float16, "high", True), ("tf32", None, "high", True), ("fp32", None, "highest", False)])
+def test_precision_on_a_gpu(monkeypatch, capsys, precision, dtype, matmul, tf32):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype: (device, dtype))
+    found = runs.set_precision(precision, torch.device("cuda"))
+    assert found == ("cuda", dtype) if dtype else isinstance(found, contextlib.nullcontext)
+    assert torch.get_float32_matmul_precision() == matmul and torch.backends.cudnn.allow_tf32 == tf32
+    assert not capsys.readouterr().err
+
+
+def test_what_a_gpu_lacks_is_said_and_done_without(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert isinstance(runs.set_precision("bf16", torch.device("cuda")), contextlib.nullcontext)
+    assert capsys.readouterr().err == "this GPU has no bfloat16: the run goes on in float32. --precision=fp16 is faster\n"
+    for triton, capability, why in ((True, (7, 0), ""), (None, (9, 0), "Triton is not installed"), (True, (6, 1), "this GPU is too old for Triton")):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: triton)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert runs.can_compile(torch.device("cuda")) == (not why)
+        said = capsys.readouterr().err
+        assert said == (f"torch.compile can't be used, since {why}: the run goes on without it, more slowly\n" if why else "")
+
+
+def test_a_cpu_computes_in_float32(capsys):
+    for precision in ("bf16", "fp16", "tf32", "fp32"):
+        assert isinstance(runs.set_precision(precision, torch.device("cpu")), contextlib.nullcontext)
+    assert torch.get_float32_matmul_precision() == "highest" and not runs.can_compile(torch.device("cpu")) and not capsys.readouterr().err
+    with pytest.raises(UserError, match="--precision is bf16, fp16, tf32 or fp32, not int8"):
+        runs.set_precision("int8", torch.device("cpu"))
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is a GPU of Apple's")
+def test_apples_gpus_are_for_one_process_and_for_macs(monkeypatch):
+    with pytest.raises(UserError, match="--device=mps can't be used here: it is for Apple's GPUs"):
+        start_processes("mps")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--device=mps is for one process: 2 can't work together there"):
+        start_processes("mps")
