@@ -95,6 +95,8 @@ def end(stopped, seen, checkpoint_path):
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if stopped:
+        for number in (signal.SIGTERM, signal.SIGINT):  # by torchrun, to the others, as soon as one has ended
+            signal.signal(number, signal.SIG_IGN)
         sys.exit(128 + stopped)
 
 

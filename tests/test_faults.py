@@ -157,8 +157,12 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, capsys
 # signals
 
 
-@pytest.mark.parametrize("script, name", [("train_stage1.py", "stage1.pt"), ("train_prior.py", "prior_ar.pt")])
-def test_sigterm_saves_and_the_same_command_goes_on(trained, tmp_path, script, name):
+STOPS = {signal.SIGTERM: ("SIGTERM", 143), signal.SIGINT: ("Ctrl-C", 130)}
+
+
+@pytest.mark.parametrize("script, name, stop", [("train_stage1.py", "stage1.pt", signal.SIGTERM), ("train_prior.py", "prior_ar.pt", signal.SIGTERM),
+                                                ("train_stage1.py", "stage1.pt", signal.SIGINT)])
+def test_sigterm_and_ctrl_c_save_and_the_same_command_goes_on(trained, tmp_path, script, name, stop):
     settings = [*TINY, "--total_images=400"] if script == "train_stage1.py" else \
         ["--layers=1", "--dim=16", "--heads=2", "--batch_size=50", "--total_images=20000", "--device=cpu"]
     for folder in ("whole", "stopped"):
@@ -169,28 +173,32 @@ def test_sigterm_saves_and_the_same_command_goes_on(trained, tmp_path, script, n
     process = start(*command, script=script)
     until((tmp_path / "stopped" / name).exists, process)
     time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(stop)
     printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 143 and "Traceback" not in errors, errors
+    said, code = STOPS[stop]
+    assert process.returncode == code and "Traceback" not in errors, errors
     stopped = checkpoint(tmp_path / "stopped", name)
     images = stopped["step"] * stopped["config"]["batch_size"]
-    assert re.search(rf"stopped by SIGTERM after {images:,} \w+, which .*{name} has: the same command goes on", printed) and images > 0
+    assert re.search(rf"stopped by {said} after {images:,} \w+, which .*{name} has: the same command goes on", printed) and images > 0
     run(script, *command)
     run(script, f"--out_dir={tmp_path / 'whole'}", *command[1:])
     assert same_training(checkpoint(tmp_path / "whole", name), checkpoint(tmp_path / "stopped", name))
 
 
-@pytest.mark.parametrize("to", [pytest.param("torchrun", marks=pytest.mark.soak), "one worker"])
-def test_sigterm_to_several_processes(tmp_path, to):
-    """All stop after the same step, whichever of them has heard the signal."""
+@pytest.mark.parametrize("to, stop", [pytest.param("torchrun", signal.SIGTERM, marks=pytest.mark.soak),
+                                      pytest.param("torchrun", signal.SIGINT, marks=pytest.mark.soak),
+                                      pytest.param("one worker", signal.SIGTERM, marks=pytest.mark.soak), ("one worker", signal.SIGINT)])
+def test_a_signal_to_several_processes(tmp_path, to, stop):
+    """All stop after the same step, with the same exit code, whichever of them has heard the signal."""
     settings = [*TINY, "--total_images=4800", "--save_every=1000000"]
     process = start(f"--out_dir={tmp_path}", *settings, launcher=[*TORCHRUN, "--nproc_per_node=2"])
     until((tmp_path / "stage1.pt").exists, process)
     time.sleep(0.5)
-    os.kill(process.pid if to == "torchrun" else workers_of(process)[1], signal.SIGTERM)
+    os.kill(process.pid if to == "torchrun" else workers_of(process)[1], stop)
     printed, errors = process.communicate(timeout=90)
     assert process.returncode
-    said = re.search(r"stopped by SIGTERM after ([\d,]+) images", printed)
+    said = re.search(rf"stopped by {STOPS[stop][0]} after ([\d,]+) images", printed)
+    assert to == "torchrun" or re.findall(r"exitcode +: (-?\d+)", errors) == [str(STOPS[stop][1])] * 2, errors
     assert said and "train_stage1.py\", line" not in errors, (printed, errors)
     assert checkpoint(tmp_path)["step"] * 8 == int(said[1].replace(",", "")) > 0
 
