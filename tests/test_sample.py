@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 import data
+import run as runs
 from configurator import UserError, configure
 from conftest import ROOT, TINY, run
-from model import SEDD, DisCoDiff, euler_probs, log_linear
+from model import SEDD, DisCoDiff, Prior, euler_probs, log_linear
 from sample import SeededNoise, denoiser, first_hitting, heun, restart, restart_loops, tau_leaping
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "samplers.npz")
@@ -372,6 +373,46 @@ def test_the_script_spends_the_evaluations_that_it_prints(trained, monkeypatch, 
     monkeypatch.setattr(DisCoDiff, "denoise", lambda self, x, sigma, *_: (calls.append(len(x)), x * 0)[1])
     printed = run("sample.py", f"--out_dir={trained}", "--name=n", "--num_images=5", "--device=cpu", *arguments)
     assert f"5 images, {nfe} evaluations each" in printed and calls == [5] * nfe
+
+
+def test_a_device_without_float64_is_given_none(trained, samples, monkeypatch):
+    """As Apple's GPUs, which a CPU stands for: the samplers stay in float64, what networks get is float32; the samples are the same."""
+    given = []
+
+    def noted(network, method):
+        function = getattr(network, method)
+
+        def noting(self, *arguments, **options):
+            given.extend(t.dtype for t in (*arguments, *options.values()) if isinstance(t, torch.Tensor))
+            return function(self, *arguments, **options)
+
+        monkeypatch.setattr(network, method, noting)
+
+    monkeypatch.setattr(runs, "has_float64", lambda device: False)
+    for network, method in ((DisCoDiff, "denoise"), (Prior, "sample"), (SEDD, "forward")):
+        noted(network, method)
+    run("sample.py", f"--out_dir={trained}", "--name=narrow", *SAMPLE)
+    assert set(given) == {torch.float32, torch.int64} and close(load(trained, "narrow"), samples)
+    run("sample.py", f"--out_dir={trained}", "--name=narrow", *SAMPLE, "--prior=sedd", "--sedd_sampler=analytic", "--sedd_steps=5", "--guidance=2")
+    run("sample.py", f"--out_dir={trained}", "--name=narrow", *SAMPLE, "--prior=sedd", "--encode=fashion-mnist-10k")
+    assert set(given) == {torch.float32, torch.int64}
+
+
+def test_images_are_made_in_the_precision_that_is_set(trained, monkeypatch):
+    """The context that `set_precision` gives is around the denoiser, and around no more."""
+    inside, evaluations = [], []
+
+    class Context:
+        def __enter__(self):
+            inside.append(1)
+
+        def __exit__(self, *error):
+            inside.pop()
+
+    monkeypatch.setattr(runs, "set_precision", lambda precision, device: {"fp16": Context()}[precision])
+    monkeypatch.setattr(DisCoDiff, "denoise", lambda self, x, sigma, *_: (evaluations.append(len(inside)), x * 0)[1])
+    run("sample.py", f"--out_dir={trained}", "--name=fp16", *SAMPLE, "--precision=fp16")
+    assert evaluations == [1] * 5 and not inside
 
 
 def test_any_seeds_can_be_made_alone(trained, samples):
