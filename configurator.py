@@ -186,8 +186,26 @@ def start_processes(device):
             store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", store=store, rank=rank,
                                              world_size=world, timeout=limit)
+        global _group
+        _group = torch.distributed.new_group(timeout=limit, backend="gloo")
         sys.excepthook = hook
     return int(os.environ.get("RANK", 0)), world, place
+
+
+# What processes say to each other, but for DDP's gradients, goes through a group of its own. gloo's threads may still hold tensors
+# after a barrier, and need Python to let go of them: a process that ends at that moment is aborted (SIGABRT). They are waited
+# for where their group goes, which DDP's never does: PyTorch keeps references to it.
+_group = None
+
+
+def leave_processes():
+    """The end of what `start_processes` began; before it, a `barrier` lets process 0 finish what the others wait for."""
+    import torch
+
+    global _group
+    _group = None
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def barrier():
@@ -195,7 +213,18 @@ def barrier():
     import torch
 
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        torch.distributed.barrier(_group)
+
+
+def mean_over_processes(x):
+    """The mean of the processes' tensors, on the CPU."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        x = x.cpu()
+        torch.distributed.all_reduce(x, group=_group)
+        x = x / torch.distributed.get_world_size()
+    return x
 
 
 def max_over_processes(number):
@@ -204,7 +233,7 @@ def max_over_processes(number):
 
     if torch.distributed.is_initialized():
         numbers = torch.tensor(number)
-        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, _group)
         number = numbers.item()
     return number
 
@@ -216,9 +245,4 @@ def on_any_process(flag):
 
 def same_on_all(number):
     """Whether all processes have this number."""
-    import torch
-
-    ends = torch.tensor([number, -number])
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
-    return ends[0] == -ends[1]
+    return max_over_processes(number) == -max_over_processes(-number)

@@ -82,6 +82,12 @@ def class_names(name, root=HERE / "datasets"):
     return FASHION if name == EMBEDDED else [*map(str, json.loads((root / name / "classes.json").read_text()))]
 
 
+def classes_of(checkpoint):
+    """The names of the classes that a checkpoint of stage 1 was trained with; [] without. Older ones do not have them."""
+    count, known = checkpoint["model_args"]["label_dim"], FASHION if checkpoint["config"]["dataset"] == EMBEDDED else []
+    return (checkpoint.get("classes") or known or [str(c) for c in range(count)])[:count]
+
+
 def made_of(source, root=HERE / "datasets"):
     """How the images of a prepared data set, or those that the images in an .npz go back to, were made: a dict with "transform", or
     None where nobody has said so."""
@@ -186,7 +192,7 @@ def open_pictures(source, **settings):
     """An image file, or all in a folder or .zip -> `Pictures` with these settings, and labels, int64 (N,), where dataset.json has any."""
     if Path(source).is_file() and not is_zip(source):
         return Pictures([(source, Path(source))], **settings), None
-    files, labels, _, _ = list_images(source, folders_are_classes=False)
+    files, labels, _, _ = list_images(source, data_set=False)
     return Pictures(files, **settings), None if labels is None else np.array(labels, np.int64)
 
 
@@ -250,8 +256,8 @@ class NpzImages:
         return np.frombuffer(read, np.uint8).reshape(-1, *self.shape[1:])
 
 
-def merge_npz(files, path):
-    """Joins .npz files with the same keys along their arrays' first axis, one file in memory at a time."""
+def merge_npz(files, path, **once):
+    """Joins .npz files with the same keys along their arrays' first axis, one file in memory at a time; `once`: more arrays."""
     with np.load(files[0]) as first:
         keys = {key: (first[key].dtype, first[key].shape[1:]) for key in first.files}
     with atomic(path) as f, zipfile.ZipFile(f, "w") as archive:
@@ -261,6 +267,29 @@ def merge_npz(files, path):
                 write_npy_header(member, dtype, (count, *shape))
                 for file in files:
                     member.write(np.load(file)[key].tobytes())
+        for key, value in once.items():
+            with archive.open(f"{key}.npy", "w") as member:
+                np.lib.format.write_array(member, np.asarray(value), allow_pickle=False)
+
+
+def require_pngs_alone(folder, seeds):
+    """Raises UserError where this folder has other files than `save_pngs` writes for these seeds: they would be taken for images
+    of the same run."""
+    others = {path.name for path in folder.iterdir()} - {"dataset.json", *map("{:06d}.png".format, seeds)} if folder.exists() else ()
+    require(not others, f"{folder} has other files in it, as {min(others, default='')}: delete it, or choose another --name")
+
+
+def save_pngs(files, folder):
+    """Writes the images of .npz files of sample.py as PNG files, SEED.png, and the labels as EDM does, dataset.json."""
+    folder.mkdir(exist_ok=True)
+    found = []
+    for file in files:
+        with np.load(file) as part:
+            for image, seed, label in zip(part["images"], part["seeds"], part["labels"].tolist()):
+                Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(folder / f"{seed:06d}.png")
+                found.append([f"{seed:06d}.png", label])
+    with atomic(folder / "dataset.json") as f:
+        f.write(json.dumps({"labels": found if all(label >= 0 for _, label in found) else None}).encode())
 
 
 def write_npy_header(f, dtype, shape):

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from configurator import UserError, barrier, configure, require, start_processes
+from configurator import UserError, barrier, configure, leave_processes, require, start_processes
 from data import (HERE, Shuffle, atomic, class_names, fingerprint, identity, load, load_checkpoint, made_of, open_images, open_npz,
                   save_checkpoint, split, to_float)
 from inception import Inception, find_inception, load_inception, resize_tf1  # the tests take them from here
@@ -569,5 +569,4 @@ def main():
 if __name__ == "__main__":
     configure(globals())
     main()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from configurator import UserError, barrier, require
+from configurator import UserError, barrier, leave_processes, require
 from model import SKIPPED_IN_A_ROW
 
 try:
@@ -92,8 +92,7 @@ def end(stopped, seen, checkpoint_path):
     if stopped and os.environ.get("RANK", "0") == "0":
         by = "Ctrl-C" if stopped == signal.SIGINT else "SIGTERM"
         print(f"stopped by {by} after {seen}, which {checkpoint_path} has: the same command goes on from there", flush=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_processes()
     if stopped:
         for number in (signal.SIGTERM, signal.SIGINT):  # by torchrun, to the others, as soon as one has ended
             signal.signal(number, signal.SIG_IGN)

@@ -4,7 +4,8 @@ Samples of a trained DisCo-Diff (Alg. 3): codes from the prior, then the denoise
     python sample.py                                   # out/samples.png and out/samples.npz
     python sample.py --init_from=pretrained            # the same without training
     python sample.py --checkpoint=out/stage1-000100000.pt --encode=fashion-mnist-10k    # of an earlier stage 1
-    python sample.py --guidance=2 --class_label=9      # stronger latents (App. B), one class
+    python sample.py --guidance=2 --class_label=Bag    # stronger latents (App. B), one class, by its name or number
+    python sample.py --png=True                        # and a folder of PNG files, out/samples/
     python sample.py --encode=fashion-mnist-10k        # the codes of these images, by the encoder
     python sample.py --code=3,1,4,1,5,9,2,6            # a code by hand
     python sample.py --encode=a.png --compose=b.png --class_label=4   # codes of both, mixed
@@ -29,10 +30,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import data
-from configurator import UserError, barrier, configure, require, start_processes
+from configurator import UserError, barrier, configure, leave_processes, require, start_processes
 from model import DisCoDiff, Prior, SEDD, analytic_probs, denoise_probs, draw_codes, euler_probs, seed_of
 from run import has_float64, hold, progress, set_precision
 
@@ -46,11 +46,14 @@ precision = "bf16"  # of images on a GPU: "bf16", "fp16", "tf32", "fp32"; elsewh
 num_images = 160
 batch_size = 80  # images that one process makes at once
 seed = 0
+png = False  # also a folder out_dir/NAME with a PNG file for each image, and dataset.json, the labels in EDM's form
 # conditions: `per_code` images in a row share one code; as in Fig. 2b, two codes stand side by side for a class
 per_code = 8
-class_label = -1  # one class for all; -1: the classes in turn
+class_label = ""  # one class for all, its name or number; "": the classes in turn
+random_labels = False  # the classes at random instead, as in EDM's protocol: in turn, they are balanced, which flatters FID a little
 code = ()  # a code by hand, m numbers in 0 ... k - 1
 encode = ""  # codes of these images: an image file, a folder of them, an .npz, or a prepared data set, training images first
+exif = False  # turn image files for --encode and --compose as their EXIF orientation says: photographs
 compose = ""  # a second code, or images: of four rows in turn, two have the codes of the two, two are mixtures of both
 guidance = 1.0  # w in D~ = w D(z) + (1 - w) D(null), App. B; Table 3 counts cfg = w - 1
 # codes: which prior, and its sampler
@@ -335,7 +338,7 @@ def read_source(setting, source, model, stage1):
         require(len(source) == m and all(type(c) is int and 0 <= c < k for c in source),
                 f"--{setting} takes {m} numbers in 0 ... {k - 1}, not {source}")
         return source
-    images, labels, order = data.read_images(source, model.img_shape)
+    images, labels, order = data.read_images(source, model.img_shape, exif)
     if source == stage1["config"]["dataset"]:
         order = np.concatenate(data.split(len(images), stage1["config"]["held_out"]))  # those that it was trained on first
     if model.label_dim and class_label < 0:
@@ -370,6 +373,8 @@ def row_conditions(rows, model, sources, prior, device):
     device = noise.device
     if not model.label_dim or class_label >= 0:
         labels = torch.full((len(rows),), class_label, device=device)
+    elif random_labels:
+        labels = (model.label_dim * (1 - SeededNoise("labels", which, device).rand())).long()
     else:  # the classes in turn
         in_turn = which if len(sources) == 2 or per_code == 1 else rows // 2
         labels = torch.from_numpy(in_turn % model.label_dim).to(device)
@@ -387,7 +392,20 @@ def row_conditions(rows, model, sources, prior, device):
     return torch.where(first, *codes), torch.where(turn % 2 == 0, *c)
 
 
+def class_number(label, names):
+    """A class by its name or number -> its number, -1 for "". Raises UserError where there is no such class."""
+    if label in names:
+        return names.index(label)
+    require(names or label in ("", "-1"), f"class_label {label}: this model was trained without classes")
+    known = f"this model has {len(names)} classes, 0 ... {len(names) - 1}: {', '.join(names[:20])}{', ...' * (len(names) > 20)}"
+    number = re.fullmatch(r"-?\d+", label or "-1")
+    require(number, f"there is no class {label!r}: {known}")
+    require(-1 <= int(number[0]) < len(names) or not names, f"class_label {label} is out of range: {known}")
+    return int(number[0])
+
+
 def main():
+    global class_label
     for setting in ("num_images", "batch_size", "per_code", "sedd_steps", "num_steps", "sigma_min", "sigma_max", "rho"):
         require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
     require(min(temperature, S_churn, gamma, seed) >= 0, "temperature, S_churn, gamma and seed can't be negative")
@@ -412,9 +430,8 @@ def main():
     trained = str(data.HERE / "pretrained") if init_from == "pretrained" else init_from or out_dir
     require(not checkpoint or Path(checkpoint).is_file(), f"--checkpoint={checkpoint}: there is no such file")
     model, stage1 = load_stage1(trained, place, checkpoint)
-    require(-1 <= class_label < model.label_dim, f"class_label {class_label} is out of range: "
-            f"this model has {model.label_dim} classes, 0 ... {model.label_dim - 1}" if model.label_dim else
-            f"class_label {class_label}: this model was trained without classes")
+    class_label = class_number(class_label, data.classes_of(stage1))
+    require(class_label < 0 or not random_labels, "--class_label is one class for all, --random_labels are all classes: choose one")
     require(model.num_latents or not (code or encode or guidance != 1),
             "this model has no discrete latents (num_latents=0): --code, --encode and --guidance need them")
     sources = [read_source(setting, source, model, stage1)
@@ -433,6 +450,9 @@ def main():
                 f.write(made_with.encode())
         require((parts / "settings.json").read_text() == made_with, f"{parts} holds an unfinished run with other "
                 "settings: delete it, start that run again to finish it, or choose another --name")
+    target = Path(f"{out_dir}/{name}")
+    if png:
+        data.require_pngs_alone(target, range(seed, seed + num_images))
     starts = range(0, num_images, batch_size)
     missing = [start for start in starts if not (parts / f"{start:09d}.npz").exists()]
     barrier()
@@ -467,19 +487,19 @@ def main():
                      nfe=np.full(len(seeds), nfe), seconds=np.full(len(seeds), elapsed / len(seeds), np.float32))
     barrier()
     if rank == 0:
-        target = f"{out_dir}/{name}"
         files = [parts / f"{start:09d}.npz" for start in starts]
         shown = np.concatenate([np.load(file)["images"] for file in files[:-(-256 // batch_size)]])[:256]
-        data.merge_npz(files, f"{target}.npz")
+        data.merge_npz(files, f"{target}.npz", **{"made": json.dumps(stage1["made"])} if stage1.get("made") else {})
+        if png:
+            data.save_pngs(files, target)
         data.save_grid(shown, f"{target}.png", 2 * per_code if 1 < per_code <= 16 else math.isqrt(len(shown)))
         for file in files:  # settings.json last: what is left after a power cut can be gone on with
             file.unlink()
         shutil.rmtree(parts)
         print(f"{made[0]:,} codes in {seconds['codes']:.2f} s, {made[1]:,} images in {seconds['images']:.2f} s"
               + (" (the share of process 0)" if world > 1 else ""))
-        print(f"{target}.png and {target}.npz are ready")
-    if world > 1:
-        dist.destroy_process_group()
+        print(f"{target}.png and {target}.npz are ready" + f", and {target}/ with a PNG file for each image" * png)
+    leave_processes()
 
 
 if __name__ == "__main__":

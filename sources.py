@@ -207,13 +207,13 @@ def list_zip(path):
     return files, sorted(folders - {"."})
 
 
-def list_images(path, folders_are_classes=True):
+def list_images(path, data_set=True):
     """The images of a folder or .zip -> [(name, path or function that reads it)], labels, class names, whether as EDM writes it.
 
     By dataset.json where there is one, at the top or in the only folder there: {"labels": [[name, class], ...]}, or null for
     none. Else one subfolder a class, sorted by name; in a .zip perhaps in one folder around all of them. Without subfolders:
     no labels (None), no class names ([]). Raises UserError for what is none of these, and for classes without images.
-    folders_are_classes=False: only dataset.json has labels.
+    data_set=False, for images to measure: dataset.json alone has labels, and classes may be without images.
     """
     files, folders = list_zip(path) if is_zip(path) else list_folder(path)
     names = sorted(filter(is_image, files), key=lambda name: PurePosixPath(name).parts)
@@ -230,8 +230,8 @@ def list_images(path, folders_are_classes=True):
             if gone := labels.keys() - files.keys():
                 print(f"{path}: {len(gone)} images that {given} has a label for are not there, as {min(gone)}", file=sys.stderr)
         labels = [labels[name] for name in names] if labels else None
-        classes = numbered(labels, path) if labels else []
-    elif not folders_are_classes:
+        classes = numbered(labels, path) if labels and data_set else []
+    elif not data_set:
         labels, classes = None, []
     else:
         parents = {PurePosixPath(name).parent for name in names}

@@ -32,13 +32,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import data
-from configurator import UserError, configure, max_over_processes, require, same_on_all, start_processes
+from configurator import UserError, configure, max_over_processes, mean_over_processes, require, same_on_all, start_processes
 from model import DisCoDiff, draw_codes, guarded_step, gumbel_noise, seed_of, seeded_generator
 from run import can_compile, catch_signals, end, has_float64, hold, progress, require_good_steps, set_precision
 from sample import denoiser, heun
@@ -56,7 +55,7 @@ loss_scale = 1.0  # in fp16, so that small gradients don't vanish; EDM has 100 f
 compile = True  # torch.compile, on a GPU
 # data
 dataset = "fashion-mnist-10k"
-held_out = 500  # images that neither stage trains on
+held_out = -1  # images that neither stage trains on; -1: 500, or a tenth of a data set of fewer than 5,000
 class_cond = True  # class labels condition the denoiser (and, in stage 2, the prior)
 xflip = False  # mirror half of the images
 # denoiser: ADM's U-Net
@@ -64,7 +63,7 @@ model_channels = 16
 channel_mult = (1, 1, 4)
 channel_mult_emb = 4
 num_blocks = 1
-attn_resolutions = (7,)
+attn_resolutions = (0,)  # feature maps with self- and cross-attention, by their pixels a side; (0,): the smallest
 dropout = 0.0
 # discrete latents
 num_latents = 8  # m; 0: plain EDM
@@ -75,7 +74,7 @@ latent_dim = 64
 latent_layers = 6
 latent_heads = 2
 # encoder: ViT
-encoder_patch = 7
+encoder_patch = 0  # pixels a side; 0: a quarter of the image
 encoder_dim = 128
 encoder_layers = 3
 encoder_heads = 4
@@ -107,18 +106,11 @@ master, on_gpu = rank == 0, device.type == "cuda"
 autocast = set_precision(precision, device)
 scale = loss_scale if precision == "fp16" and on_gpu else 1
 
-
-def mean_over_processes(x):
-    if world > 1:
-        dist.all_reduce(x)
-    return x / world
-
-
 for setting in ("total_images", "batch_size", "batch_gpu", "lr", "encoder_lr", "loss_scale", "tau", "log_every", "save_every", "sigma_data",
                 "model_channels", "channel_mult_emb", "num_blocks", "codebook_size", "latent_dim", "latent_heads",
-                "encoder_patch", "encoder_dim", "encoder_heads"):
+                "encoder_dim", "encoder_heads"):
     require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
-for setting in ("seed", "num_latents", "latent_layers", "encoder_layers", "warmup_images", "ema_halflife_images",
+for setting in ("seed", "num_latents", "latent_layers", "encoder_layers", "encoder_patch", "warmup_images", "ema_halflife_images",
                 "ema_rampup", "P_std", "keep_every", "preview_every", "null_prob", "dropout"):
     require(config[setting] >= 0, f"{setting} can't be negative: it is {config[setting]}")
 require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
@@ -134,15 +126,25 @@ micro_batch = local_batch // micro_steps
 # data, model, optimiser
 
 images, labels, num_classes = data.load(dataset)
-require(num_classes or not class_cond, f"the data set {dataset} has no class labels: train with --class_cond=False")
-require(0 <= held_out < len(images), f"held_out is {held_out}: the data set has {len(images)} images")
+img_resolution, img_channels = images.shape[1], images.shape[3]
+require(images.shape[1] == images.shape[2], f"images must be square, not {images.shape[1]} x {images.shape[2]}")
+maps = [img_resolution >> level for level in range(len(channel_mult))]  # sizes of the feature maps
+held_out = min(500, len(images) // 10) if held_out == -1 else held_out
+attn_resolutions = (maps[-1],) if attn_resolutions == (0,) else attn_resolutions
+encoder_patch = encoder_patch or max(p for p in range(1, img_resolution + 1) if img_resolution % p == 0 and (p == 1 or 4 * p <= img_resolution))
+config |= dict(held_out=held_out, attn_resolutions=attn_resolutions, encoder_patch=encoder_patch)
+misfits = [misfit for misfit, found in (  # in one message, each with what fits
+    (f"the data set {dataset} has no class labels: train with --class_cond=False", class_cond and not num_classes),
+    (f"held_out is {held_out}: the data set has {len(images)} images, -1 takes a tenth", not 0 <= held_out < len(images)),
+    (f"attn_resolutions has {sorted({*attn_resolutions} - {*maps})}: the feature maps are {maps}, (0,) takes the last", {*attn_resolutions} - {*maps}),
+    (f"encoder_patch {encoder_patch} does not divide images of {img_resolution} pixels, 0 takes a quarter",
+     num_latents and img_resolution % encoder_patch)) if found]
+require(not misfits, "; ".join(misfits))
 train_indices, held_out_indices = data.split(len(images), held_out)
 batches = data.Shuffle(train_indices, seed)
 config["data_identity"] = data.identity(images, labels)  # for the checkpoint: a data set that has changed is noticed
 data_stamp = data.stamp(images)
 
-img_resolution, img_channels = images.shape[1], images.shape[3]
-require(images.shape[1] == images.shape[2], f"images must be square, not {images.shape[1]} x {images.shape[2]}")
 model_args = dict(
     img_resolution=img_resolution, img_channels=img_channels, label_dim=num_classes if class_cond else 0,
     sigma_data=sigma_data, model_channels=model_channels, channel_mult=channel_mult,
@@ -283,7 +285,8 @@ def save_preview(path, rows=8, columns=8):
     latents = latents if has_float64(device) else latents.cpu()
     x = heun(denoiser(ema, c, z, autocast=autocast), latents).float().to(device).unflatten(0, (len(shown), columns))
     grid = torch.cat([y[:, None], x], dim=1).flatten(0, 1)
-    data.save_grid(data.to_uint8(grid), path, columns + 1)
+    names = data.class_names(dataset)
+    data.save_grid(data.to_uint8(grid), path, columns + 1, [names[label] for label in labels[shown]] if class_cond else ())
 
 
 @torch.no_grad()
@@ -324,7 +327,7 @@ def save(step, keep=False):
     require(get_total_norm(parameters).isfinite(), f"the weights are not finite any more: a lower --lr or --encoder_lr may help; "
             f"{checkpoint_path} is left as it was")
     state = dict(made_by="train_stage1", config=config, model_args=model_args, step=step, model=model.state_dict(),
-                 ema=ema.state_dict())
+                 ema=ema.state_dict(), classes=data.class_names(dataset), made=data.made_of(dataset))
     if keep:
         with data.atomic(f"{out_dir}/stage1-{step * batch_size:09d}.pt") as file:
             torch.save(state, file)

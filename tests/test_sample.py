@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from PIL import Image
 
 import data
 import run as runs
+import sample
 from configurator import UserError, configure
 from conftest import ROOT, TINY, run
 from model import SEDD, DisCoDiff, Prior, euler_probs, log_linear
-from sample import SeededNoise, denoiser, first_hitting, heun, restart, restart_loops, tau_leaping
+from sample import SeededNoise, class_number, denoiser, first_hitting, heun, restart, restart_loops, tau_leaping
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "samplers.npz")
 CENTRES = 3 * torch.tensor([(math.cos(i * math.pi / 4), math.sin(i * math.pi / 4)) for i in range(8)], dtype=torch.float64)
@@ -331,6 +333,57 @@ def test_what_is_written(trained, samples):
     assert len(np.unique(samples["images"].reshape(20, -1), axis=0)) == 20
     assert Image.open(trained / "first.png").size == (8 * 30 * 2, 3 * 30 * 2)
     assert not (trained / "first.parts").exists()
+
+
+def test_a_folder_of_png_files(trained, tmp_path):
+    """Which eval_fid.py and data.py read, with the labels; files of another run in it are not mixed with these."""
+    arguments = ["sample.py", f"--out_dir={tmp_path}", f"--init_from={trained}", *SAMPLE, "--png=True", "--seed=7"]
+    printed = run(*arguments)
+    made, folder = load(tmp_path), tmp_path / "samples"
+    assert printed.splitlines()[-1].endswith(f"and {folder}/ with a PNG file for each image")
+    images, labels = data.open_images(str(folder))
+    assert sorted(p.name for p in folder.iterdir()) == [*(f"{i:06d}.png" for i in range(7, 27)), "dataset.json"]
+    assert np.array_equal(images[:], made["images"]) and np.array_equal(labels, made["labels"])
+    run(*arguments)
+    run(*arguments, "--class_label=3")
+    assert (data.open_images(str(folder))[1] == 3).all()
+    (folder / "mine.png").write_bytes(b"x")
+    with pytest.raises(UserError, match="samples has other files in it, as mine.png: delete it, or choose another --name"):
+        run(*arguments)
+    (folder / "mine.png").unlink()
+    with pytest.raises(UserError, match="other files in it, as 000007.png"):
+        run(*arguments, "--seed=8")
+
+
+def test_classes_by_name(trained, tmp_path):
+    for name, number in (("Bag", 8), ("T-shirt/top", 0), ("3", 3)):
+        run("sample.py", f"--out_dir={trained}", "--name=named", *SAMPLE, "--num_images=4", f"--class_label={name}")
+        assert (load(trained, "named")["labels"] == number).all()
+    with pytest.raises(UserError, match="there is no class 'bags': this model has 10 classes, 0 ... 9: T-shirt/top, Trouser"):
+        run("sample.py", f"--out_dir={trained}", *SAMPLE, "--class_label=bags")
+    assert class_number("2", ["10", "2", "9"]) == 1 and class_number("0", ["10", "2", "9"]) == 0 and class_number("", []) == -1
+    older = torch.load(trained / "stage1.pt")
+    assert data.classes_of(older)[9] == "Ankle boot" and older.pop("classes")
+    assert data.classes_of(older)[9] == "Ankle boot"
+    assert data.classes_of(dict(older, config={"dataset": "mine"})) == [*"0123456789"]
+
+
+def test_labels_at_random(trained, samples):
+    """Uniform, one for each code, whatever the batch size; and the images in turn stay as they were."""
+    model = SimpleNamespace(label_dim=10, num_latents=0)
+    sample.class_label, sample.random_labels = -1, True
+    try:
+        labels = sample.row_conditions(np.arange(20_000), model, [], None, "cpu")[1]
+        assert torch.equal(labels[100:103], sample.row_conditions(np.arange(100, 103), model, [], None, "cpu")[1])
+    finally:
+        sample.class_label, sample.random_labels = "", False
+    counts = torch.bincount(labels, minlength=10)
+    assert len(counts) == 10 and ((counts - 2000) ** 2 / 2000).sum() < 27.9  # chi-square with 9 degrees of freedom, 0.001
+    run("sample.py", f"--out_dir={trained}", "--name=random", *SAMPLE, "--random_labels=True")
+    made = load(trained, "random")
+    assert np.array_equal(made["labels"].reshape(5, 4), made["labels"][::4, None].repeat(4, 1)) and len(set(made["labels"])) > 2
+    with pytest.raises(UserError, match="choose one"):
+        run("sample.py", f"--out_dir={trained}", *SAMPLE, "--random_labels=True", "--class_label=2")
 
 
 def test_the_batch_size_changes_nothing(trained, samples):

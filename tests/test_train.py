@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import bench
 import data
@@ -325,6 +327,33 @@ def test_bits_are_what_they_say(trained):
     codes = torch.from_numpy((p + 0.0).argmax(-1))[held_out]
     nats = torch.nn.functional.cross_entropy(model(codes, torch.from_numpy(labels[held_out])).flatten(0, 1), codes.flatten())
     assert bits["this prior, given the class"] == pytest.approx(3 * nats.item() / np.log(2), rel=0.1)
+
+
+def test_images_of_ones_own_at_the_first_try(tmp_path, monkeypatch):
+    """Two dozen photographs of two classes, 64 pixels: every default fits, up to the samples; names are where classes are named."""
+    for i in range(24):
+        path = tmp_path / "photos" / ("cat", "dog")[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((100, 70), 50 + i).convert("RGB").save(path)
+    root, titles = tmp_path / "datasets", []
+    data.prepare("pets", str(tmp_path / "photos"), transform="center-crop-dhariwal", root=root)
+    for function in (data.load, data.class_names, data.made_of):
+        monkeypatch.setattr(data, function.__name__, partial(function, root=root))
+    monkeypatch.setattr(data, "save_grid", lambda images, path, columns, names=(): titles.append(names))
+    run("train_stage1.py", "--dataset=pets", f"--out_dir={tmp_path / 'out'}", "--total_images=32", "--device=cpu")
+    state = checkpoint(tmp_path / "out")
+    assert {k: state["config"][k] for k in ("held_out", "attn_resolutions", "encoder_patch")} == dict(
+        held_out=2, attn_resolutions=(16,), encoder_patch=16)
+    assert state["classes"] == ["cat", "dog"] and set(titles[0]) <= {"cat", "dog"} and len(titles[0]) == 2
+    run("train_prior.py", f"--out_dir={tmp_path / 'out'}", *PRIOR, "--total_images=250")
+    run("sample.py", f"--out_dir={tmp_path / 'out'}", "--num_images=2", "--num_steps=2", "--class_label=dog", "--device=cpu")
+    with np.load(tmp_path / "out" / "samples.npz") as made:
+        assert made["images"].shape == (2, 64, 64, 3) and (made["labels"] == 1).all()
+    assert data.made_of(str(tmp_path / "out" / "samples.npz"))["transform"] == "center-crop-dhariwal"
+    with pytest.raises(UserError) as error:  # what does not fit is said at once
+        run("train_stage1.py", "--dataset=pets", f"--out_dir={tmp_path / 'no'}", "--held_out=500", "--attn_resolutions=7,", "--encoder_patch=7")
+    assert str(error.value) == ("held_out is 500: the data set has 24 images, -1 takes a tenth; attn_resolutions has [7]: the feature maps are "
+                                "[64, 32, 16], (0,) takes the last; encoder_patch 7 does not divide images of 64 pixels, 0 takes a quarter")
 
 
 @pytest.mark.parametrize("arguments, message", [
