@@ -30,6 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from configurator import UserError, configure, on_any_process, out_of_memory, require
+from run import progress
 from sources import LARGEST, TRANSFORMS, Pictures, is_zip, list_images, open_source, read_idx, require_images
 
 name = ""  # of the data set; `python data.py NAME` is short for --name=NAME
@@ -554,7 +555,7 @@ def download(name, root):
             by_hand = f"put {address}{file} into {folder} by other means, and start again"
             try:
                 with urllib.request.urlopen(address + file, timeout=30) as response, atomic(path) as f, \
-                        tqdm(total=int(response.headers.get("Content-Length", 0)), unit="B", unit_scale=True,
+                        progress(total=int(response.headers.get("Content-Length", 0)), unit="B", unit_scale=True,
                              desc=file) as bar:
                     while block := response.read(1 << 20):
                         f.write(block)
@@ -613,7 +614,7 @@ def prepare(name, source, resolution=0, transform="center-crop", exif=False, wor
         partial.mkdir(parents=True)
         with open(partial / "images.npy", "wb") as f:
             labels, shape, unreadable = [], None, 0
-            for file, image, label in tqdm(items, total=total, desc=name, unit="img"):
+            for file, image, label in progress(items, total=total, desc=name, unit="img"):
                 if isinstance(image, str):
                     unreadable += 1
                     tqdm.write(f"skipped {file}: {image}", file=sys.stderr)

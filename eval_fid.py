@@ -37,12 +37,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
-from tqdm import tqdm
 
 from configurator import UserError, barrier, configure, leave_processes, require, start_processes
 from data import (HERE, Shuffle, atomic, class_names, fingerprint, identity, load, load_checkpoint, made_of, open_images, open_npz,
                   save_checkpoint, split, to_float)
 from inception import Inception, find_inception, load_inception, resize_tf1  # the tests take them from here
+from run import progress
 
 images = "out/samples.npz"  # an .npz with `images` (and `labels`), a folder or .zip of images, or a prepared data set's name
 data = "fashion-mnist-10k"  # a prepared data set's name; for Inception also an .npz: EDM's statistics, ADM's batch, or images
@@ -94,7 +94,7 @@ def train_classifier(images, labels, num_classes, device, steps=1000, batch=100)
     batches, shifts = Shuffle(train, 0), np.random.default_rng(0)
     optimizer = torch.optim.AdamW(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=steps)
-    for step in tqdm(range(steps), desc="training the classifier"):
+    for step in progress(range(steps), desc="training the classifier"):
         which = batches.take(step * batch, batch)
         x = to_float(images[which], device).roll(tuple(shifts.integers(-2, 3, 2)), dims=(2, 3))
         loss = F.cross_entropy(net.fc(net.pool(x)), torch.from_numpy(labels[which]).to(device))
@@ -242,7 +242,7 @@ def measure(net, images, labels, device="cpu", rank=0, world=1, name="images", k
     prob_sums, log_sums, counts = (torch.zeros(SPLITS, *tail, dtype=torch.float64, device=device)
                                    for tail in (p.shape[1:], (), ()))
     labelled, right = torch.zeros(2, p.shape[1], dtype=torch.float64, device=device)
-    for start in tqdm(range(rank * batch_size, n, world * batch_size), desc=name, unit="batch", disable=rank > 0):
+    for start in progress(range(rank * batch_size, n, world * batch_size), desc=name, unit="batch", disable=rank > 0):
         x = to_float(images[start:start + batch_size], device)
         pool, spatial, p = net(x)
         for m, rows in zip(moments.values(), (pool, spatial)):

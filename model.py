@@ -442,8 +442,6 @@ class DisCoDiff(nn.Module):
 # ----------------------------------------------------------------------------------------------------
 # what both training scripts do with their gradients
 
-SKIPPED_IN_A_ROW = 20  # steps without finite gradients that end a run
-
 
 def guarded_step(optimizer, norm, skipped):
     """An optimiser's step, or, where the norm of all gradients is not finite, none: weights and moments stay as they are.

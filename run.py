@@ -16,7 +16,6 @@ import torch
 from tqdm import tqdm
 
 from configurator import UserError, barrier, leave_processes, require
-from model import SKIPPED_IN_A_ROW
 
 try:
     import fcntl
@@ -97,6 +96,9 @@ def end(stopped, seen, checkpoint_path):
         for number in (signal.SIGTERM, signal.SIGINT):  # by torchrun, to the others, as soon as one has ended
             signal.signal(number, signal.SIG_IGN)
         sys.exit(128 + stopped)
+
+
+SKIPPED_IN_A_ROW = 20  # steps without finite gradients that end a run
 
 
 def require_good_steps(skipped_in_a_row, lower, checkpoint_path):

@@ -2,15 +2,10 @@
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
-import tracemalloc
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -434,19 +429,15 @@ def test_a_decoding_process_that_is_killed(tmp_path, root):
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "slow.png").symlink_to(tmp_path / "slow.png")
 
-    def kill():
-        deadline = time.time() + 30
-        while time.time() < deadline:
-            listed = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(os.getpid())], capture_output=True, text=True).stdout
-            if workers := [int(line.split()[0]) for line in listed.splitlines() if line.split()[1] != "ps"]:
-                os.kill(workers[0], signal.SIGKILL)
-                return
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    with pytest.raises(UserError, match="a process that decodes images was killed .*--workers=1"):
-        data.prepare("set", str(tmp_path / "f"), workers=2, root=root)
-    killer.join()
+    program = ("for i in $(seq 300); do for p in $(ps -o pid= --ppid $PPID); do "
+               "[ $p != $$ ] && kill -KILL $p && exit; done; sleep 0.1; done")
+    killer = subprocess.Popen(["sh", "-c", program])
+    try:
+        with pytest.raises(UserError, match="a process that decodes images was killed .*--workers=1"):
+            data.prepare("set", str(tmp_path / "f"), workers=2, root=root)
+    finally:
+        killer.kill()
+        killer.wait()
     assert not (root / "set.partial").exists()
 
 
