@@ -349,7 +349,10 @@ class atomic:
                 return
         except OSError as failed:
             error = error or failed
-        self.partial.unlink(missing_ok=True)
+        try:
+            self.partial.unlink(missing_ok=True)
+        except OSError:  # the disk has become read-only
+            pass
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises its own on top
         if isinstance(cause, OSError):
             kept = "; the file that was there before is untouched" if self.path.exists() else ""

@@ -2,6 +2,7 @@
 import contextlib
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import run as runs
 from configurator import UserError, configure, out_of_memory, start_processes
 from conftest import ROOT, TINY, run
@@ -142,6 +144,52 @@ def test_a_training_script_without_memory(tmp_path):
     assert done.returncode == 2 and done.stderr == (
         f"error: out of memory: a smaller --batch_gpu may help; it is 512, 512 images at once. {tmp_path}/stage1.pt is untouched\n"), done
     assert torch.load(tmp_path / "stage1.pt")["step"] == 0 and {p.name for p in tmp_path.iterdir()} == {"stage1.pt", "stage1.jsonl"}
+
+
+@contextlib.contextmanager
+def read_only(*folders):
+    """Nobody, not even root, may write there or delete what is in there."""
+    user = os.geteuid()
+    for folder in folders:
+        folder.chmod(0o555)
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        for folder in folders:
+            folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("script, product, settings", [
+    ("train_stage1.py", "stage1.pt", [*TINY, "--save_every=8"]),
+    ("train_prior.py", "prior_ar.pt", ["--layers=1", "--dim=16", "--heads=2", "--batch_size=50", "--total_images=200", "--save_every=50", "--device=cpu"]),
+    ("sample.py", "samples.parts/000000002.npz", ["--num_images=4", "--batch_size=2", "--num_steps=2", "--device=cpu"])])
+def test_a_folder_that_becomes_read_only_or_vanishes(trained, tmp_path, monkeypatch, capsys, script, product, settings):
+    """In mid-run: one line that says so; training begins the folder anew."""
+    folder, enter = tmp_path / "run", data.atomic.__enter__
+    for vanishes in (False, True):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("samples*", product, "*.previous.pt"))
+        with contextlib.ExitStack() as stack, monkeypatch.context() as patched:
+            def harm(self):  # when the second part of the samples is to be written, or the second checkpoint
+                if self.path == folder / product and (self.path.exists() or script == "sample.py"):
+                    shutil.rmtree(folder) if vanishes else stack.enter_context(read_only(self.path.parent))
+                return enter(self)
+
+            patched.setattr(data.atomic, "__enter__", harm)
+            if vanishes and script != "sample.py":
+                run(script, f"--out_dir={folder}", *settings)
+                assert torch.load(folder / product)["step"] > 1
+                continue
+            with pytest.raises((UserError, OSError)) as error:
+                run(script, f"--out_dir={folder}", *settings)
+        capsys.readouterr()
+        assert hooked(error.value, capsys, out_dir=str(folder)) == (
+            f"can't read or write {folder}/samples.parts/000000000.npz: No such file or directory" if vanishes else
+            f"can't write {folder / product}: Permission denied", 2)
+        assert vanishes or script == "sample.py" or torch.load(folder / product)["step"] == 0
 
 
 def test_a_folder_that_went_away_is_one_line(tmp_path, capsys):
