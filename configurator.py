@@ -156,7 +156,8 @@ def _one_line_for_user_errors(scope, kind, error, traceback):
 def start_processes(device):
     """-> rank, number of processes, torch.device. Joins the others where torchrun started this process.
 
-    device: "auto", "cpu", "cuda", "cuda:1", "mps" (Apple's GPUs, for one process). Raises UserError where this machine has no such device.
+    device: "auto", "cpu", "cuda", "cuda:1", "mps" (Apple's GPUs, for one process). Raises UserError where this machine has
+    no such device.
     """
     import torch  # here, so that this file can be read and used without it
 

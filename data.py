@@ -414,7 +414,8 @@ def load_checkpoint(path, made_by, settings=""):
     it is missing, or another script's.
     """
     path = Path(path)
-    require(os.path.isfile(path), f"there is no checkpoint {path}: run `python {made_by}.py{settings} --out_dir={path.parent}` first")
+    require(os.path.isfile(path),
+            f"there is no checkpoint {path}: run `python {made_by}.py{settings} --out_dir={path.parent}` first")
     state = read_checkpoint(path)
     if state is None:
         state = read_checkpoint(previous(path))
@@ -472,7 +473,8 @@ def resume(path, config, model_args, free, changeable, made_by, **others):
     """
     change = [name.strip() for name in config["change"].split(",") if name.strip()]
     unknown = [name for name in change if name not in changeable]
-    require(not unknown, f"--change={config['change']}: {', '.join(unknown)} can't change during a run; these can: {', '.join(changeable)}")
+    require(not unknown, f"--change={config['change']}: {', '.join(unknown)} can't change during a run; "
+                         f"these can: {', '.join(changeable)}")
     require(not (change and config["overwrite"]), "--overwrite=True begins anew, --change goes on: choose one")
     # by torchrun, after a process died; on several nodes some may not have counted it
     restarted = on_any_process(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
@@ -491,15 +493,17 @@ def resume(path, config, model_args, free, changeable, made_by, **others):
                 break
         else:
             return None
-        ours = TO_TRAIN_ON <= state.keys() and not different(state) and all(state[key] == value for key, value in others.items())
+        ours = TO_TRAIN_ON <= state.keys() and not different(state)
+        ours = ours and all(state[key] == value for key, value in others.items())
         if not (ours and (restarted or state["step"] * config["batch_size"] < config["total_images"])):
             return None
         if file != path:
             say_previous(path)
         return state
     state = load_checkpoint(path, made_by)
-    require(TO_TRAIN_ON <= state.keys(), f"{path} has {'weights' if 'model' in state else 'the averaged weights'} alone, to sample "
-            f"from: it can't be trained on, but --init_from={path} starts from it in another --out_dir. Or start anew with --overwrite=True")
+    have = "weights" if "model" in state else "the averaged weights"
+    require(TO_TRAIN_ON <= state.keys(), f"{path} has {have} alone, to sample from: it can't be trained on. Choose another "
+            f"--out_dir, where stage 1 can start from it by --init_from={path}, or start anew with --overwrite=True")
     changed = different(state, *free, *change)
     goes_on = f"say --change={','.join(changed)} to go on with what is here, " if set(changed) <= set(changeable) else ""
     old = {**state["model_args"], **state["config"]}

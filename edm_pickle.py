@@ -94,8 +94,8 @@ def require_class(module, name, of):
     """Raises UserError unless the module is of this class, one of EDM's."""
     is_one = is_call(module, "torch_utils.persistence._reconstruct_persistent_obj")
     found = module.args[0]["class_name"] if is_one else type(module).__name__
-    require(found == name, f"its {of} is a {found if str(found).isidentifier() else 'stranger'}; only ADM's (DhariwalUNet) with "
-                           "EDM's preconditioning (EDMPrecond) fits")
+    found = found if str(found).isidentifier() else "stranger"
+    require(found == name, f"its {of} is a {found}; only ADM's (DhariwalUNet) with EDM's preconditioning (EDMPrecond) fits")
 
 
 def parameters_of(module, prefix, found, seen):

@@ -216,8 +216,8 @@ def first_hitting(score, x, rand, gumbel):
 def denoiser(model, labels=None, codes=None, guidance=1.0, autocast=contextlib.nullcontext()):
     """-> denoise(x, sigma) for the samplers: `model` with these class labels (B,) and hard codes (B, m), run under `autocast`.
 
-    x may be on the CPU for a network on a device that has no float64. What depends on the codes alone is computed here, once. Guidance (App. B) evaluates both terms in one
-    batch; guidance = 1 is the plain conditional model, and costs one evaluation.
+    x is on the CPU where the network's device has no float64. What depends on the codes alone is computed here, once.
+    Guidance (App. B) evaluates both terms in one batch; guidance = 1 is the plain conditional model, and costs one evaluation.
     """
     keys_values = model.condition(codes) if model.num_latents else ()
     place = next(model.parameters()).device
@@ -275,12 +275,14 @@ def load_stage1(out_dir, device, snapshot=""):
 def load_prior(out_dir, kind, device, stage1, snapshot=""):
     """-> the trained Prior ("ar") or SEDD ("sedd"; its moving average) of a run's folder, in eval mode.
 
-    Raises UserError if it is of the other kind, or of other codes than those of `stage1`, which is a snapshot's if one is named.
+    stage1: its checkpoint, or that of the file `snapshot`. Raises UserError if the prior is of the other kind, or of other
+    codes.
     """
-    path, mend = f"{out_dir}/prior_{kind}.pt", f"run `python train_prior.py --prior={kind} --out_dir={out_dir} --overwrite=True`"
+    path = f"{out_dir}/prior_{kind}.pt"
+    mend = f"run `python train_prior.py --prior={kind} --out_dir={out_dir} --overwrite=True`"
     if snapshot:
-        mend = (f"give codes by --code or --encode, which need no prior; or copy {snapshot} into a folder of its own as stage1.pt, "
-                "and train a prior there")
+        mend = (f"give codes by --code or --encode, which need no prior; or copy {snapshot} into a folder of its own as "
+                "stage1.pt, and train a prior there")
         require(Path(path).is_file(), f"there is no prior {path}: {mend}")
     checkpoint = data.load_checkpoint(path, "train_prior", f" --prior={kind}")
     have = checkpoint["config"].get("prior")

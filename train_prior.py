@@ -63,7 +63,8 @@ config = configure(globals())
 rank, world, device = start_processes(device)
 master, on_gpu = rank == 0, device.type == "cuda"
 require(prior in PRIORS, f"--prior is ar or sedd, not {prior}")
-for setting in ("layers", "dim", "heads", "total_images", "batch_size", "lr", "loss_scale", "grad_clip", "log_every", "save_every"):
+for setting in ("layers", "dim", "heads", "total_images", "batch_size", "lr", "loss_scale", "grad_clip", "log_every",
+                "save_every"):
     require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
 require(seed >= 0 and warmup_images >= 0 and cache_gb >= 0, "seed, warmup_images and cache_gb can't be negative")
 require(0 <= label_drop <= 1 and 0 <= ema < 1, f"label_drop must be in 0 ... 1, and ema in 0 ... below 1; they are {label_drop} and {ema}")
@@ -135,7 +136,8 @@ parameters, averaged_parameters = list(model.parameters()), list(averaged.parame
 skipped = torch.zeros(2, device=device)  # steps whose gradients were not finite: in a row, in all
 
 checkpoint_path = f"{out_dir}/prior_{prior}.pt"
-FREE = ("out_dir", "overwrite", "change", "device", "total_images", "cache_gb", "log_every", "save_every")  # as in train_stage1.py
+# as in train_stage1.py
+FREE = ("out_dir", "overwrite", "change", "device", "total_images", "cache_gb", "log_every", "save_every")
 CHANGEABLE = ("lr", "warmup_images", "label_drop", "grad_clip", "ema", "precision", "loss_scale")
 step = 0
 if checkpoint := data.resume(checkpoint_path, config, model_args, FREE, CHANGEABLE, "train_prior", encoder=encoder_id):

@@ -45,7 +45,7 @@ from start_from import start_from
 
 # run
 out_dir = "out"
-init_from = ""  # to train on from: the folder or stage1.pt of another run, "pretrained", or EDM's edm-imagenet-64x64-cond-adm.pkl
+init_from = ""  # to start from: another run's folder or stage1.pt, "pretrained", or EDM's edm-imagenet-64x64-cond-adm.pkl
 overwrite = False  # replace the run that was in out_dir before this command was first given
 change = ""  # "lr,tau": settings that are to change in the run that is there
 seed = 0
@@ -106,8 +106,8 @@ master, on_gpu = rank == 0, device.type == "cuda"
 autocast = set_precision(precision, device)
 scale = loss_scale if precision == "fp16" and on_gpu else 1
 
-for setting in ("total_images", "batch_size", "batch_gpu", "lr", "encoder_lr", "loss_scale", "tau", "log_every", "save_every", "sigma_data",
-                "model_channels", "channel_mult_emb", "num_blocks", "codebook_size", "latent_dim", "latent_heads",
+for setting in ("total_images", "batch_size", "batch_gpu", "lr", "encoder_lr", "loss_scale", "tau", "log_every", "save_every",
+                "sigma_data", "model_channels", "channel_mult_emb", "num_blocks", "codebook_size", "latent_dim", "latent_heads",
                 "encoder_dim", "encoder_heads"):
     require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
 for setting in ("seed", "num_latents", "latent_layers", "encoder_layers", "encoder_patch", "warmup_images", "ema_halflife_images",
@@ -167,9 +167,10 @@ skipped = torch.zeros(2, device=device)  # steps whose gradients were not finite
 
 checkpoint_path = f"{out_dir}/stage1.pt"
 # may change when a run continues: its course is the same (batch_gpu: but for dropout's masks)
-FREE = ("out_dir", "overwrite", "change", "device", "compile", "batch_gpu", "total_images", "log_every", "save_every", "keep_every",
-        "preview_every")
-# may change where --change says so: used step by step. Not so xflip, which the prior follows, nor what says which image comes when
+FREE = ("out_dir", "overwrite", "change", "device", "compile", "batch_gpu", "total_images", "log_every", "save_every",
+        "keep_every", "preview_every")
+# may change where --change names them, since they act step by step. The prior follows xflip, and batch_size and seed say
+# which image comes when
 CHANGEABLE = ("lr", "encoder_lr", "warmup_images", "ema_halflife_images", "ema_rampup", "P_mean", "P_std", "null_prob", "tau",
               "dropout", "precision", "loss_scale")
 step = 0

@@ -48,8 +48,8 @@ def test_one_run_at_a_time(tmp_path, trained):
 
 
 def test_a_killed_run_holds_nothing(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", f"import run, time; run.hold({str(tmp_path / 'a')!r}); print(1, flush=True); time.sleep(60)"],
-                              cwd=ROOT, stdout=subprocess.PIPE)
+    program = f"import run, time; run.hold({str(tmp_path / 'a')!r}); print(1, flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
     holder.stdout.readline()
     with pytest.raises(UserError, match="another run"):
         runs.hold(tmp_path / "a")
@@ -98,7 +98,8 @@ def test_exit_codes(capsys, number, said):
     with pytest.raises(SystemExit) as stop:
         runs.end(number, "8 images", "out/stage1.pt")
     assert stop.value.code == {"Ctrl-C": 130, "SIGTERM": 143}[said]
-    assert capsys.readouterr().out == f"stopped by {said} after 8 images, which out/stage1.pt has: the same command goes on from there\n"
+    line = f"stopped by {said} after 8 images, which out/stage1.pt has: the same command goes on from there\n"
+    assert capsys.readouterr().out == line
     runs.end(0, "8 images", "out/stage1.pt")
     assert not capsys.readouterr().out
 
@@ -130,7 +131,8 @@ def test_out_of_memory_is_one_line(tmp_path, capsys):
         assert out_of_memory(error)
         assert hooked(error, capsys, batch_gpu=64, batch_size=512, checkpoint_path=str(tmp_path / "stage1.pt")) == (
             f"out of memory: a smaller --batch_gpu may help; it is 64. {tmp_path}/stage1.pt is untouched", 2)
-        assert hooked(error, capsys, batch_size=512, checkpoint_path="nothing.pt") == ("out of memory: a smaller --batch_size may help; it is 512", 2)
+        assert hooked(error, capsys, batch_size=512, checkpoint_path="nothing.pt") == (
+            "out of memory: a smaller --batch_size may help; it is 512", 2)
         assert hooked(error, capsys, workers=3) == ("out of memory", 2)
     assert not out_of_memory(RuntimeError("shapes do not match")) and not out_of_memory(OSError("not enough memory cards"))
 
@@ -139,11 +141,13 @@ def test_a_training_script_without_memory(tmp_path):
     """With 8 GB of addresses, a batch whose noise takes 25: the checkpoint of the beginning stays."""
     program = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (8 * 2 ** 30,) * 2); sys.argv.pop(0); "
                "sys.path.insert(0, '.'); runpy.run_path('train_stage1.py', run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", program, "train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--batch_size=8000000"],
-                          cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", program, "train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--batch_size=8000000"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == (
-        f"error: out of memory: a smaller --batch_gpu may help; it is 512, 512 images at once. {tmp_path}/stage1.pt is untouched\n"), done
-    assert torch.load(tmp_path / "stage1.pt")["step"] == 0 and {p.name for p in tmp_path.iterdir()} == {"stage1.pt", "stage1.jsonl"}
+        "error: out of memory: a smaller --batch_gpu may help; it is 512, 512 images at once. "
+        f"{tmp_path}/stage1.pt is untouched\n"), done
+    assert torch.load(tmp_path / "stage1.pt")["step"] == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"stage1.pt", "stage1.jsonl"}
 
 
 @contextlib.contextmanager
@@ -164,7 +168,8 @@ def read_only(*folders):
 
 @pytest.mark.parametrize("script, product, settings", [
     ("train_stage1.py", "stage1.pt", [*TINY, "--save_every=8"]),
-    ("train_prior.py", "prior_ar.pt", ["--layers=1", "--dim=16", "--heads=2", "--batch_size=50", "--total_images=200", "--save_every=50", "--device=cpu"]),
+    ("train_prior.py", "prior_ar.pt", ["--layers=1", "--dim=16", "--heads=2", "--batch_size=50", "--total_images=200",
+                                       "--save_every=50", "--device=cpu"]),
     ("sample.py", "samples.parts/000000002.npz", ["--num_images=4", "--batch_size=2", "--num_steps=2", "--device=cpu"])])
 def test_a_folder_that_becomes_read_only_or_vanishes(trained, tmp_path, monkeypatch, capsys, script, product, settings):
     """In mid-run: one line that says so; training begins the folder anew."""
@@ -197,7 +202,8 @@ def test_a_folder_that_went_away_is_one_line(tmp_path, capsys):
         assert hooked(OSError(30, "Read-only file system", str(path)), capsys, out_dir=str(tmp_path)) == (
             f"can't read or write {path}: Read-only file system", 2)
     configure(dict(out_dir=str(tmp_path)), [])
-    sys.excepthook(FileNotFoundError, FileNotFoundError(2, "No such file or directory", "/elsewhere"), None)  # our mistake: its traceback
+    error = FileNotFoundError(2, "No such file or directory", "/elsewhere")  # our mistake: its traceback
+    sys.excepthook(FileNotFoundError, error, None)
     assert capsys.readouterr().err.startswith("FileNotFoundError: ")
 
 
@@ -236,7 +242,8 @@ def test_progress_in_a_terminal_is_tqdms(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("precision, dtype, matmul, tf32", [
-    ("bf16", torch.bfloat16, "high", True), ("fp16", torch.float16, "high", True), ("tf32", None, "high", True), ("fp32", None, "highest", False)])
+    ("bf16", torch.bfloat16, "high", True), ("fp16", torch.float16, "high", True), ("tf32", None, "high", True),
+    ("fp32", None, "highest", False)])
 def test_precision_on_a_gpu(monkeypatch, capsys, precision, dtype, matmul, tf32):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch, "autocast", lambda device, dtype: (device, dtype))
@@ -250,7 +257,8 @@ def test_what_a_gpu_lacks_is_said_and_done_without(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert isinstance(runs.set_precision("bf16", torch.device("cuda")), contextlib.nullcontext)
     assert capsys.readouterr().err == "this GPU has no bfloat16: the run goes on in float32. --precision=fp16 is faster\n"
-    for triton, capability, why in ((True, (7, 0), ""), (None, (9, 0), "Triton is not installed"), (True, (6, 1), "this GPU is too old for Triton")):
+    for triton, capability, why in ((True, (7, 0), ""), (None, (9, 0), "Triton is not installed"),
+                                    (True, (6, 1), "this GPU is too old for Triton")):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: triton)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         assert runs.can_compile(torch.device("cuda")) == (not why)
@@ -261,7 +269,8 @@ def test_what_a_gpu_lacks_is_said_and_done_without(monkeypatch, capsys):
 def test_a_cpu_computes_in_float32(capsys):
     for precision in ("bf16", "fp16", "tf32", "fp32"):
         assert isinstance(runs.set_precision(precision, torch.device("cpu")), contextlib.nullcontext)
-    assert torch.get_float32_matmul_precision() == "highest" and not runs.can_compile(torch.device("cpu")) and not capsys.readouterr().err
+    assert torch.get_float32_matmul_precision() == "highest" and not runs.can_compile(torch.device("cpu"))
+    assert not capsys.readouterr().err
     with pytest.raises(UserError, match="--precision is bf16, fp16, tf32 or fp32, not int8"):
         runs.set_precision("int8", torch.device("cpu"))
 

@@ -234,7 +234,7 @@ def test_checkpoints_that_stay(tmp_path):
     shutil.copy(path, tmp_path / "own" / "stage1.pt")
     run("train_prior.py", f"--out_dir={tmp_path / 'own'}", *PRIOR, "--total_images=50")
     run("sample.py", f"--out_dir={tmp_path / 'own'}", *sample)
-    with pytest.raises(UserError, match=r"stage1.pt has weights alone, .* but --init_from=.*own/stage1.pt starts from it"):
+    with pytest.raises(UserError, match=r"stage1.pt has weights alone, .* --init_from=.*own/stage1.pt, or start anew"):
         run("train_stage1.py", f"--out_dir={tmp_path / 'own'}", *TINY)
 
 
