@@ -50,11 +50,11 @@ def to_8_bits(image):
         values = np.asarray(image) >> 8
         values[np.asarray(image) == (-1 if clear is None else clear)] = 255
         image = Image.fromarray(values.astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        values, whole = np.asarray(image), image.mode == "I"
-        if not (values.min() >= 0 and values.max() <= 255):  # NaN, too
-            raise ValueError(f"{values.min():g} ... {values.max():g} in {image.mode}, 32 bits: which is white? Save it with 8 or 16 bits")
-        image = Image.fromarray((values * (255 if values.max() <= 1 and not whole else 1)).round().astype(np.uint8))
+    elif image.mode in ("I", "F"):  # 32 bits: integers in 0 ... 255, floats in that or in 0 ... 1
+        values, low, high = np.asarray(image), *image.getextrema()
+        if not (low >= 0 and high <= 255) or (image.mode == "F" and 1 < high < 16):  # NaN, too
+            raise ValueError(f"its values are {low:g} ... {high:g}, which does not say what is white: save it with 8 or 16 bits")
+        image = Image.fromarray((values * (255 if image.mode == "F" and high <= 1 else 1)).round().astype(np.uint8))
     elif isinstance(clear, tuple) and max(clear) > 255:  # of a PNG with 3 x 16 bits, of which Pillow reads the upper 8
         image.info["transparency"] = tuple(value >> 8 for value in clear)
     if image.has_transparency_data:
@@ -210,68 +210,73 @@ def list_zip(path):
 def list_images(path, data_set=True):
     """The images of a folder or .zip -> [(name, path or function that reads it)], labels, class names, whether as EDM writes it.
 
-    By dataset.json where there is one, at the top or in the only folder there: {"labels": [[name, class], ...]}, or null for
-    none. Else one subfolder a class, sorted by name; in a .zip perhaps in one folder around all of them. Without subfolders:
-    no labels (None), no class names ([]). Raises UserError for what is none of these, and for classes without images.
+    By dataset.json where there is one, at the top or in the only folder with images there. Else one subfolder a class, sorted
+    by name; in a .zip perhaps in one folder around all of them. Without subfolders: no labels (None), no class names ([]).
     data_set=False, for images to measure: dataset.json alone has labels, and classes may be without images.
+    Raises UserError for what is none of these, and for classes without images.
     """
     files, folders = list_zip(path) if is_zip(path) else list_folder(path)
     names = sorted(filter(is_image, files), key=lambda name: PurePosixPath(name).parts)
-    tops = {PurePosixPath(name).parts[0] for name in [*files, *folders]}
-    only = f"{min(tops)}/" if len(tops) == 1 else ""
-    given = next((name for name in ("dataset.json", f"{only}dataset.json") if name in files), None)
-    if given:
-        labels = read_labels(f"{path}: {given}", files[given], given.removesuffix("dataset.json"))
-    require(names, f"{path} has no images in it")
-    if given:
-        if labels:
-            missing = [name for name in names if name not in labels]
-            require(not missing, f"{given} in {path} has no label for {len(missing)} of the images, as {missing[:1]}")
-            if gone := labels.keys() - files.keys():
-                print(f"{path}: {len(gone)} images that {given} has a label for are not there, as {min(gone)}", file=sys.stderr)
-        labels = [labels[name] for name in names] if labels else None
+    tops = {PurePosixPath(name).parts[0] for name in names}
+    places = ["", *(f"{top}/" for top in tops)][:2 if len(tops) == 1 else 1]
+    index = next((f"{place}dataset.json" for place in places if f"{place}dataset.json" in files), None)
+    elsewhere = [name for name in files if PurePosixPath(name).name == "dataset.json" and name != index]
+    require(not elsewhere, f"{path} has a data set of EDM's tools in it, {elsewhere[:1]}, and more: name one folder as the source")
+    labels, classes = None, []
+    if index:
+        labels = read_labels(f"{path}: {index}", files[index], index.removesuffix("dataset.json"), names)
         classes = numbered(labels, path) if labels and data_set else []
-    elif not data_set:
-        labels, classes = None, []
-    else:
-        parents = {PurePosixPath(name).parent for name in names}
-        if not (is_zip(path) and only and min(len(parent.parts) for parent in parents) > 1):
-            only = ""
-        parts = [PurePosixPath(name.removeprefix(only)).parts for name in names]
-        labels, classes = None, []
-        if max(map(len, parts)) > 1:
-            beside = [name for name, p in zip(names, parts) if len(p) == 1]
-            require(not beside, f"{path} has {len(beside)} images beside its class folders, as {beside[:1]}: move them into one, or away")
-            classes = sorted({PurePosixPath(name.removeprefix(only)).parts[0] for name in folders if name.startswith(only) and f"{name}/" != only})
-            number = {name: i for i, name in enumerate(classes)}
-            labels = [number[p[0]] for p in parts]
-            require_images(labels, classes, path)
-    others = Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in files if not is_image(name) and name != given)
+    require(names, f"{path} has no images in it")
+    if data_set and not index:
+        labels, classes = class_folders(path, names, folders)
+    others = Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in files if not is_image(name) and name != index)
     if others:
         kinds = ", ".join(f"{count} with {kind}" for kind, count in others.most_common(5))
         print(f"{path}: left out what is no image by its name ({kinds})", file=sys.stderr)
     shown = (lambda name: name) if is_zip(path) else (lambda name: str(files[name]))
-    return [(shown(name), files[name]) for name in names], labels, classes, bool(given)
+    return [(shown(name), files[name]) for name in names], labels, classes, bool(index)
+
+
+def class_folders(path, names, folders):
+    """Labels of the images with these names, by the first folder that each is in, and these folders; None, [] without any."""
+    parts = [PurePosixPath(name).parts for name in names]
+    inside = {PurePosixPath(name).parts for name in folders}
+    if is_zip(path) and len({p[0] for p in inside} | {p[0] for p in parts}) == 1 and min(map(len, parts)) > 2:
+        parts, inside = [p[1:] for p in parts], {p[1:] for p in inside} - {()}  # one folder around all of them
+    if max(map(len, parts)) == 1:
+        return None, []
+    beside = [name for name, p in zip(names, parts) if len(p) == 1]
+    require(not beside, f"{path} has {len(beside)} images beside its class folders, as {beside[:1]}: move them into one, or away")
+    classes = sorted({p[0] for p in inside})
+    number = {name: i for i, name in enumerate(classes)}
+    labels = [number[p[0]] for p in parts]
+    require_images(labels, classes, path)
+    return labels, classes
 
 
 def is_zip(path):
     return Path(path).suffix.lower() == ".zip" and Path(path).is_file()
 
 
-def read_labels(what, file, around):
-    """EDM's dataset.json -> {name: class}, or None where it says that there are no labels."""
+def read_labels(what, file, folder, names):
+    """EDM's dataset.json, {"labels": [[name, class], ...]} or null for none, names as seen from its folder -> the classes of the
+    images with these names, or None. Raises UserError where it is no such file, or an image is not in it."""
     try:
         found = json.loads(file() if callable(file) else file.read_bytes())["labels"]
-        labels = {around + name: int(c) for name, c in found} if found else None
-        if any(labels[around + name] != c for name, c in found or []):
+        classes = {folder + name: int(c) for name, c in found or []}
+        if any(classes[folder + name] != c for name, c in found or []):
             raise ValueError("its labels are not whole numbers, one for each image")
-        if labels and min(labels.values()) < 0:
+        if min(classes.values(), default=0) < 0:
             raise ValueError("it has negative labels")
-    except UserError:
-        raise
     except Exception as error:  # whatever a broken file makes the decoders raise
         raise UserError(f"{what} is not the one of EDM's tools, or damaged: {type(error).__name__}: {error}") from None
-    return labels
+    if not classes:
+        return None
+    missing = [name for name in names if name not in classes]
+    require(not missing, f"{what} has no label for {len(missing)} of the images, as {missing[:1]}")
+    if gone := classes.keys() - set(names):
+        print(f"{what} has labels for {len(gone)} images that are not there, as {min(gone)}", file=sys.stderr)
+    return [classes[name] for name in names]
 
 
 def numbered(labels, source):
@@ -325,6 +330,8 @@ def decode_all(files, workers, **settings):
             pool.shutdown(cancel_futures=True)  # after an error, what is not begun is not done
     except BrokenProcessPool:
         raise UserError("a process that decodes images was killed (too little memory?): --workers=1 takes the least") from None
+    except OSError as error:
+        raise UserError(f"can't start {workers} processes ({error.strerror}): --workers=1 needs none") from None
 
 
 # ----------------------------------------------------------------------------------------------------

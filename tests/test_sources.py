@@ -119,6 +119,7 @@ def test_edm_folders(root, tmp_path, labels, classes):
     """Shard folders are no classes, and the images stay as they are: in folders and archives, at the top or one folder below."""
     source = edm_folder(tmp_path / "around" / "edm", labels)
     (tmp_path / "around" / "__MACOSX").mkdir()
+    (tmp_path / "around" / "README.txt").write_text("x")
     cases = [source, tmp_path / "around", zipped(source, tmp_path / "a.zip"), zipped(source, tmp_path / "b.ZIP", "edm/")]
     for i, case in enumerate(cases):
         data.prepare(f"set{i}", str(case), root=root)
@@ -151,10 +152,18 @@ def test_dataset_json_and_images_that_do_not_fit(root, tmp_path, capsys):
     source = edm_folder(tmp_path / "edm", [0, 1, 0, 1])
     (source / "00000" / "img00000000.png").unlink()
     data.prepare("set", str(source), root=root)
-    assert "1 images that dataset.json has a label for are not there, as 00000/img00000000.png" in capsys.readouterr().err
+    assert "dataset.json has labels for 1 images that are not there, as 00000/img00000000.png" in capsys.readouterr().err
     save(source / "00000" / "new.png", 0, (9, 9))
     with pytest.raises(UserError, match="has no label for 1 of the images"):
         data.prepare("set", str(source), overwrite=True, root=root)
+
+
+def test_two_data_sets_of_edms_are_no_classes(root, tmp_path):
+    for name in ("train", "val"):
+        edm_folder(tmp_path / "above" / "both" / name, None)
+    for case in (tmp_path / "above" / "both", tmp_path / "above"):
+        with pytest.raises(UserError, match="has a data set of EDM's tools in it, .*dataset.json.*: name one folder as the source"):
+            data.prepare("set", str(case), root=root)
 
 
 # folders
@@ -288,7 +297,7 @@ def test_every_mode_is_right_or_refused(tmp_path):
         "I full": (Image.fromarray(np.array([[0, 2 ** 31 - 1]], np.int32)), "ValueError"),
         "F": (Image.fromarray(grey.astype(np.float32) / 255), 100), "F of 255": (Image.fromarray(grey.astype(np.float32)), 100),
         "F beyond": (Image.fromarray(grey.astype(np.float32) * 5), "ValueError"), "F below": (Image.fromarray(-grey.astype(np.float32)), "ValueError"),
-        "F none": (Image.fromarray(np.full((6, 6), np.nan, np.float32)), "ValueError"),
+        "F a little beyond": (Image.fromarray(grey.astype(np.float32) / 90), "ValueError"), "F none": (Image.fromarray(np.full((6, 6), np.nan, np.float32)), "ValueError"),
         "F infinite": (Image.fromarray(np.full((6, 6), np.inf, np.float32)), "ValueError")}
     formats = {"CMYK": "tiff", "YCbCr": "tiff", "HSV": None, "LAB": None, "I": "tiff", "F": "tiff", "I;16B": "tiff"}
     for name, (image, want) in cases.items():
