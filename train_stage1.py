@@ -126,6 +126,7 @@ micro_batch = local_batch // micro_steps
 # data, model, optimiser
 
 images, labels, num_classes = data.load(dataset)
+classes, made = data.class_names(dataset), data.made_of(dataset)  # for people, and for eval_fid.py
 img_resolution, img_channels = images.shape[1], images.shape[3]
 require(images.shape[1] == images.shape[2], f"images must be square, not {images.shape[1]} x {images.shape[2]}")
 maps = [img_resolution >> level for level in range(len(channel_mult))]  # sizes of the feature maps
@@ -286,8 +287,7 @@ def save_preview(path, rows=8, columns=8):
     latents = latents if has_float64(device) else latents.cpu()
     x = heun(denoiser(ema, c, z, autocast=autocast), latents).float().to(device).unflatten(0, (len(shown), columns))
     grid = torch.cat([y[:, None], x], dim=1).flatten(0, 1)
-    names = data.class_names(dataset)
-    data.save_grid(data.to_uint8(grid), path, columns + 1, [names[label] for label in labels[shown]] if class_cond else ())
+    data.save_grid(data.to_uint8(grid), path, columns + 1, [classes[label] for label in labels[shown]] if class_cond else ())
 
 
 @torch.no_grad()
@@ -328,7 +328,7 @@ def save(step, keep=False):
     require(get_total_norm(parameters).isfinite(), f"the weights are not finite any more: a lower --lr or --encoder_lr may help; "
             f"{checkpoint_path} is left as it was")
     state = dict(made_by="train_stage1", config=config, model_args=model_args, step=step, model=model.state_dict(),
-                 ema=ema.state_dict(), classes=data.class_names(dataset), made=data.made_of(dataset))
+                 ema=ema.state_dict(), classes=classes, made=made)
     if keep:
         with data.atomic(f"{out_dir}/stage1-{step * batch_size:09d}.pt") as file:
             torch.save(state, file)

@@ -15,7 +15,8 @@ from model import DisCoDiff
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
-    monkeypatch.setattr(data, "load", data.load)
+    for name in ("load", "class_names"):
+        monkeypatch.setattr(data, name, getattr(data, name))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
 
