@@ -309,6 +309,7 @@ def save_grid(images, path, columns, titles=()):
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
     if titles:
         font = ImageFont.load_default(14)
+        titles = [" ".join(title.encode(errors="replace").decode().split())[:24] for title in titles]  # folders may have any name
         margin = 8 + max(math.ceil(font.getlength(title)) for title in titles)
         titled = Image.new(picture.mode, (margin + picture.width, picture.height), "white")
         titled.paste(picture, (margin, 0))

@@ -365,6 +365,17 @@ def test_grid(tmp_path):
     assert np.array_equal(grid[72 + 1:72 + 71, 72 + 1:72 + 71], images[4]) and (grid[73:, 145:] == 255).all()
 
 
+def test_titles_of_rows(tmp_path):
+    """Left of the pictures, which stay as they are; whatever folders are called."""
+    images = random_images(6, 70, 70, 1)
+    data.save_grid(images, tmp_path / "plain.png", columns=2)
+    data.save_grid(images, tmp_path / "titled.png", 2, ["a\nb", "\udce9\u732b", "name " * 100])
+    plain, titled = (np.asarray(Image.open(tmp_path / name)) for name in ("plain.png", "titled.png"))
+    margin = titled.shape[1] - plain.shape[1]
+    assert 20 < margin < 250 and np.array_equal(titled[:, margin:], plain)
+    assert all((titled[72 * row:72 * row + 72, :margin] < 128).any() for row in range(3))
+
+
 # checkpoints
 
 
