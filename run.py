@@ -101,8 +101,10 @@ def end(stopped, seen, checkpoint_path):
 SKIPPED_IN_A_ROW = 20  # steps without finite gradients that end a run
 
 
-def require_good_steps(skipped_in_a_row, lower, checkpoint_path):
-    """Raises UserError where so many steps in a row had no finite gradients that the run is lost; `lower`: what may help."""
+def require_good_steps(skipped_in_a_row, lower, scale, checkpoint_path):
+    """Raises UserError where so many steps in a row had no finite gradients that the run is lost; `lower`: what may help, besides
+    a lower scale of the loss."""
+    lower = f"--loss_scale, {lower}" if scale > 1 else lower
     require(skipped_in_a_row < SKIPPED_IN_A_ROW, f"the gradients of the last {skipped_in_a_row:.0f} steps were not finite, and "
             f"the weights stayed as they were: try a lower {lower}; {checkpoint_path} has weights of before")
 

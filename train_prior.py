@@ -268,7 +268,7 @@ if __name__ == "__main__":
 
         if due(log_every, seen):
             in_a_row, in_all = skipped.tolist()
-            require_good_steps(in_a_row, "--lr", checkpoint_path)
+            require_good_steps(in_a_row, "--lr", scale, checkpoint_path)
             if master:
                 shown = {"bits": f"{(loss_sum / steps).item() / math.log(2):.2f}"}
                 if len(held_out_indices):

@@ -368,7 +368,7 @@ if __name__ == "__main__":
 
         if due(log_every, seen):
             in_a_row, in_all = skipped.tolist()
-            require_good_steps(in_a_row, "--lr or --encoder_lr, and look at the data", checkpoint_path)
+            require_good_steps(in_a_row, "--lr or --encoder_lr, and look at the data", scale, checkpoint_path)
             steps = images_since // batch_size - (in_all - skipped_before) or math.nan  # those that were not skipped
             report = dict(images=seen, loss=mean_over_processes(sums[0]).item() / steps)
             if num_latents:
