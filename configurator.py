@@ -193,9 +193,9 @@ def start_processes(device):
     return int(os.environ.get("RANK", 0)), world, place
 
 
-# What processes say to each other, but for DDP's gradients, goes through a group of its own. gloo's threads may still hold tensors
-# after a barrier, and need Python to let go of them: a process that ends at that moment is aborted (SIGABRT). They are waited
-# for where their group goes, which DDP's never does: PyTorch keeps references to it.
+# The group for everything that processes tell each other, but for DDP's gradients. After a barrier, gloo's threads may still
+# hold tensors, and they need Python to release these: if Python ends at that moment, the process is aborted (SIGABRT). Removing
+# a group waits for its threads; that of DDP is never removed, since PyTorch keeps references to it.
 _group = None
 
 

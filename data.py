@@ -38,7 +38,7 @@ source = ""  # file or folder to read; "" downloads a public set
 resolution = 0  # of image files, in pixels; 0: 64 for a folder; a .zip's, and those of EDM's dataset_tool.py, stay as they are
 transform = "center-crop"  # to that resolution as EDM does: cropped, then Lanczos; "center-crop-dhariwal": as ADM does
 exif = False  # turn images as EXIF says: for photographs. EDM and ADM don't: ImageNet, and what is compared with it, without
-workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # processes that decode images
+workers = os.cpu_count() or 1  # processes that decode images
 overwrite = False  # replace an existing datasets/NAME
 
 HERE = Path(__file__).resolve().parent
@@ -90,8 +90,8 @@ def classes_of(checkpoint):
 
 
 def made_of(source, root=HERE / "datasets"):
-    """How the images of a prepared data set, or those that the images in an .npz go back to, were made: a dict with "transform", or
-    None where nobody has said so."""
+    """How the images of a prepared data set were made, or the training images of those in an .npz: a dict with
+    "transform", or None where nobody has said so."""
     try:
         if Path(source).suffix != ".npz":
             return json.loads((root / source / "made.json").read_text())
@@ -169,8 +169,8 @@ def to_uint8(x):
 
 
 def read_images(source, img_shape, exif=False):
-    """Images to take codes from: an image file, a folder or .zip of them, an .npz with `images` (and `labels`), or the name of a
-    prepared data set. img_shape: (C, H, W), to which image files are brought as in `sources.center_crop`; exif: as in `decode`.
+    """Images to take codes from: an image file, a folder or .zip of them, an .npz with `images` (and `labels`), or the name
+    of a prepared data set. img_shape: (C, H, W), to which image files are brought by `decode`; exif: as there.
 
     -> uint8 (N, H, W, C), labels int64 (N,) or None, and the order to take them in: a data set's is shuffled
     """
@@ -190,7 +190,8 @@ def is_prepared(source, root=HERE / "datasets"):
 
 
 def open_pictures(source, **settings):
-    """An image file, or all in a folder or .zip -> `Pictures` with these settings, and labels, int64 (N,), where dataset.json has any."""
+    """An image file, or all in a folder or .zip -> `Pictures` with these settings, and the labels of dataset.json, int64
+    (N,), or None."""
     if Path(source).is_file() and not is_zip(source):
         return Pictures([(source, Path(source))], **settings), None
     files, labels, _, _ = list_images(source, data_set=False)
@@ -198,8 +199,8 @@ def open_pictures(source, **settings):
 
 
 def open_images(source):
-    """The images of an .npz, of a prepared data set, or of a folder or .zip of image files, as they are: uint8 (N, H, W, C), read
-    in slices, and labels int64 (N,) or None.
+    """The images of an .npz, of a prepared data set, or of a folder or .zip of image files, as they are: uint8
+    (N, H, W, C), read in slices, and labels int64 (N,) or None.
 
     An .npz is one of sample.py's, with `images` and perhaps `labels`, or of ADM's programs: arr_0, arr_1.
     """
@@ -274,9 +275,10 @@ def merge_npz(files, path, **once):
 
 
 def require_pngs_alone(folder, seeds):
-    """Raises UserError where this folder has other files than `save_pngs` writes for these seeds: they would be taken for images
-    of the same run."""
-    others = {path.name for path in folder.iterdir()} - {"dataset.json", *map("{:06d}.png".format, seeds)} if folder.exists() else ()
+    """Raises UserError where this folder has other files than `save_pngs` writes for these seeds: they would be taken for
+    images of the same run."""
+    ours = {"dataset.json", *map("{:06d}.png".format, seeds)}
+    others = {path.name for path in folder.iterdir()} - ours if folder.exists() else ()
     require(not others, f"{folder} has other files in it, as {min(others, default='')}: delete it, or choose another --name")
 
 
@@ -590,12 +592,13 @@ def is_ours(folder, complete=True):
     return found <= OURS and (not complete or "classes.json" in found)
 
 
-def prepare(name, source, resolution=0, transform="center-crop", exif=False, workers=1, overwrite=False, root=HERE / "datasets"):
+def prepare(name, source, resolution=0, transform="center-crop", exif=False, workers=1, overwrite=False,
+            root=HERE / "datasets"):
     """Turns a source into root/name, in a folder of another name until it is complete; settings as in `open_source`.
 
-    Images that can't be read are named and skipped, up to UNREADABLE_SHARE of all; more raise UserError, as do a source that
-    is none, or that has to do with where the data set goes, images of different sizes, classes without images, and a
-    full disk. What prepare has not made itself is never removed.
+    Images that can't be read are named and skipped, up to UNREADABLE_SHARE of all. Raises UserError where there are more,
+    where the source is none, or overlaps the place where the data set goes, for images of different sizes, classes without
+    images, and a full disk. What prepare has not made itself is never removed.
     """
     require(Path(name).name == name and name not in ("", ".", "..", "embedded", "downloads", "features", EMBEDDED)
             and not name.endswith(".partial"), f"{name!r} can't be a data set's name: say `python data.py NAME --source=...`")
@@ -604,8 +607,8 @@ def prepare(name, source, resolution=0, transform="center-crop", exif=False, wor
     for place in (folder, partial):
         require(not source or not overlap(source, place), f"the images in {source} are where the data set goes, {place}: "
                 f"choose another name, as in `python data.py my-{name} --source={source}`, or move the images elsewhere")
-        require(not place.exists() or is_ours(place, complete=place == folder), f"{place} is there, and is not, or not only, a data set "
-                "that data.py has prepared: move it away, or choose another name")
+        require(not place.exists() or is_ours(place, complete=place == folder), f"{place} is there, and is not, or not only, a "
+                "data set that data.py has prepared: move it away, or choose another name")
     require(overwrite or not folder.exists(), f"{folder} exists: --overwrite=True replaces it")
     if not source:
         require(name in PUBLIC, f"{name} is not one of the sets that can be downloaded ({', '.join(PUBLIC)}): "
@@ -632,8 +635,8 @@ def prepare(name, source, resolution=0, transform="center-crop", exif=False, wor
                 if shape is None:
                     shape = image.shape
                     write_npy_header(f, np.uint8, (total, *shape))
-                require(image.shape == shape, f"{file} has the shape {image.shape}, those before it {shape}: images that are kept as they "
-                        "are must be of one size; --resolution= makes them so")
+                require(image.shape == shape, f"{file} has the shape {image.shape}, those before it {shape}: images that are "
+                        "kept as they are must be of one size; --resolution= makes them so")
                 f.write(image.tobytes())
                 labels.append(label)
             f.seek(0)

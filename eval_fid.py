@@ -556,7 +556,8 @@ def main():
             warnings += shared_codes(array_in(f, "codes"), made_labels, len(made_images))
     ways = [(made_of(source) or {}).get("transform") for source in (images, data)]
     if all(ways) and ways[0] != ways[1]:
-        warnings.append(f"warning: {images} goes back to images made by {ways[0]}, {data} to {ways[1]}: part of the distance is that")
+        warnings.append(f"warning: {images} goes back to images down-sampled by {ways[0]}, {data} to {ways[1]}: part of the "
+                        "distance is due to that")
     if features == "classifier" and "recognised" not in result:
         warnings.append(f"{images} has no class labels: the share recognised is left out")
     for name, x in ((images, made_images), (data, real_images)):

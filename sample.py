@@ -50,7 +50,7 @@ png = False  # also a folder out_dir/NAME with a PNG file for each image, and da
 # conditions: `per_code` images in a row share one code; as in Fig. 2b, two codes stand side by side for a class
 per_code = 8
 class_label = ""  # one class for all, its name or number; "": the classes in turn
-random_labels = False  # the classes at random instead, as in EDM's protocol: in turn, they are balanced, which flatters FID a little
+random_labels = False  # classes at random, as in EDM's protocol; in turn, they are balanced, which flatters FID a little
 code = ()  # a code by hand, m numbers in 0 ... k - 1
 encode = ""  # codes of these images: an image file, a folder of them, an .npz, or a prepared data set, training images first
 exif = False  # turn image files for --encode and --compose as their EXIF orientation says: photographs
@@ -433,7 +433,7 @@ def main():
     require(not checkpoint or Path(checkpoint).is_file(), f"--checkpoint={checkpoint}: there is no such file")
     model, stage1 = load_stage1(trained, place, checkpoint)
     class_label = class_number(class_label, data.classes_of(stage1))
-    require(class_label < 0 or not random_labels, "--class_label is one class for all, --random_labels are all classes: choose one")
+    require(class_label < 0 or not random_labels, "--class_label is one class for all, --random_labels are all: choose one")
     require(model.num_latents or not (code or encode or guidance != 1),
             "this model has no discrete latents (num_latents=0): --code, --encode and --guidance need them")
     sources = [read_source(setting, source, model, stage1)

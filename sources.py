@@ -85,7 +85,8 @@ def center_crop(image, size, transform="center-crop"):
 def decode(file, size=0, transform="center-crop", exif=False, channels=3):
     """An image file -> uint8 (size, size, channels), or a string that says why it can't be read.
 
-    file: its path, its bytes, or the error that reading it gave. size 0: as large as it is; channels 0: 1 for grey images, 3 for others. exif: turned as its EXIF orientation says.
+    file: its path, its bytes, or the error that reading it gave. size 0: as large as it is; channels 0: 1 for grey images,
+    3 for others; exif: turned as its EXIF orientation says.
     """
     try:
         if isinstance(file, Exception):
@@ -133,8 +134,8 @@ class Pictures:
     def __getitem__(self, part):
         images = [self.decoded(*file) for file in self.files[part]]
         for (name, _), image in zip(self.files[part], images):
-            require(image.shape == self.shape[1:], f"{name} is {image.shape}, {self.files[0][0]} is {self.shape[1:]} (height, width, "
-                    "channels): images must be of one size; `python data.py NAME --source=...` makes them so")
+            require(image.shape == self.shape[1:], f"{name} is {image.shape}, {self.files[0][0]} is {self.shape[1:]} (height, "
+                    "width, channels): images must be of one size; `python data.py NAME --source=...` makes them so")
         return np.stack(images) if images else np.empty((0, *self.shape[1:]), np.uint8)
 
 
@@ -166,7 +167,8 @@ def list_folder(folder):
             folders.append(path.relative_to(folder).as_posix())
             if path.is_symlink():
                 around = [place, *place.parents][:len(place.parts) - len(Path(folder).parts) + 1]
-                require(all(path.resolve() != p.resolve() for p in around), f"{path} is a link to a folder that it lies in: remove it")
+                require(all(path.resolve() != p.resolve() for p in around),
+                        f"{path} is a link to a folder that it lies in: remove it")
         for path in (place / name for name in filter(is_data, names)):
             require(is_image(path) or not path.is_symlink() or path.exists(), f"{path} is a link to nothing: mend or remove it")
             files[path.relative_to(folder).as_posix()] = path
@@ -201,19 +203,20 @@ def list_zip(path):
             continue
         require(not entry.flag_bits & 1, f"{path} has a password: unpack it, and name the folder with --source=")
         require(entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA),
-                f"{path} is packed in a way that Python can't read (method {entry.compress_type}: {entry.filename}): unpack it, and "
-                "name the folder with --source=")
+                f"{path} is packed in a way that Python can't read (method {entry.compress_type}: {entry.filename}): unpack it, "
+                "and name the folder with --source=")
         files[str(name)] = reader(entry)
     return files, sorted(folders - {"."})
 
 
 def list_images(path, data_set=True):
-    """The images of a folder or .zip -> [(name, path or function that reads it)], labels, class names, whether as EDM writes it.
+    """The images of a folder or .zip -> [(name, path or function that reads it)], labels, class names, and whether they
+    are as EDM's dataset_tool.py writes them.
 
-    By dataset.json where there is one, at the top or in the only folder with images there. Else one subfolder a class, sorted
-    by name; in a .zip perhaps in one folder around all of them. Without subfolders: no labels (None), no class names ([]).
-    data_set=False, for images to measure: dataset.json alone has labels, and classes may be without images.
-    Raises UserError for what is none of these, and for classes without images.
+    Labels are those of dataset.json where there is one, at the top or in the only folder with images there. Else they are
+    the subfolders, sorted by name; in a .zip, one folder around all of them may be there, too. Without subfolders: no labels
+    (None), no class names ([]). data_set=False, for images to measure: labels are those of dataset.json alone, and a class may
+    have no images. Raises UserError for what is none of these, and for classes without images.
     """
     files, folders = list_zip(path) if is_zip(path) else list_folder(path)
     names = sorted(filter(is_image, files), key=lambda name: PurePosixPath(name).parts)
@@ -221,7 +224,8 @@ def list_images(path, data_set=True):
     places = ["", *(f"{top}/" for top in tops)][:2 if len(tops) == 1 else 1]
     index = next((f"{place}dataset.json" for place in places if f"{place}dataset.json" in files), None)
     elsewhere = [name for name in files if PurePosixPath(name).name == "dataset.json" and name != index]
-    require(not elsewhere, f"{path} has a data set of EDM's tools in it, {elsewhere[:1]}, and more: name one folder as the source")
+    require(not elsewhere, f"{path} has a data set of EDM's tools in it, {elsewhere[:1]}, and more: name one folder as the "
+            "source")
     labels, classes = None, []
     if index:
         labels = read_labels(f"{path}: {index}", files[index], index.removesuffix("dataset.json"), names)
@@ -229,7 +233,7 @@ def list_images(path, data_set=True):
     require(names, f"{path} has no images in it")
     if data_set and not index:
         labels, classes = class_folders(path, names, folders)
-    others = Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in files if not is_image(name) and name != index)
+    others = Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in files.keys() - {*names, index})
     if others:
         kinds = ", ".join(f"{count} with {kind}" for kind, count in others.most_common(5))
         print(f"{path}: left out what is no image by its name ({kinds})", file=sys.stderr)
@@ -246,7 +250,8 @@ def class_folders(path, names, folders):
     if max(map(len, parts)) == 1:
         return None, []
     beside = [name for name, p in zip(names, parts) if len(p) == 1]
-    require(not beside, f"{path} has {len(beside)} images beside its class folders, as {beside[:1]}: move them into one, or away")
+    require(not beside, f"{path} has {len(beside)} images beside its class folders, as {beside[:1]}: move them into one, or "
+            "away")
     classes = sorted({p[0] for p in inside})
     number = {name: i for i, name in enumerate(classes)}
     labels = [number[p[0]] for p in parts]
@@ -259,8 +264,8 @@ def is_zip(path):
 
 
 def read_labels(what, file, folder, names):
-    """EDM's dataset.json, {"labels": [[name, class], ...]} or null for none, names as seen from its folder -> the classes of the
-    images with these names, or None. Raises UserError where it is no such file, or an image is not in it."""
+    """EDM's dataset.json, {"labels": [[name, class], ...]} or null for none, with names as seen from its folder -> the
+    classes of the images with these names, or None. Raises UserError where the file is another, or lacks an image."""
     try:
         found = json.loads(file() if callable(file) else file.read_bytes())["labels"]
         classes = {folder + name: int(c) for name, c in found or []}
@@ -298,7 +303,8 @@ def from_files(path, resolution, transform, exif, workers):
     files, labels, classes, edm = list_images(path)
     as_they_are = not resolution and (edm or is_zip(path))
     size = 0 if as_they_are else resolution or 64
-    made = dict(source="EDM's dataset_tool.py" if edm else "images", resolution=size, transform=transform if size else None, exif=exif)
+    made = dict(source="EDM's dataset_tool.py" if edm else "images", resolution=size, transform=transform if size else None,
+                exif=exif)
     decoded = decode_all(files, workers, size=size, transform=transform, exif=exif, channels=0 if as_they_are or edm else 3)
 
     def items():
@@ -383,7 +389,8 @@ def read_cifar_tar(path):
 def from_arrays(images, labels, source, kind, names=()):
     classes = numbered(labels, source)
     require(not names or len(classes) == len(names), f"{source} has images of {len(classes)} classes: {kind} has {len(names)}")
-    return len(images), list(names) or classes, ((f"image {i}", x, c) for i, (x, c) in enumerate(zip(images, labels))), dict(source=kind)
+    items = ((f"image {i}", x, c) for i, (x, c) in enumerate(zip(images, labels)))
+    return len(images), list(names) or classes, items, dict(source=kind)
 
 
 # ----------------------------------------------------------------------------------------------------

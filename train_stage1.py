@@ -132,12 +132,13 @@ require(images.shape[1] == images.shape[2], f"images must be square, not {images
 maps = [img_resolution >> level for level in range(len(channel_mult))]  # sizes of the feature maps
 held_out = min(500, len(images) // 10) if held_out == -1 else held_out
 attn_resolutions = (maps[-1],) if attn_resolutions == (0,) else attn_resolutions
-encoder_patch = encoder_patch or max(p for p in range(1, img_resolution + 1) if img_resolution % p == 0 and (p == 1 or 4 * p <= img_resolution))
+encoder_patch = encoder_patch or max(p for p in range(1, 1 + max(1, img_resolution // 4)) if img_resolution % p == 0)
 config |= dict(held_out=held_out, attn_resolutions=attn_resolutions, encoder_patch=encoder_patch)
 misfits = [misfit for misfit, found in (  # in one message, each with what fits
     (f"the data set {dataset} has no class labels: train with --class_cond=False", class_cond and not num_classes),
     (f"held_out is {held_out}: the data set has {len(images)} images, -1 takes a tenth", not 0 <= held_out < len(images)),
-    (f"attn_resolutions has {sorted({*attn_resolutions} - {*maps})}: the feature maps are {maps}, (0,) takes the last", {*attn_resolutions} - {*maps}),
+    (f"attn_resolutions has {sorted({*attn_resolutions} - {*maps})}: the feature maps are {maps}, (0,) takes the last",
+     {*attn_resolutions} - {*maps}),
     (f"encoder_patch {encoder_patch} does not divide images of {img_resolution} pixels, 0 takes a quarter",
      num_latents and img_resolution % encoder_patch)) if found]
 require(not misfits, "; ".join(misfits))
