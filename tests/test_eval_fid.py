@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import eval_fid
@@ -522,6 +523,43 @@ def test_real_images_measured_by_the_classifier(evaluate, place):
     kept = {path: path.stat().st_mtime_ns for path in (place / "datasets" / "features").iterdir()}
     assert len(kept) == 2 and evaluate(f"--images={place / 'samples.npz'}") == printed
     assert kept == {path: path.stat().st_mtime_ns for path in (place / "datasets" / "features").iterdir()}
+
+
+def test_a_folder_of_images_is_measured_as_the_same_in_a_file(evaluate, place, tmp_path):
+    with np.load(place / "samples.npz") as f:
+        images, labels = f["images"], f["labels"]
+    (tmp_path / "made" / "deep").mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image.squeeze(2)).save(tmp_path / "made" / "deep" / f"{i:04d}.png")
+    index = [[f"deep/{i:04d}.png", int(c)] for i, c in enumerate(labels)]
+    for known in (index, None):
+        (tmp_path / "made" / "dataset.json").write_text(json.dumps({"labels": known}))
+        printed = evaluate(f"--images={tmp_path / 'made'}/")
+        found = json.loads((tmp_path / "made.classifier.json").read_text())
+        evaluate(f"--images={place / 'samples.npz'}")
+        want = json.loads((place / "samples.classifier.json").read_text())
+        assert found["FD-classifier"] == want["FD-classifier"] and found["KID"] == want["KID"]
+        assert found.get("recognised") == (want["recognised"] if known else None)
+        assert ("has no class labels: the share recognised is left out" in printed) == (not known)
+    (tmp_path / "made" / "deep" / "0300.png").write_bytes(b"x")
+    with pytest.raises(UserError, match="0300.png can't be read"):
+        evaluate(f"--images={tmp_path / 'made'}")
+
+
+def test_two_ways_of_down_sampling_are_told(evaluate, place, tmp_path):
+    """Where both sides say how they were made, and not the same."""
+    with np.load(place / "samples.npz") as f:
+        arrays = dict(f)
+    made = place / "datasets" / "small" / "made.json"
+    try:
+        for ours, theirs, warned in (("center-crop", "center-crop-dhariwal", True), ("center-crop", "center-crop", False),
+                                     (None, "center-crop", False), ("center-crop", None, False)):
+            made.write_text(json.dumps({"transform": ours}))
+            np.savez(tmp_path / "x.npz", **arrays, **({"made": json.dumps({"transform": theirs})} if theirs else {}))
+            printed = evaluate(f"--images={tmp_path / 'x.npz'}")
+            assert (f"down-sampled by {theirs}, small to {ours}: part of the distance is due to that" in printed) == warned
+    finally:
+        made.unlink()
 
 
 def test_a_data_set_has_no_distance_from_itself(evaluate, place, monkeypatch):
