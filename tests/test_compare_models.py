@@ -12,6 +12,7 @@ import compare_models
 import data
 from configurator import UserError
 from conftest import ROOT, TINY, run
+from sample import load_prior, load_stage1
 
 SAMPLE = ["--num_steps=3", "--device=cpu", "--num_images=20", "--per_code=4"]
 
@@ -109,3 +110,20 @@ def test_a_failure_ends_it(tmp_path):
 def test_mistakes_are_told(argument):
     with pytest.raises(UserError, match=argument[2:].split("=")[0]):
         run("compare_models.py", argument)
+
+
+@torch.no_grad()
+def test_the_shipped_model_is_what_it_was():
+    """Old checkpoints mean what they meant: codes of held-out images, their bits, and how far D at sigma = 3 is from the images."""
+    model, state = load_stage1(ROOT / "pretrained", "cpu")
+    prior = load_prior(ROOT / "pretrained", "ar", "cpu", state)
+    images, labels, _, held_out = data.load_trained_on(state["config"], "pretrained/stage1.pt")
+    y, c = data.to_float(images[held_out[:40]]), torch.from_numpy(labels[held_out[:40]])
+    z = model.encoder(y).argmax(2)
+    assert z[5].tolist() == [13, 9, 11, 0, 12, 5, 13, 15] and z[2].tolist() == [10, 9, 9, 13, 7, 5, 11, 15]  # by far
+    assert [prior.nats(z, labels).mean().item() / np.log(2) for labels in (c, None)] == pytest.approx([5.123, 5.672], abs=0.01)
+    x, sigma = y + 3 * torch.randn(y.shape, generator=torch.Generator().manual_seed(0)), torch.full((40,), 3.0)
+    null = model.condition(z, torch.ones(40, dtype=torch.bool))
+    errors = [(model.denoise(x, sigma, *given) - y).square().mean().item()
+              for given in ((c, model.condition(z)), (c, null), (None, model.condition(z)))]
+    assert errors == pytest.approx([0.0931, 0.1063, 0.1523], abs=2e-4)  # without the code, without the class

@@ -349,6 +349,13 @@ def test_split():
     assert np.array_equal(data.split(1000, 100)[1], held_out) and held_out.max() > 900 > 100 > held_out.min()
 
 
+def test_split_and_order_are_those_of_older_checkpoints():
+    """What was held out yesterday is held out today, and a run goes on with the images that come next."""
+    train, held_out = data.split(10_000, 500)
+    assert held_out[:5].tolist() == [3577, 8925, 1634, 485, 4753] and train[:3].tolist() == [5787, 1924, 5195]
+    assert data.Shuffle(np.arange(10), 3).take(10, 10).tolist() == [4, 1, 2, 8, 5, 0, 7, 9, 6, 3]
+
+
 def test_float_and_back():
     images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
     x = data.to_float(images)

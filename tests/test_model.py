@@ -149,6 +149,18 @@ def test_gumbel_softmax():
     assert abs(gumbel.mean() - 0.5772) < 0.01 and abs(gumbel.var() - math.pi ** 2 / 6) < 0.02
 
 
+@torch.no_grad()
+def test_training_sees_codes_that_are_relaxed_by_tau():
+    """softmax((logits + gumbel) / tau), with tau = 2, which no power of leaves as it is."""
+    model, g = used_model(), torch.Generator().manual_seed(0)
+    y, noise, gumbel = (torch.randn(2, *shape, generator=g) for shape in ((3, 16, 16), (3, 16, 16), (3, 5)))
+    D, logits = model(y, noise, torch.ones(2), None, gumbel, None, 2.0)
+    weights = (logits / 2).exp() * (gumbel / 2).exp()
+    z = weights / weights.sum(2, keepdim=True)
+    assert (D - model.denoise(y + noise, torch.ones(2), None, model.condition(z))).abs().max() < 1e-5
+    assert (D - model(y, noise, torch.ones(2), None, gumbel)[0]).abs().max() > 1e-3  # tau = 1
+
+
 @pytest.mark.parametrize("changes, message", [
     (dict(img_resolution=15), "15 pixels can't be halved"), (dict(attn_resolutions=(7,)), r"attn_resolutions has \[7\]"),
     (dict(encoder_patch=5), "encoder_patch 5"), (dict(encoder_heads=5), "24 is not by 5")])
