@@ -17,7 +17,7 @@ import sample
 from configurator import UserError, configure
 from conftest import ROOT, TINY, run
 from model import SEDD, DisCoDiff, Prior, euler_probs, log_linear
-from sample import SeededNoise, class_number, denoiser, first_hitting, heun, restart, restart_loops, tau_leaping
+from sample import SeededNoise, class_number, denoiser, first_hitting, heun, noise_levels, restart, restart_loops, tau_leaping
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "samplers.npz")
 CENTRES = 3 * torch.tensor([(math.cos(i * math.pi / 4), math.sin(i * math.pi / 4)) for i in range(8)], dtype=torch.float64)
@@ -47,6 +47,13 @@ def test_heun_equals_edm(name, nfe, settings):
              randn_like=lambda x: torch.from_numpy(noise.standard_normal(tuple(x.shape))), **settings)
     assert x.dtype == torch.float64 and np.abs(x.numpy() - REFERENCE[name]).max() < 1e-9
     assert len(calls) == nfe
+
+
+def test_noise_levels_of_other_rhos():
+    """Even for rho = 1; their rho-th roots are even; towards a geometric sequence for a large one (EDM Eq. 5)."""
+    assert torch.allclose(noise_levels(5, 2, 10, 1), torch.tensor([10.0, 8, 6, 4, 2], dtype=torch.float64))
+    assert torch.allclose(noise_levels(3, 1, 27, 3), torch.tensor([27.0, 8, 1], dtype=torch.float64))
+    assert torch.allclose(noise_levels(3, 1, 100, 1e6), torch.tensor([100.0, 10, 1], dtype=torch.float64), rtol=1e-4)
 
 
 def preset(evaluations):
@@ -222,6 +229,13 @@ def test_analytic_sampler_agrees_in_1000_steps():
     n, seen, (_, gumbel) = 8_000, [], noise(1)
     codes = tau_leaping(exact_score(seen), all_mask(n), 1000, gumbel(n))
     assert chi_square(codes) < 103.4 and len(seen) == 1000
+
+
+def test_times_of_tau_leaping_are_even():
+    """From t = 1 on, where all is mask, to 1 / n, from where the last step goes to 0."""
+    seen, (_, gumbel) = [], noise(6)
+    tau_leaping(exact_score(seen), all_mask(50), 4, gumbel(50))
+    assert [t.unique().tolist() for _, t in seen] == [[1.0], [0.75], [0.5], [0.25]]
 
 
 @pytest.mark.parametrize("eta, t0, t1", [(0.0, 0.3, 0.55), (0.02, 0.3, 0.55), (0.3, 0.3, 0.55), (0.9, 0.05, 0.99)])
