@@ -78,6 +78,19 @@ def test_the_two_resizings_give_different_features(inception):
     assert 1e-3 < torch.linalg.norm(tf1 - pytorch) / torch.linalg.norm(pytorch) < 1
 
 
+def test_what_inception_is_given_and_its_classes(inception, monkeypatch):
+    """As TensorFlow's program: pixels v as (v - 128) / 128, and class probabilities without the bias of the last layer."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 299, 299, 3), np.uint8)
+    monkeypatch.setattr(inception, "resize", "tf1")
+    given = []
+    handle = inception.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
+    pool, _, p = inception(data.to_float(pixels))
+    handle.remove()
+    assert torch.allclose(given[0], (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() - 128) / 128, atol=1e-3)
+    odds = (pool @ (inception.fc.weight - inception.fc.weight[0]).T)[0]
+    assert torch.allclose((p[0] / p[0, 0]).log(), odds, atol=1e-4) and inception.fc.bias.std() > 0.01
+
+
 def test_weights_with_another_hash_are_refused(tmp_path):
     torch.save({"fc.bias": torch.zeros(1008)}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match="SHA-256 begins with [0-9a-f]{8}, not 6726825d"):

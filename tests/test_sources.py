@@ -1,5 +1,6 @@
 """Images as strangers have them: every mode, folders and archives of every shape, and what must not be lost."""
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -156,6 +157,15 @@ def test_dataset_json_and_images_that_do_not_fit(root, tmp_path, capsys):
     save(source / "00000" / "new.png", 0, (9, 9))
     with pytest.raises(UserError, match="has no label for 1 of the images"):
         data.prepare("set", str(source), overwrite=True, root=root)
+
+
+def test_labels_go_by_name_and_not_by_place(tmp_path):
+    source = edm_folder(tmp_path / "edm", [0, 1, 2, 3])
+    entries = json.loads((source / "dataset.json").read_text())["labels"]
+    for order in itertools.permutations(range(4)):
+        (source / "dataset.json").write_text(json.dumps({"labels": [entries[i] for i in order]}))
+        images, labels = data.open_images(str(source))
+        assert labels.tolist() == images[:][:, 0, 0, 0].tolist() == [0, 1, 2, 3]
 
 
 def test_two_data_sets_of_edms_are_no_classes(root, tmp_path):

@@ -29,7 +29,7 @@ class Script:
     def recorded(self, monkeypatch, name):
         """-> a list that gets what this function is given from now on"""
         given, function = [], self.all[name]
-        monkeypatch.setitem(self.all, name, lambda *arguments: (given.append(arguments), function(*arguments))[1])
+        monkeypatch.setitem(self.all, name, lambda *arguments: given.append(arguments) or function(*arguments))
         return given
 
     def averages_of_ones(self, seen):
@@ -64,7 +64,7 @@ def test_what_is_drawn_in_stage_1(stage1, monkeypatch):
     """ln sigma ~ N(P_mean, P_std^2), noise of this size, and coins: 10,240 images."""
     noise, sigma, gumbel, drop, flip = (torch.stack(drawn) for drawn in zip(*map(stage1.draw_step, range(80))))
     log = sigma.log()
-    assert log.mean().item() == pytest.approx(-0.7, abs=4 * 1.6 / 10_240 ** 0.5) and log.std().item() == pytest.approx(1.6, rel=0.03)
+    assert log.mean().item() == pytest.approx(-0.7, abs=0.06) and log.std().item() == pytest.approx(1.6, rel=0.03)
     unit = noise / sigma  # (steps, B, C, H, W)
     assert unit.mean().abs() < 0.01 and (unit.std((2, 3, 4)) - 1).abs().max() < 0.15
     assert gumbel.mean().item() == pytest.approx(0.5772, abs=0.02)
@@ -93,7 +93,10 @@ def test_what_the_network_is_given_and_its_loss(stage1, monkeypatch):
     variance = sigma.double() ** 2 + 0.4 ** 2
     errors = ((0.4 ** 2 / variance)[:, None, None, None] * (y + noise) - y).square().mean((1, 2, 3))
     assert loss.item() == pytest.approx((errors * variance / (0.4 * sigma) ** 2).mean().item(), rel=1e-4)
-    assert torch.allclose(code_sum.sum(1), torch.tensor(128.0)) and 0 < entropy_sum < 128 * 3 * np.log(5)
+    with torch.no_grad():
+        p = stage1.model.encoder(y).softmax(2)
+    assert torch.allclose(code_sum, p.sum(0), rtol=1e-3)
+    assert entropy_sum.item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-3)
 
 
 def test_stage_1_trains_on_what_is_not_held_out(stage1):
@@ -106,13 +109,51 @@ def test_rates_and_averages_of_stage_1(stage1):
     of the images seen."""
     for seen, share in ((0, 0), (250, 0.25), (1000, 1), (5000, 1)):
         stage1.averages_of_ones([seen])
-        assert [group["lr"] for group in stage1.optimizer.param_groups] == pytest.approx([0.002 * share, 0.002 * share, 1e-4 * share])
+        rates = [group["lr"] for group in stage1.optimizer.param_groups]
+        assert rates == pytest.approx([0.002 * share, 0.002 * share, 1e-4 * share])
     groups = [{*map(id, group["params"])} for group in stage1.optimizer.param_groups]
     model = stage1.model
+    assert stage1.optimizer.defaults["betas"] == (0.9, 0.999) and stage1.optimizer.defaults["eps"] == 1e-8  # EDM's
     assert groups == [{*map(id, part.parameters())} for part in (model.model, model.latents, model.encoder)]
     assert stage1.averages_of_ones([10 ** 9] * 10)[-1] == pytest.approx(0.5, rel=1e-5)  # 10 x 128 images
     assert stage1.averages_of_ones([1280])[0] == pytest.approx(0.5, rel=1e-5)  # a half-life of 128
     assert stage1.averages_of_ones([0])[0] == 1
+
+
+def test_the_table_of_losses(stage1, monkeypatch, capsys):
+    """For D = c_skip x the loss at sigma is (sigma^2 <y^2> / sd^2 + sd^2) / (sigma^2 + sd^2), of held-out images; the first
+    column has their own codes, the second none."""
+    condition, dropped = stage1.ema.condition, []
+    monkeypatch.setattr(stage1.ema, "condition", lambda z, drop: dropped.append(drop.unique().tolist()) or condition(z, drop))
+    stage1.print_losses(64, (0.3, 3))
+    assert dropped == [[False], [True]] * 4  # 32 images at once
+    y = data.to_float(data.load("fashion-mnist-10k")[0][data.split(10_000, 1000)[1][:64]])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("loss on 64 held-out images")
+    for line, sigma in zip(lines[2:], (0.3, 3), strict=True):
+        want = (sigma ** 2 * y.square().mean().item() / 0.16 + 0.16) / (sigma ** 2 + 0.16)
+        assert [float(number) for number in line.split()] == pytest.approx([sigma, want, want, 1], rel=0.03)
+
+
+def test_what_is_shown_has_codes_of_the_average(stage1):
+    y = data.to_float(data.load("fashion-mnist-10k")[0][:8])
+    codes = stage1.codes_of(y, torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(stage1.model.encoder.head, std=100)
+    assert torch.equal(stage1.codes_of(y, torch.Generator().manual_seed(0)), codes)
+
+
+def test_dropout_differs_from_step_to_step(stage1, monkeypatch):
+    """Each micro-step has a seed of its own, the same one when the step is repeated."""
+    seeds = []
+
+    def forward(y, *_):
+        seeds.append(torch.initial_seed())
+        return (0 * y).requires_grad_(), torch.zeros(len(y), 3, 5)
+
+    monkeypatch.setitem(stage1.all, "forward", forward)
+    for step in (0, 1, 2, 0):
+        stage1.gradients(step)
+    assert len(set(seeds)) == 12 and seeds[12:] == seeds[:4]
 
 
 # stage 2
@@ -123,13 +164,14 @@ def encoded(tmp_path_factory):
     """The folder of a stage 1 that mirrors, on 60 random images, 20 of them held out; `data.load` gives these."""
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (60, 8, 8, 1), np.uint8), np.arange(60) % 3
-    args = dict(img_resolution=8, img_channels=1, label_dim=3, num_latents=4, codebook_size=5, model_channels=4, channel_mult=(1,),
-                num_blocks=1, attn_resolutions=(), latent_dim=4, latent_layers=1, latent_heads=1, encoder_patch=4, encoder_dim=8,
-                encoder_layers=1, encoder_heads=1)
+    args = dict(img_resolution=8, img_channels=1, label_dim=3, num_latents=4, codebook_size=5, model_channels=4,
+                channel_mult=(1,), num_blocks=1, attn_resolutions=(), latent_dim=4, latent_layers=1, latent_heads=1,
+                encoder_patch=4, encoder_dim=8, encoder_layers=1, encoder_heads=1)
     config = dict(dataset="mine", held_out=20, xflip=True, data_identity=data.identity(images, labels))
     folder = tmp_path_factory.mktemp("encoded")
     torch.manual_seed(0)
-    torch.save(dict(made_by="train_stage1", config=config, model_args=args, step=0, ema=DisCoDiff(**args).state_dict()), folder / "stage1.pt")
+    state = dict(made_by="train_stage1", config=config, model_args=args, step=0, ema=DisCoDiff(**args).state_dict())
+    torch.save(state, folder / "stage1.pt")
     return folder, images, labels
 
 
@@ -147,7 +189,7 @@ def test_what_a_prior_is_given_and_its_loss(prior, encoded, monkeypatch):
     _, images, labels = encoded
     train, held_out = data.split(60, 20)
     encoder = prior.stage1.encoder
-    taken, given = (prior.recorded(monkeypatch, name) for name in ("logits_of", "loss_of"))
+    taken, drawn, given = (prior.recorded(monkeypatch, name) for name in ("logits_of", "draw_codes", "loss_of"))
     loss = prior.gradients(7).item()
     ((which, flip),), ((z, c, t, u),) = taken, given
     assert sorted(set(which)) == sorted(train) and flip.double().mean().item() == pytest.approx(0.5, abs=0.05)
@@ -163,8 +205,10 @@ def test_what_a_prior_is_given_and_its_loss(prior, encoded, monkeypatch):
     assert torch.equal(c[~dropped], of_class[~dropped]) and dropped.double().mean().item() == pytest.approx(0.3, abs=0.04)
     prior.gradients(8)
     again = given[1][1] == -1
-    assert (dropped & again).double().mean().item() == pytest.approx(0.09, abs=0.03)  # not the same rows in each step
+    assert (dropped & again).double().mean().item() == pytest.approx(0.09, abs=0.03)
+    assert not (drawn[0][1] == drawn[1][1]).any()  # nothing is the same in each step
     assert 1e-3 <= t.min() < 0.02 and 0.98 < t.max() <= 1 and t.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert u.shape == (2000, 4) and ((u < t[:, None]).double().mean(0) - 0.5).abs().max() < 0.05  # each token on its own
     masks = torch.ones(2000, 4) if prior.prior == "ar" else (u < 0.999 * t[:, None]) / t[:, None]
     assert loss == pytest.approx(masks.sum(1).mean().item() * np.log(5), rel=1e-4)
 
@@ -185,3 +229,11 @@ def test_rates_clipping_and_averages_of_a_prior(prior):
         assert torch.cat([m.flatten() for m in moments]).norm().item() == pytest.approx(0.1 * clipped, rel=1e-4)
     assert prior.averages_of_ones([0]) == pytest.approx([0.9]) and prior.averages_of_ones([2]) == pytest.approx([0.75])
     assert prior.averages_of_ones([10 ** 6] * 2) == pytest.approx([0.25, 0.4375])
+
+
+def test_held_out_bits_are_the_averages(prior):
+    """Which is uniform to begin with, whatever becomes of the weights."""
+    with torch.no_grad():
+        for p in prior.parameters:
+            p.normal_()
+    assert prior.held_out_bits(2) == pytest.approx((4 * np.log2(5), 0), abs=1e-4)
