@@ -461,6 +461,14 @@ def test_a_checkpoint_is_not_unpacked(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["good.pt", "stage1.pt"] and not (tmp_path.parent / "out").exists()
 
 
+def test_a_log_goes_on_after_the_checkpoint(tmp_path):
+    """Lines up to its images, those of the same step too; what is later, or cut off, is written again."""
+    lines = [f'{{"images": {images}}}' for images in (8, 16, 24, 32)]
+    (tmp_path / "log").write_text("\n".join([*lines, '{"ima']))
+    assert data.read_log(tmp_path / "log", 24) == lines[:3] and data.read_log(tmp_path / "log", 99) == lines
+    assert data.read_log(tmp_path / "none", 24) == []
+
+
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     """The process may write files of 100 kB at most, as on a disk with so much room."""
     program = f"""

@@ -17,7 +17,8 @@ import sample
 from configurator import UserError, configure
 from conftest import ROOT, TINY, run
 from model import SEDD, DisCoDiff, Prior, euler_probs, log_linear
-from sample import SeededNoise, class_number, denoiser, first_hitting, heun, noise_levels, restart, restart_loops, tau_leaping
+from sample import (SeededNoise, class_number, denoiser, first_hitting, heun, load_prior, load_stage1, noise_levels, restart,
+                    restart_loops, tau_leaping)
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "samplers.npz")
 CENTRES = 3 * torch.tensor([(math.cos(i * math.pi / 4), math.sin(i * math.pi / 4)) for i in range(8)], dtype=torch.float64)
@@ -398,6 +399,15 @@ def test_labels_at_random(trained, samples):
     assert np.array_equal(made["labels"].reshape(5, 4), made["labels"][::4, None].repeat(4, 1)) and len(set(made["labels"])) > 2
     with pytest.raises(UserError, match="choose one"):
         run("sample.py", f"--out_dir={trained}", *SAMPLE, "--random_labels=True", "--class_label=2")
+
+
+def test_samples_are_of_the_moving_averages(trained):
+    model, stage1 = load_stage1(trained, "cpu")
+    networks = {"stage1": model, **{f"prior_{kind}": load_prior(trained, kind, "cpu", stage1) for kind in ("ar", "sedd")}}
+    for name, network in networks.items():
+        state = torch.load(trained / f"{name}.pt")
+        assert all(torch.equal(weights, state["ema"][key]) for key, weights in network.state_dict().items())
+        assert not all(torch.equal(weights, state["ema"][key]) for key, weights in state["model"].items())
 
 
 def test_the_batch_size_changes_nothing(trained, samples):

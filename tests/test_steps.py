@@ -156,6 +156,14 @@ def test_dropout_differs_from_step_to_step(stage1, monkeypatch):
     assert len(set(seeds)) == 12 and seeds[12:] == seeds[:4]
 
 
+def test_what_is_due_where_batches_do_not_divide_it(stage1, monkeypatch):
+    """Every 1,000 images, in batches of 128: after the step that passes them, and after the last one."""
+    monkeypatch.setitem(stage1.all, "total_images", 2_600)
+    steps = [128 * i for i in range(1, 22)]
+    assert [seen for seen in steps if stage1.due(1_000, seen)] == [1024, 2048, 2688]
+    assert [seen for seen in steps if stage1.due(50, seen)] == steps and not any(stage1.due(0, seen) for seen in steps)
+
+
 # stage 2
 
 
