@@ -114,7 +114,7 @@ def test_mistakes_are_told(argument):
 
 @torch.no_grad()
 def test_the_shipped_model_is_what_it_was():
-    """Old checkpoints mean what they meant: codes of held-out images, their bits, and how far D at sigma = 3 is from the images."""
+    """Old checkpoints mean what they meant: codes of held-out images, their bits, and how far D at sigma = 3 is from them."""
     model, state = load_stage1(ROOT / "pretrained", "cpu")
     prior = load_prior(ROOT / "pretrained", "ar", "cpu", state)
     images, labels, _, held_out = data.load_trained_on(state["config"], "pretrained/stage1.pt")

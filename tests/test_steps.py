@@ -16,7 +16,7 @@ SETTINGS = [*TINY, "--held_out=1000", "--batch_size=128", "--batch_gpu=32", "--x
 
 
 class Script:
-    """The globals of a training script, all but its run; `set` changes one, as its functions see it."""
+    """The globals of a training script, all but its run; in `all`, where they can be changed, as its functions see them."""
 
     def __init__(self, *arguments):
         hook = sys.excepthook
