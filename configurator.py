@@ -14,6 +14,8 @@ import ast
 import difflib
 import os
 import sys
+import time
+import weakref
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -187,24 +189,33 @@ def start_processes(device):
             store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", store=store, rank=rank,
                                              world_size=world, timeout=limit)
-        global _group
-        _group = torch.distributed.new_group(timeout=limit, backend="gloo")
         sys.excepthook = hook
     return int(os.environ.get("RANK", 0)), world, place
 
 
-# The group for everything that processes tell each other, but for DDP's gradients. After a barrier, gloo's threads may still
-# hold tensors, and they need Python to release these: if Python ends at that moment, the process is aborted (SIGABRT). Removing
-# a group waits for its threads; that of DDP is never removed, since PyTorch keeps references to it.
-_group = None
+_in_flight = []  # weak references to tensors that gloo's threads may hold
+
+
+def _all_reduce(x, op):
+    """The sum or maximum of the processes' tensors: a new one, on the CPU."""
+    import torch
+
+    x = x.cpu().clone()
+    torch.distributed.all_reduce(x, op)
+    _in_flight[:] = [ref for ref in (*_in_flight, weakref.ref(x)) if ref() is not None]
+    return x
 
 
 def leave_processes():
-    """The end of what `start_processes` began; before it, a `barrier` lets process 0 finish what the others wait for."""
+    """The end of what `start_processes` began; before it, a `barrier` lets process 0 finish what the others wait for.
+
+    gloo's threads hold tensors a little longer than an operation takes, after a `barrier` above all, and need Python to let
+    go of them. If Python ends at that moment, the process is aborted (SIGABRT); so they are waited for.
+    """
     import torch
 
-    global _group
-    _group = None
+    while any(ref() is not None for ref in _in_flight):
+        time.sleep(0.001)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -214,17 +225,23 @@ def barrier():
     import torch
 
     if torch.distributed.is_initialized():
-        torch.distributed.barrier(_group)
+        torch.distributed.barrier()
 
 
-def mean_over_processes(x):
-    """The mean of the processes' tensors, on the CPU."""
+def sum_over_processes(x):
+    """The sum of the processes' tensors, in place of each."""
     import torch
 
     if torch.distributed.is_initialized():
-        x = x.cpu()
-        torch.distributed.all_reduce(x, group=_group)
-        x = x / torch.distributed.get_world_size()
+        x.copy_(_all_reduce(x, torch.distributed.ReduceOp.SUM))
+
+
+def mean_over_processes(x):
+    """The mean of the processes' tensors."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        x = _all_reduce(x, torch.distributed.ReduceOp.SUM) / torch.distributed.get_world_size()
     return x
 
 
@@ -233,9 +250,7 @@ def max_over_processes(number):
     import torch
 
     if torch.distributed.is_initialized():
-        numbers = torch.tensor(number)
-        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, _group)
-        number = numbers.item()
+        number = _all_reduce(torch.tensor(number), torch.distributed.ReduceOp.MAX).item()
     return number
 
 

@@ -33,12 +33,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
-from configurator import UserError, barrier, configure, leave_processes, require, start_processes
+from configurator import UserError, barrier, configure, leave_processes, require, start_processes, sum_over_processes
 from data import (HERE, Shuffle, atomic, class_names, fingerprint, identity, load, load_checkpoint, made_of, open_images, open_npz,
                   save_checkpoint, split, to_float)
 from inception import Inception, find_inception, load_inception, resize_tf1  # the tests take them from here
@@ -260,7 +259,7 @@ def measure(net, images, labels, device="cpu", rank=0, world=1, name="images", k
     if world > 1:
         sums_of_moments = [sums for m in moments.values() for sums in vars(m).values()]
         for sums in [features_kept, prob_sums, log_sums, counts, labelled, right, *sums_of_moments]:
-            dist.all_reduce(sums)
+            sum_over_processes(sums)
     found = dict(count=n, features=features_kept.cpu().numpy(), inception_score=inception_score(prob_sums, log_sums, counts),
                  recognised=(right.sum() / labelled.sum()).item(), recognised_by_class=(right / labelled).cpu().numpy())
     for key, m in moments.items():
