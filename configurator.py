@@ -12,6 +12,7 @@ strings, True/False, tuples) and never executed.
 
 import ast
 import difflib
+import errno
 import os
 import sys
 import time
@@ -34,6 +35,9 @@ def configure(scope, argv=None):
     prints the script's docstring and settings, and exits.
     """
     sys.excepthook = partial(_one_line_for_user_errors, scope)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed, as by 2>&-
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr: a name that can't be printed ends no run
     argv = sys.argv[1:] if argv is None else argv
     settings = {name: value for name, value in scope.items()
                 if not (name.startswith("_") or name.isupper()) and isinstance(value, (bool, int, float, str, tuple))}
@@ -53,6 +57,7 @@ def configure(scope, argv=None):
                 nearest = difflib.get_close_matches(name, settings, n=1, cutoff=0)
                 raise UserError(f"{where}: there is no setting {name!r}; the nearest is {nearest[0]!r}")
             settings[name] = _checked(name, value, scope[name], where)
+    require(settings.get("out_dir") != "", "--out_dir= names no folder: --out_dir=. is the one that you are in")
     scope.update(settings)
     return settings
 
@@ -73,14 +78,14 @@ def _at_home(path, where):
 def _literal(text):
     try:
         return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text  # a bare word: right only where a string is wanted, which `_checked` sees
 
 
 def _read_config_file(path):
     """-> [(name, value, where)] of the file's `name = literal` lines."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:  # Windows' editors put a mark first
             tree = ast.parse(f.read())
     except OSError as error:
         raise UserError(f"can't read the config file {path}: {error.strerror}") from None
@@ -101,6 +106,8 @@ def _read_config_file(path):
 
 def _checked(name, value, default, where):
     kind = type(default)
+    numbers = value if type(value) in (tuple, list) else [value]
+    require(all(abs(n) < 2 ** 62 for n in numbers if type(n) is int), f"{where}: a whole number can't be 2^62 or more")
     if kind is float and (type(value) is int or value in ("inf", "-inf")):
         value = float(value)
     if kind is tuple and type(value) is list:
@@ -134,7 +141,7 @@ def out_of_memory(error):
 def _one_line_for_user_errors(scope, kind, error, traceback):
     """The excepthook of a script with these globals: what the user can mend is said in one line."""
     if issubclass(kind, KeyboardInterrupt):
-        print("interrupted: the same command continues from the last checkpoint, if there is one", file=sys.stderr)
+        print("interrupted: the same command goes on from what has been saved, if anything", file=sys.stderr)
         sys.exit(130)
     folder = scope.get("out_dir")
     if issubclass(kind, UserError):
@@ -146,11 +153,16 @@ def _one_line_for_user_errors(scope, kind, error, traceback):
             line += f": a smaller --{setting} may help; it is {scope[setting]}{at_once}"
         if os.path.exists(scope.get("checkpoint_path", "")):
             line += f". {scope['checkpoint_path']} is untouched"
-    elif isinstance(error, OSError) and folder and Path(folder) in Path(str(error.filename), "-").parents:
+    elif isinstance(error, BrokenPipeError) and not error.filename:
+        line = "what reads the output of this command has ended, as `head` does: write it to a file"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more when it ends
+    elif isinstance(error, OSError) and (error.errno == errno.ENAMETOOLONG
+                                         or folder and Path(folder) in Path(str(error.filename), "-").parents):
         line = f"can't read or write {error.filename}: {error.strerror}"  # the disk went away, or somebody deleted it
     else:
         sys.__excepthook__(kind, error, traceback)
         return
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(line))  # names may hold line breaks and worse
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(2)
 

@@ -61,3 +61,21 @@ def test_the_home_folder(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r".*: no home folder is known for ~nobody-here; write the path in full$") as error:
             configure(settings(), [argument])
         assert str(error.value).startswith(argument)
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("--steps=1" + 30 * "0", "a whole number can't be 2^62 or more"),
+    ("--lr=1" + 400 * "0", "a whole number can't be 2^62 or more"),
+    ("--mult=(1,-4611686018427387904)", "a whole number can't be 2^62 or more"),
+    ("--mult={[1]: 2}", "mult takes a tuple"),
+    ("--out_dir=", "--out_dir= names no folder: --out_dir=. is the one that you are in"),  # else /stage1.pt is written
+])
+def test_values_that_can_not_be(argument, message):
+    with pytest.raises(UserError) as error:
+        configure(settings() | dict(out_dir="out"), [argument])
+    assert message in str(error.value)
+
+
+def test_a_config_file_of_windows(tmp_path):
+    (tmp_path / "a.py").write_bytes(b"\xef\xbb\xbflr = 2\r\n")
+    assert configure(settings(), [str(tmp_path / "a.py")])["lr"] == 2.0
