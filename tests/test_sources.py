@@ -269,6 +269,17 @@ def test_a_zip_is_read_as_a_folder_is(root, tmp_path):
         data.prepare("bird", str(tmp_path / "z.zip"), root=root)
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_with_two_files_of_one_name(root, tmp_path):
+    """Names are stripped of what leads out of the archive: none of two that become one is lost without a word."""
+    for twin in ("a/x.png", "/a/x.png", "../a/x.png"):
+        with zipfile.ZipFile(tmp_path / "twins.zip", "w") as archive:
+            for name in ("a/x.png", "b/y.png", twin):
+                archive.writestr(name, b"")
+        with pytest.raises(UserError, match=r"twins.zip has two files named a/x.png"):
+            data.prepare("twins", str(tmp_path / "twins.zip"), root=root)
+
+
 def test_archives_that_python_can_not_unpack(root, tmp_path):
     """Deflate64 (method 9), a password, another method; at the front of the archive or in its images."""
     for name in ("dataset.json", "a.png"):
