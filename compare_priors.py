@@ -85,7 +85,8 @@ def draw_bars(rows, path):
             at, text = (450 + scale * value, y - 4), f"{value:.3f}"
             draw.rectangle(draw.textbbox(at, text, font), "white")
             draw.text(at, text, "black", font)
-    canvas.save(path)
+    with data.atomic(path) as file:
+        canvas.save(file, "png")
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from configurator import UserError, configure, on_any_process, out_of_memory, require
-from run import progress
+from run import hold, progress, release
 from sources import LARGEST, TRANSFORMS, Pictures, is_zip, list_images, open_source, read_idx, require_images
 
 name = ""  # of the data set; `python data.py NAME` is short for --name=NAME
@@ -68,6 +68,10 @@ def load(name, root=HERE / "datasets"):
         classes = json.loads((folder / "classes.json").read_text())
         images = np.load(folder / "images.npy", mmap_mode="r")
         labels = np.load(folder / "labels.npy") if classes else None
+        if not isinstance(classes, list) or not isinstance(images, np.memmap) or images.dtype != np.uint8 or images.ndim != 4:
+            raise ValueError("classes.json is not a list, or images.npy not uint8 (N, H, W, C)")
+        if classes and (labels.dtype.kind not in "iu" or labels.ndim != 1 or not 0 <= labels.min() <= labels.max() < len(classes)):
+            raise ValueError(f"labels.npy has not the numbers of {len(classes)} classes")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{folder} is damaged ({error}): prepare it anew with --overwrite=True") from None
     if classes:
@@ -94,11 +98,12 @@ def made_of(source, root=HERE / "datasets"):
     "transform", or None where nobody has said so."""
     try:
         if Path(source).suffix != ".npz":
-            return json.loads((root / source / "made.json").read_text())
-        with open_npz(source, large=("images.npy", "arr_0.npy")) as found:
-            if "mu_s" in found:  # ADM's reference batches
-                return dict(transform="center-crop-dhariwal")
-            return json.loads(str(found["made"]))  # sample.py's
+            made = json.loads((root / source / "made.json").read_text())
+        else:
+            with open_npz(source, large=("images.npy", "arr_0.npy")) as found:
+                # ADM's reference batches, or sample.py's
+                made = dict(transform="center-crop-dhariwal") if "mu_s" in found else json.loads(str(found["made"]))
+        return made if isinstance(made, dict) else None
     except Exception:  # whatever a broken or foreign file makes the decoders raise
         return None
 
@@ -258,6 +263,15 @@ class NpzImages:
         return np.frombuffer(read, np.uint8).reshape(-1, *self.shape[1:])
 
 
+def is_whole_npz(path):
+    """Whether the file is there, and the checksums of all its arrays are right."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # whatever a broken file makes the decoders raise
+        return False
+
+
 def merge_npz(files, path, **once):
     """Joins .npz files with the same keys along their arrays' first axis, one file in memory at a time; `once`: more arrays."""
     with np.load(files[0]) as first:
@@ -284,13 +298,16 @@ def require_pngs_alone(folder, seeds):
 
 def save_pngs(files, folder):
     """Writes the images of .npz files of sample.py as PNG files, SEED.png, and the labels as EDM does, dataset.json."""
-    folder.mkdir(exist_ok=True)
     found = []
-    for file in files:
-        with np.load(file) as part:
-            for image, seed, label in zip(part["images"], part["seeds"], part["labels"].tolist()):
-                Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(folder / f"{seed:06d}.png")
-                found.append([f"{seed:06d}.png", label])
+    try:
+        folder.mkdir(exist_ok=True)
+        for file in files:
+            with np.load(file) as part:
+                for image, seed, label in zip(part["images"], part["seeds"], part["labels"].tolist()):
+                    Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(folder / f"{seed:06d}.png")
+                    found.append([f"{seed:06d}.png", label])
+    except OSError as error:
+        raise UserError(f"can't write {folder}: {error.strerror}") from None
     with atomic(folder / "dataset.json") as f:
         f.write(json.dumps({"labels": found if all(label >= 0 for _, label in found) else None}).encode())
 
@@ -519,11 +536,11 @@ def resume(path, config, model_args, free, changeable, made_by, **others):
 def read_log(path, images):
     """The lines of a training log up to that number of images; what a crash cut off is left out."""
     lines = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+    for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []:
         try:
             if json.loads(line)["images"] <= images:
                 lines.append(line)
-        except ValueError:
+        except (ValueError, LookupError, TypeError):
             break
     return lines
 
@@ -558,7 +575,10 @@ def download(name, root):
     """Fetches a public set's files that are not there yet, checks their MD5 -> the folder they are in."""
     address, files = PUBLIC[name]
     folder = root / "downloads" / name
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't write {folder}: {error.strerror}") from None
     for file, md5 in files.items():
         path = folder / file
         if not path.exists():
@@ -620,6 +640,7 @@ def prepare(name, source, resolution=0, transform="center-crop", exif=False, wor
     require(total, f"{source} has no images in it")
     if name == "fashion-mnist" and len(classes) == len(FASHION):
         classes = FASHION
+    hold(folder)
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted preparation
     try:
         partial.mkdir(parents=True)
@@ -654,6 +675,7 @@ def prepare(name, source, resolution=0, transform="center-crop", exif=False, wor
     finally:
         items.close()
         shutil.rmtree(partial, ignore_errors=True)
+        release(folder)
     names = f" ({', '.join(classes[:3])}{', ...' * (len(classes) > 3)})" if classes else ""
     print(f"{folder}: {len(labels):,} images of {' x '.join(map(str, shape))}, {len(classes)} classes{names}"
           + (f"; {unreadable} could not be read" if unreadable else ""))

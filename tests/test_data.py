@@ -19,6 +19,7 @@ import data
 import sources
 from configurator import UserError
 from conftest import ROOT
+from run import hold, release
 
 
 @pytest.fixture
@@ -277,6 +278,50 @@ def test_a_damaged_set_is_told(root, tmp_path):
         (root / "m" / "images.npy").write_bytes(whole[:size])
         with pytest.raises(UserError, match="m is damaged"):
             data.load("m", root)
+
+
+def test_a_set_whose_files_do_not_fit_each_other_is_told(root, tmp_path):
+    folder = root / "m"
+    for name, content in (("classes.json", b"5"), ("classes.json", b'{"a": 1}'), ("classes.json", b'"ab"'), ("classes.json", b'["a"]'),
+                          ("classes.json", b"\xff"), ("labels.npy", np.zeros(30)), ("labels.npy", np.full(30, -1)),
+                          ("labels.npy", np.zeros(0, np.int64)), ("labels.npy", np.zeros((30, 1), np.int64)),
+                          ("images.npy", np.zeros((30, 9, 9), np.uint8)), ("images.npy", np.zeros((30, 9, 9, 1)))):
+        write_idx(tmp_path / "source", random_images(30, 9, 9), np.arange(30) % 2)
+        data.prepare("m", str(tmp_path / "source"), root=root, overwrite=True)
+        (folder / "made.json").write_text("[]")
+        assert data.load("m", root)[2] == 2 and data.made_of("m", root) is None
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            np.save(folder / name, content)
+        with pytest.raises(UserError, match="m is damaged .*: prepare it anew with --overwrite=True"):
+            data.load("m", root)
+
+
+def test_two_preparations_of_one_name(root, tmp_path):
+    """The second ends with a line, and leaves alone what the first has written so far; afterwards the name is free."""
+    write_idx(tmp_path / "source", random_images(3, 5, 5), np.zeros(3))
+    (root / "m.partial").mkdir(parents=True)
+    (root / "m.partial" / "images.npy").write_bytes(b"half")
+    hold(root / "m")
+    with pytest.raises(UserError, match="another run is writing .*m: wait until it has ended"):
+        data.prepare("m", str(tmp_path / "source"), root=root)
+    assert (root / "m.partial" / "images.npy").read_bytes() == b"half"
+    release(root / "m")
+    data.prepare("m", str(tmp_path / "source"), root=root)
+    assert [p.name for p in root.iterdir()] == ["m"]
+
+
+def test_a_downloads_folder_that_can_not_be_written(root):
+    root.write_text("a file")
+    with pytest.raises(UserError, match="can't write .*downloads/mnist: Not a directory"):
+        data.download("mnist", root)
+
+
+def test_a_log_with_foreign_lines_is_cut_there(tmp_path):
+    for foreign in (b"5", b"{}", b"null", b'{"images": "a"}', b"\xff\0"):
+        (tmp_path / "log").write_bytes(b'{"images": 8}\n' + foreign + b'\n{"images": 16}\n')
+        assert data.read_log(tmp_path / "log", 100) == ['{"images": 8}']
 
 
 def test_interrupted_preparation_leaves_nothing_that_looks_finished(root, tmp_path):
