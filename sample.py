@@ -409,9 +409,9 @@ def class_number(label, names):
 def main():
     global class_label
     for setting in ("num_images", "batch_size", "per_code", "sedd_steps", "num_steps", "sigma_min", "sigma_max", "rho"):
-        require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
+        require(0 < config[setting] < math.inf, f"{setting} must be positive and finite, not {config[setting]}")
     require(min(temperature, S_churn, gamma, seed) >= 0, "temperature, S_churn, gamma and seed can't be negative")
-    require(sigma_min < sigma_max < math.inf, f"sigma_min {sigma_min} must be below sigma_max {sigma_max}")
+    require(sigma_min < sigma_max, f"sigma_min {sigma_min} must be below sigma_max {sigma_max}")
     require(math.isfinite(guidance) and math.isfinite(temperature), "guidance and temperature must be finite")
     require(Path(name).name == name and name.strip("."), f"--name={name} names the two files in out_dir: it can't have folders")
     require(not (code and encode), "--code and --encode both give codes: choose one")
@@ -456,7 +456,7 @@ def main():
     if png:
         data.require_pngs_alone(target, range(seed, seed + num_images))
     starts = range(0, num_images, batch_size)
-    missing = [start for start in starts if not (parts / f"{start:09d}.npz").exists()]
+    missing = [start for start in starts if not data.is_whole_npz(parts / f"{start:09d}.npz")]
     barrier()
     sampler = partial(restart, restarts=restarts, gamma=gamma) if restarts else partial(heun, S_churn=S_churn)
     nfe = 2 * num_steps - 1 + sum(2 * (len(s) - 1) for levels in loops for s in levels)

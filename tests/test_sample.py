@@ -1,4 +1,6 @@
+import errno
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -516,6 +518,16 @@ def test_mistakes_are_told_under_torchrun(trained):
     assert done.returncode and "error: class_label 11 is out of range" in done.stderr
 
 
+def test_png_files_on_a_full_disk(samples, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    np.savez(tmp_path / "a.npz", **samples)
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(UserError, match="can't write .*pngs: No space left on device"):
+        data.save_pngs([tmp_path / "a.npz"], tmp_path / "pngs")
+
+
 def test_an_interrupted_run_goes_on(trained, samples, monkeypatch):
     merge = data.merge_npz
 
@@ -530,6 +542,8 @@ def test_an_interrupted_run_goes_on(trained, samples, monkeypatch):
     assert sorted(p.name for p in parts.glob("*.npz")) == ["000000000.npz", "000000008.npz", "000000016.npz"]
     (parts / "000000008.npz").unlink()
     before = (parts / "000000000.npz").stat().st_mtime_ns
+    whole = (parts / "000000016.npz").read_bytes()
+    (parts / "000000016.npz").write_bytes(whole[:300] + b"damage" + whole[306:])
     kept = []
     monkeypatch.setattr(data, "merge_npz", lambda files, path: (kept.append(files[0].stat().st_mtime_ns), merge(files, path)))
     with pytest.raises(UserError, match="unfinished run with other settings"):
@@ -605,6 +619,7 @@ def test_composed_codes(trained):
     (["--code=1,2,3", "--encode=x.png"], "choose one"),
     (["--encode=nothing"], "there is no data set 'nothing'"),
     (["--sigma_min=90"], "sigma_min 90.0 must be below sigma_max 80.0"),
+    (["--rho=inf"], "rho must be positive and finite, not inf"),
     (["--guidance=inf"], "guidance and temperature must be finite"),
     (["--num_steps=0"], "num_steps must be positive"),
     (["--sedd_steps=0"], "sedd_steps must be positive"),
