@@ -113,6 +113,8 @@ for setting in ("total_images", "batch_size", "batch_gpu", "lr", "encoder_lr", "
 for setting in ("seed", "num_latents", "latent_layers", "encoder_layers", "encoder_patch", "warmup_images", "ema_halflife_images",
                 "ema_rampup", "P_std", "keep_every", "preview_every", "null_prob", "dropout"):
     require(config[setting] >= 0, f"{setting} can't be negative: it is {config[setting]}")
+for setting, value in config.items():
+    require(type(value) is not float or math.isfinite(value), f"{setting} must be finite, not {value}")
 require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
 require(channel_mult and min(channel_mult) > 0, f"channel_mult has a positive number for each level, not {channel_mult}")
 require(batch_size % world == 0, f"batch_size {batch_size} can't be shared among {world} processes equally")

@@ -365,6 +365,7 @@ def test_images_of_ones_own_at_the_first_try(tmp_path, monkeypatch):
     (["--batch_size=0"], "batch_size must be positive"),
     (["--encoder_heads=0"], "encoder_heads must be positive"),
     (["--seed=-1"], "seed can't be negative"),
+    (["--P_mean=inf"], "P_mean must be finite, not inf"),
     (["--null_prob=2"], "null_prob 2.0 and dropout 0.0 are probabilities"),
     (["--channel_mult=()"], "channel_mult has a positive number"),
     (["--model_channels=2"], "2 channels can't be shared"),
