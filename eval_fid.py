@@ -27,6 +27,7 @@ mu_s, sigma_s) with additions; --images= makes these alone.
 
 import json
 import math
+import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -41,7 +42,7 @@ from configurator import UserError, barrier, configure, leave_processes, require
 from data import (HERE, Shuffle, atomic, class_names, fingerprint, identity, load, load_checkpoint, made_of, open_images, open_npz,
                   save_checkpoint, split, to_float)
 from inception import Inception, find_inception, load_inception, resize_tf1  # the tests take them from here
-from run import progress
+from run import hold, progress, release
 
 images = "out/samples.npz"  # an .npz with `images` (and `labels`), a folder or .zip of images, or a prepared data set's name
 data = "fashion-mnist-10k"  # a prepared data set's name; for Inception also an .npz: EDM's statistics, ADM's batch, or images
@@ -105,12 +106,21 @@ def train_classifier(images, labels, num_classes, device, steps=1000, batch=100)
     return net, measure(net.eval(), images[test], labels[test], device, name="its held-out accuracy")["recognised"]
 
 
+def reserve(path):
+    """Before long work whose result is to be kept in CACHE as `path`: raises UserError where it could not be, or another run is at it."""
+    hold(path)
+    require(os.access(CACHE, os.W_OK), f"can't write {CACHE}, where what is computed on a data set is kept: make it writable, or work "
+            "in a copy of the repository")
+
+
 def find_classifier(name, images, labels, num_classes, device, rank, **_):
     """-> the Classifier of this data set, trained by process 0 if that was not done before, and its accuracy."""
     path = CACHE / f"classifier-{name}-{identity(images, labels):08x}.pt"
     if rank == 0 and not path.exists():
+        reserve(path)
         net, accuracy = train_classifier(images, labels, num_classes, device)
         save_checkpoint(path, dict(made_by="eval_fid", model=net.state_dict(), accuracy=accuracy))
+        release(path)
     barrier()
     checkpoint = load_checkpoint(path, "eval_fid")
     net = Classifier(images.shape[3], num_classes)
@@ -327,10 +337,13 @@ def statistics_of(net, made_with, images, labels, rank, **where):
     missing = not path.exists()
     barrier()  # all have looked
     if missing:
+        if rank == 0:
+            reserve(path)
         found = measure(net, images, labels, rank=rank, name=data, **where)
         if rank == 0:
             with atomic(path) as f:
                 np.savez(f, made_with=made_with, **found)
+            release(path)
         barrier()
     found = read_statistics(path, made_with, dim, advice=": delete it, and start again")
     if rank == 0:

@@ -27,7 +27,7 @@ import data
 from configurator import UserError, configure, require, start_processes
 from model import Prior, draw_codes, gumbel_noise, gumbel_softmax, seeded_generator, zero
 from plot import COLOURS, Axes, figure
-from run import progress
+from run import hold, progress
 from sample import heun
 
 out_dir = "out/toy2d"
@@ -561,6 +561,7 @@ def main():
         Path(out_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out_dir={out_dir} can't be used: {error.strerror}") from None
+    hold(f"{out_dir}/results")
     began, lines = time.time(), []
     results = {"settings": config, "eight Gaussians": [], "grids": []}
 

@@ -18,6 +18,7 @@ from configurator import UserError
 from conftest import ROOT, fill, run
 from eval_fid import (Inception, Moments, equally_many, frechet_distance, inception_score, kernel_distance, load_inception,
                       manifold_radii, measure, precision_recall, resize_tf1, root, share_inside, shared_codes)
+from run import release
 
 REFERENCE = Path(__file__).parent / "reference"
 SHAPES = json.loads((REFERENCE / "fid_inception_shapes.json").read_text())
@@ -639,6 +640,21 @@ def test_mistakes_are_told(evaluate, place, monkeypatch, arguments, words):
     (unlabelled / "classes.json").write_text("[]")
     with pytest.raises(UserError, match=words):
         evaluate(*arguments)
+
+
+def test_what_is_kept_is_begun_by_one_run_where_it_can_be_written(tmp_path, monkeypatch):
+    """Both are told before the classifier is trained, and before the data set is measured."""
+    monkeypatch.setattr(eval_fid, "CACHE", tmp_path / "busy")
+    path = tmp_path / "busy" / "a.npz"
+    eval_fid.reserve(path)
+    with pytest.raises(UserError, match="another run is writing .*busy/a.npz: wait"):
+        eval_fid.reserve(path)
+    release(path)
+    assert not list((tmp_path / "busy").iterdir())
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(eval_fid, "CACHE", tmp_path / "file" / "features")  # nobody can make a folder there
+    with pytest.raises(UserError, match="can't write .*, where what is computed on a data set is kept: make it writable"):
+        eval_fid.reserve(tmp_path / "file" / "features" / "a.npz")
 
 
 def test_without_a_network_it_says_what_to_fetch(evaluate, place, monkeypatch):
