@@ -70,7 +70,8 @@ def load(name, root=HERE / "datasets"):
         labels = np.load(folder / "labels.npy") if classes else None
         if not isinstance(classes, list) or not isinstance(images, np.memmap) or images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError("classes.json is not a list, or images.npy not uint8 (N, H, W, C)")
-        if classes and (labels.dtype.kind not in "iu" or labels.ndim != 1 or not 0 <= labels.min() <= labels.max() < len(classes)):
+        whole = not classes or labels.dtype.kind in "iu" and labels.ndim == 1
+        if not whole or classes and not 0 <= labels.min() <= labels.max() < len(classes):
             raise ValueError(f"labels.npy has not the numbers of {len(classes)} classes")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{folder} is damaged ({error}): prepare it anew with --overwrite=True") from None
@@ -634,7 +635,8 @@ def prepare(name, source, resolution=0, transform="center-crop", exif=False, wor
         require(name in PUBLIC, f"{name} is not one of the sets that can be downloaded ({', '.join(PUBLIC)}): "
                                 "name its files with --source=")
         source = download(name, root)
-    require(resolution >= 0 and workers > 0, f"resolution {resolution} can't be negative, workers {workers} must be positive")
+    require(resolution >= 0 and 0 < workers <= 1000,  # processes
+            f"resolution {resolution} can't be negative, workers {workers} must be in 1 ... 1000")
     require(transform in TRANSFORMS, f"--transform is {' or '.join(TRANSFORMS)}, not {transform}")
     total, classes, items, made = open_source(source, resolution, transform, exif, workers)
     require(total, f"{source} has no images in it")
@@ -683,4 +685,5 @@ def prepare(name, source, resolution=0, transform="center-crop", exif=False, wor
 
 if __name__ == "__main__":
     configure(globals(), [a if a.startswith("-") else f"--name={a}" for a in sys.argv[1:]])
+    require(sum(not a.startswith("-") for a in sys.argv[1:]) < 2, "one name is wanted: `python data.py NAME --source=...`")
     prepare(name, source, resolution, transform, exif, workers, overwrite)

@@ -205,8 +205,8 @@ def list_zip(path):
         require(entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA),
                 f"{path} is packed in a way that Python can't read (method {entry.compress_type}: {entry.filename}): unpack it, "
                 "and name the folder with --source=")
-        require(str(name) not in files, f"{path} has two files named {name}: make a .zip without that, or unpack it, and name the "
-                "folder with --source=")
+        require(str(name) not in files, f"{path} has two files named {name}, of which one would be lost: unpack it, and "
+                "name the folder with --source=")
         files[str(name)] = reader(entry)
     return files, sorted(folders - {"."})
 

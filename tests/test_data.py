@@ -257,6 +257,9 @@ def test_without_a_network_the_error_says_what_to_fetch(root, monkeypatch):
 
 def test_names_and_existing_sets(root, tmp_path):
     write_idx(tmp_path / "source", random_images(3, 5, 5), np.zeros(3))
+    for workers in (0, 1001):  # each is a process: so many more would take the machine down
+        with pytest.raises(UserError, match=f"workers {workers} must be in 1 ... 1000"):
+            data.prepare("m", str(tmp_path / "source"), workers=workers, root=root)
     for name in ("", "..", "a/b", "embedded", "fashion-mnist-10k"):
         with pytest.raises(UserError, match="can't be a data set's name"):
             data.prepare(name, str(tmp_path / "source"), root=root)
@@ -282,10 +285,10 @@ def test_a_damaged_set_is_told(root, tmp_path):
 
 def test_a_set_whose_files_do_not_fit_each_other_is_told(root, tmp_path):
     folder = root / "m"
-    for name, content in (("classes.json", b"5"), ("classes.json", b'{"a": 1}'), ("classes.json", b'"ab"'), ("classes.json", b'["a"]'),
-                          ("classes.json", b"\xff"), ("labels.npy", np.zeros(30)), ("labels.npy", np.full(30, -1)),
-                          ("labels.npy", np.zeros(0, np.int64)), ("labels.npy", np.zeros((30, 1), np.int64)),
-                          ("images.npy", np.zeros((30, 9, 9), np.uint8)), ("images.npy", np.zeros((30, 9, 9, 1)))):
+    odd = {"classes.json": [b"5", b'{"a": 1}', b'"ab"', b'["a"]', b"\xff"],
+           "labels.npy": [np.zeros(30), np.full(30, -1), np.zeros(0, np.int64), np.zeros((30, 1), np.int64)],
+           "images.npy": [np.zeros((30, 9, 9), np.uint8), np.zeros((30, 9, 9, 1))]}
+    for name, content in ((name, content) for name, contents in odd.items() for content in contents):
         write_idx(tmp_path / "source", random_images(30, 9, 9), np.arange(30) % 2)
         data.prepare("m", str(tmp_path / "source"), root=root, overwrite=True)
         (folder / "made.json").write_text("[]")

@@ -210,14 +210,16 @@ def test_a_folder_that_went_away_is_one_line(tmp_path, capsys):
 
 def test_names_that_are_too_long_or_break_lines(capsys):
     """The line stays one, and nothing in a name reaches the terminal as more than text."""
-    assert hooked(OSError(errno.ENAMETOOLONG, "File name too long", "xx"), capsys) == ("can't read or write xx: File name too long", 2)
+    error = OSError(errno.ENAMETOOLONG, "File name too long", "xx")
+    assert hooked(error, capsys) == ("can't read or write xx: File name too long", 2)
     assert hooked(UserError("there is no a\nb\x1b[31m\udcff \u65e5\u672c"), capsys) == (
         r"there is no a\nb\x1b[31m\udcff" + " \u65e5\u672c", 2)
 
 
 def test_what_can_not_be_printed_is_escaped():
     program = "from configurator import configure; configure({}, []); print('\\u65e5\\udcff')"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii:strict"})
+    ascii_alone = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, env=ascii_alone)
     assert (done.returncode, done.stdout.split()) == (0, [rb"\u65e5\udcff"]), done
 
 
@@ -226,9 +228,11 @@ def test_output_that_nobody_reads(tmp_path):
     program = "import os; from configurator import configure; configure({}, []); "
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-c", program + "print(1, flush=True)"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", program + "print(1, flush=True)"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (2, "error: what reads the output of this command has ended, as `head` does: write it to a file\n")
+    assert (done.returncode, done.stderr) == (2, "error: what reads the output of this command has ended, as `head` does: "
+                                                 "write it to a file\n")
     program += f"from run import progress; print(len([*progress([1, 2])]), file=open({str(tmp_path / 'a')!r}, 'w'))"
     assert subprocess.run(["sh", "-c", f"{sys.executable} -c \"$0\" >&- 2>&-", program], cwd=ROOT).returncode == 0
     assert (tmp_path / "a").read_text() == "2\n"
