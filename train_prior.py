@@ -107,7 +107,9 @@ if cached and master and not logits_path.exists():  # the identity of the data w
 barrier()
 try:
     kept = np.load(logits_path, mmap_mode="r") if cached else None
-except (ValueError, EOFError, OSError):
+    if cached and (kept.shape, kept.dtype) != (shape, np.float16):
+        raise ValueError
+except (ValueError, AttributeError, EOFError, OSError):  # an .npz has no shape
     raise UserError(f"{logits_path} is damaged: delete it, and start again") from None
 
 

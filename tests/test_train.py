@@ -301,6 +301,12 @@ def test_kept_logits_are_the_encoders(tmp_path):
     (tmp_path / "logits-00000000.npy").write_bytes(b"of an older encoder")
     run("train_prior.py", f"--out_dir={tmp_path}", *PRIOR, "--total_images=100")
     (file,) = tmp_path.glob("logits-*.npy")
+    whole = file.read_bytes()
+    for other in (np.zeros((1, 5, 3, 5), np.float16), np.zeros((2, 10_000, 3, 5), np.int8)):
+        np.save(file, other)
+        with pytest.raises(UserError, match="logits-.*npy is damaged: delete it, and start again"):
+            run("train_prior.py", f"--out_dir={tmp_path}", *PRIOR, "--total_images=150")
+    file.write_bytes(whole)
     kept, (images, _, _) = np.load(file), data.load("fashion-mnist-10k")
     assert kept.shape == (2, 10_000, 3, 5) and kept.dtype == np.float16
     encoder = load_stage1(tmp_path, "cpu")[0].encoder
@@ -408,8 +414,9 @@ def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path):
     for script, argument, message in (("train_stage1.py", "--lr=fast", "error: --lr=fast: lr takes a float"),
                                       ("sample.py", f"--out_dir={tmp_path}", "error: there is no checkpoint"),
                                       ("train_prior.py", f"--out_dir={tmp_path}", "error: there is no checkpoint"),
-                                      ("data.py", "mnits", "error: mnits is not one of the sets")):
-        done = subprocess.run([sys.executable, script, argument], cwd=ROOT, capture_output=True, text=True)
+                                      ("data.py", "mnits", "error: mnits is not one of the sets"),
+                                      ("data.py", "pets photos", "error: one name is wanted: `python data.py NAME")):
+        done = subprocess.run([sys.executable, script, *argument.split()], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done
         assert not done.stdout
 
