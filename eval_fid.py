@@ -107,10 +107,11 @@ def train_classifier(images, labels, num_classes, device, steps=1000, batch=100)
 
 
 def reserve(path):
-    """Before long work whose result is to be kept in CACHE as `path`: raises UserError where it could not be, or another run is at it."""
+    """Before long work whose result is to be kept in CACHE as `path`: raises UserError where it could not be kept, and where
+    another run is at it."""
     hold(path)
-    require(os.access(CACHE, os.W_OK), f"can't write {CACHE}, where what is computed on a data set is kept: make it writable, or work "
-            "in a copy of the repository")
+    require(os.access(CACHE, os.W_OK), f"can't write {CACHE}, where what is computed on a data set is kept: make it writable, "
+            "or work in a copy of the repository")
 
 
 def find_classifier(name, images, labels, num_classes, device, rank, **_):

@@ -447,11 +447,12 @@ def main():
                             "stage1": data.fingerprint(stage1["ema"]), "prior_net": prior_net and data.fingerprint(prior_net.state_dict())})
     if rank == 0:
         hold(f"{out_dir}/{name}")
+        settings = parts / "settings.json"
         if not any(parts.glob("*.npz")):
-            with data.atomic(parts / "settings.json") as f:
+            with data.atomic(settings) as f:
                 f.write(made_with.encode())
-        require((parts / "settings.json").read_text() == made_with, f"{parts} holds an unfinished run with other "
-                "settings: delete it, start that run again to finish it, or choose another --name")
+        require(settings.is_file() and settings.read_bytes() == made_with.encode(), f"{parts} holds an unfinished run with "
+                "other settings: delete it, start that run again to finish it, or choose another --name")
     target = Path(f"{out_dir}/{name}")
     if png:
         data.require_pngs_alone(target, range(seed, seed + num_images))

@@ -548,6 +548,12 @@ def test_an_interrupted_run_goes_on(trained, samples, monkeypatch):
     monkeypatch.setattr(data, "merge_npz", lambda files, path: (kept.append(files[0].stat().st_mtime_ns), merge(files, path)))
     with pytest.raises(UserError, match="unfinished run with other settings"):
         run("sample.py", *arguments, "--num_steps=4")
+    settings = (parts / "settings.json").read_bytes()
+    for lost in (lambda: (parts / "settings.json").write_bytes(b"\xff"), (parts / "settings.json").unlink):
+        lost()
+        with pytest.raises(UserError, match="unfinished run with other settings: delete it"):
+            run("sample.py", *arguments)
+    (parts / "settings.json").write_bytes(settings)
     run("sample.py", *arguments)
     assert kept == [before] and close(load(trained, "part"), samples)
     monkeypatch.setattr(data, "merge_npz", power_cut)
