@@ -199,7 +199,8 @@ def test_a_signal_to_several_processes(tmp_path, to, stop):
     printed, errors = process.communicate(timeout=90)
     assert process.returncode
     said = re.search(rf"stopped by {STOPS[stop][0]} after ([\d,]+) images", printed)
-    assert to == "torchrun" or re.findall(r"exitcode +: (-?\d+)", errors) == [str(STOPS[stop][1])] * 2, errors
+    codes = re.findall(r"exitcode +: (-?\d+)", errors)  # torchrun of PyTorch 2.6 tells one
+    assert to == "torchrun" or codes == [str(STOPS[stop][1])] * (1 if torch.__version__ < "2.7" else 2), errors
     assert said and "train_stage1.py\", line" not in errors, (printed, errors)
     assert checkpoint(tmp_path)["step"] * 8 == int(said[1].replace(",", "")) > 0
 
