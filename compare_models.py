@@ -74,7 +74,7 @@ def main():
                 run("eval_fid.py", f"--images={folder}/{name}.npz", f"--data={dataset}", f"--features={features}")
             found[title].append(json.loads(result.read_text()))
 
-    columns = [key for key, value in found["plain EDM"][0].items() if type(value) is float and key != "seconds per image"]
+    columns = [key for key, value in found["plain EDM"][0].items() if type(value) is float and key not in ("seconds per image", "KID se")]
     lines = [f"{dataset}: {total_images:,} training images a model, {num_images:,} samples a row, seeds {seeds}; +-: standard deviation",
              " " * 32 + "".join(f"{column:>18}" for column in columns)]
     for title, rows in found.items():

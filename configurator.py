@@ -75,6 +75,12 @@ def _at_home(path, where):
     return found
 
 
+def say(line):
+    """Prints a line on stderr, of one process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+
+
 def _literal(text):
     try:
         return ast.literal_eval(text.strip())
@@ -132,14 +138,14 @@ def _usage(scope, settings):
 
 
 def out_of_memory(error):
-    """Whether it says that the host's or the GPU's memory does not suffice; PyTorch has a class for the GPU's alone."""
+    """Whether this error means that memory ran out. PyTorch has an exception for the GPU's memory, none for the host's."""
     said = str(error) if isinstance(error, RuntimeError) else ""
     return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             or "not enough memory" in said or "can't allocate memory" in said)
 
 
 def _one_line_for_user_errors(scope, kind, error, traceback):
-    """The excepthook of a script with these globals: what the user can mend is said in one line."""
+    """The excepthook of a script with these globals: an error that the user can fix becomes one line."""
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted: the same command goes on from what has been saved, if anything", file=sys.stderr)
         sys.exit(130)
@@ -154,7 +160,7 @@ def _one_line_for_user_errors(scope, kind, error, traceback):
         if os.path.exists(scope.get("checkpoint_path", "")):
             line += f". {scope['checkpoint_path']} is untouched"
     elif isinstance(error, BrokenPipeError) and not error.filename:
-        line = "what reads the output of this command has ended, as `head` does: write it to a file"
+        line = "the program that reads this output has ended, as `head` does: write the output to a file instead"
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more when it ends
     elif isinstance(error, OSError) and (error.errno == errno.ENAMETOOLONG
                                          or folder and Path(folder) in Path(str(error.filename), "-").parents):

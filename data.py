@@ -29,15 +29,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from configurator import UserError, configure, on_any_process, out_of_memory, require
+from configurator import UserError, configure, on_any_process, out_of_memory, require, say
 from run import hold, progress, release
 from sources import LARGEST, TRANSFORMS, Pictures, is_zip, list_images, open_source, read_idx, require_images
 
 name = ""  # of the data set; `python data.py NAME` is short for --name=NAME
 source = ""  # file or folder to read; "" downloads a public set
-resolution = 0  # of image files, in pixels; 0: 64 for a folder; a .zip's, and those of EDM's dataset_tool.py, stay as they are
-transform = "center-crop"  # to that resolution as EDM does: cropped, then Lanczos; "center-crop-dhariwal": as ADM does
-exif = False  # turn images as EXIF says: for photographs. EDM and ADM don't: ImageNet, and what is compared with it, without
+resolution = 0  # pixels a side; 0: 64 for a folder; a .zip, or a folder of EDM's dataset_tool.py, keeps its size
+transform = "center-crop"  # how images get that size: as in EDM, cropped, then Lanczos; "center-crop-dhariwal": as in ADM
+exif = False  # turn photographs upright, as EXIF says; EDM and ADM don't, so leave it off for ImageNet
 workers = os.cpu_count() or 1  # processes that decode images
 overwrite = False  # replace an existing datasets/NAME
 
@@ -62,8 +62,9 @@ def load(name, root=HERE / "datasets"):
     folder = root / name
     if not name or not (folder / "classes.json").is_file():
         have = sorted([EMBEDDED] + [p.parent.name for p in root.glob("*/classes.json")])
-        raise UserError(f"there is no data set {name!r} (there are: {', '.join(have)}); "
-                        f"`python data.py {name or 'NAME'}` prepares one")
+        how = name if name in PUBLIC else "NAME --source=FOLDER"
+        raise UserError(f"there is no data set {name!r}, nor a file or folder (there are: {', '.join(have)}); "
+                        f"`python data.py {how}` prepares one")
     try:
         classes = json.loads((folder / "classes.json").read_text())
         images = np.load(folder / "images.npy", mmap_mode="r")
@@ -72,7 +73,7 @@ def load(name, root=HERE / "datasets"):
             raise ValueError("classes.json is not a list, or images.npy not uint8 (N, H, W, C)")
         whole = not classes or labels.dtype.kind in "iu" and labels.ndim == 1
         if not whole or classes and not 0 <= labels.min() <= labels.max() < len(classes):
-            raise ValueError(f"labels.npy has not the numbers of {len(classes)} classes")
+            raise ValueError(f"labels.npy has labels outside 0 ... {len(classes) - 1}")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{folder} is damaged ({error}): prepare it anew with --overwrite=True") from None
     if classes:
@@ -95,8 +96,8 @@ def classes_of(checkpoint):
 
 
 def made_of(source, root=HERE / "datasets"):
-    """How the images of a prepared data set were made, or the training images of those in an .npz: a dict with
-    "transform", or None where nobody has said so."""
+    """How the images of a prepared data set were made, or the training images behind the samples in an .npz: the dict of
+    made.json, or None where it is not recorded."""
     try:
         if Path(source).suffix != ".npz":
             made = json.loads((root / source / "made.json").read_text())
@@ -174,20 +175,20 @@ def to_uint8(x):
     return (x * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def read_images(source, img_shape, exif=False):
+def read_images(source, img_shape, **settings):
     """Images to take codes from: an image file, a folder or .zip of them, an .npz with `images` (and `labels`), or the name
-    of a prepared data set. img_shape: (C, H, W), to which image files are brought by `decode`; exif: as there.
+    of a prepared data set. img_shape: (C, H, W), to which image files are brought by `decode`, with these settings.
 
     -> uint8 (N, H, W, C), labels int64 (N,) or None, and the order to take them in: a data set's is shuffled
     """
     channels, size, _ = img_shape
-    if Path(source).suffix != ".npz" and Path(source).exists():
-        images, labels = open_pictures(source, size=size, channels=channels, exif=exif)
+    prepared = is_prepared(source)
+    if Path(source).suffix != ".npz" and Path(source).exists() and not prepared:
+        images, labels = open_pictures(source, size=size, channels=channels, **settings)
     else:
         images, labels = open_images(source)
     require(images.shape[1:] == (size, size, channels) and len(images),
             f"{source} has images of the shape {images.shape}: this model's are (N, {size}, {size}, {channels})")
-    prepared = is_prepared(source) and not Path(source).exists()
     return images[:], labels, split(len(images), 0)[0] if prepared else np.arange(len(images))
 
 
@@ -294,7 +295,7 @@ def require_pngs_alone(folder, seeds):
     images of the same run."""
     ours = {"dataset.json", *map("{:06d}.png".format, seeds)}
     others = {path.name for path in folder.iterdir()} - ours if folder.exists() else ()
-    require(not others, f"{folder} has other files in it, as {min(others, default='')}: delete it, or choose another --name")
+    require(not others, f"{folder} has other files in it, as {min(others, default='')}: empty it, or choose another --name")
 
 
 def save_pngs(files, folder):
@@ -442,14 +443,9 @@ def load_checkpoint(path, made_by, settings=""):
         state = read_checkpoint(previous(path))
         require(state is not None, f"{path} is truncated or damaged: put a good copy in its place, or delete it and "
                                    f"run {made_by}.py again")
-        say_previous(path)
+        say(f"{path} is truncated or damaged: the one before it is taken, {previous(path)}")
     require(is_of(made_by, state), f"{path} is not a checkpoint of {made_by}.py: was another file copied over it?")
     return state
-
-
-def say_previous(path):
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{path} is truncated or damaged: the one before it is taken, {previous(path)}", file=sys.stderr)
 
 
 def is_of(made_by, state):
@@ -487,10 +483,10 @@ def fingerprint(state):
 def resume(path, config, model_args, free, changeable, made_by, **others):
     """The checkpoint at `path` to continue from, or None where a new run begins.
 
-    config, model_args: this run's settings, as the checkpoint carries them; free: the names of those that may change on
-    the way; changeable: of those that may where --change names them. Settings that the checkpoint does not know yet are
-    not compared. With --overwrite=True, what is continued is a run that the same command line began (so that it has the same
-    settings, and the same `others` in its checkpoint) and did not end. Raises UserError that names the differences.
+    config, model_args: this run's settings, as the checkpoint carries them; free: names of settings that may always change;
+    changeable: names of settings that may change if --change names them. Settings missing from an older checkpoint are not
+    compared. With --overwrite=True, only an unfinished run of the same command is continued: its settings, and the `others`
+    in its checkpoint, must be the same. Raises UserError, which names the differences.
     """
     change = [name.strip() for name in config["change"].split(",") if name.strip()]
     unknown = [name for name in change if name not in changeable]
@@ -519,14 +515,15 @@ def resume(path, config, model_args, free, changeable, made_by, **others):
         if not (ours and (restarted or state["step"] * config["batch_size"] < config["total_images"])):
             return None
         if file != path:
-            say_previous(path)
+            say(f"{path} is truncated or damaged: the one before it is taken, {previous(path)}")
         return state
     state = load_checkpoint(path, made_by)
     have = "weights" if "model" in state else "the averaged weights"
     require(TO_TRAIN_ON <= state.keys(), f"{path} has {have} alone, to sample from: it can't be trained on. Choose another "
             f"--out_dir, where stage 1 can start from it by --init_from={path}, or start anew with --overwrite=True")
     changed = different(state, *free, *change)
-    goes_on = f"say --change={','.join(changed)} to go on with what is here, " if set(changed) <= set(changeable) else ""
+    names = ",".join([*change, *changed])
+    goes_on = f"say --change={names} to continue with the new values, " if set(changed) <= set(changeable) else ""
     old = {**state["model_args"], **state["config"]}
     changes = "; ".join(f"{k}={old[k]!r} there, {new.get(k)!r} here" for k in changed)
     require(not changed, f"{path} is of a run with other settings ({changes}): "
@@ -608,9 +605,9 @@ def overlap(a, b):
 
 
 def is_ours(folder, complete=True):
-    """Whether there is nothing in this folder but what `prepare` writes, all or, of an interrupted preparation, some of it."""
+    """Whether this folder has only files that `prepare` writes; complete=False: some may be missing (it was interrupted)."""
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else {None}
-    return found <= OURS and (not complete or "classes.json" in found)
+    return found <= OURS and (not complete or not found or "classes.json" in found)
 
 
 def prepare(name, source, resolution=0, transform="center-crop", exif=False, workers=1, overwrite=False,
@@ -628,18 +625,17 @@ def prepare(name, source, resolution=0, transform="center-crop", exif=False, wor
     for place in (folder, partial):
         require(not source or not overlap(source, place), f"the images in {source} are where the data set goes, {place}: "
                 f"choose another name, as in `python data.py my-{name} --source={source}`, or move the images elsewhere")
-        require(not place.exists() or is_ours(place, complete=place == folder), f"{place} is there, and is not, or not only, a "
-                "data set that data.py has prepared: move it away, or choose another name")
-    require(overwrite or not folder.exists(), f"{folder} exists: --overwrite=True replaces it")
+        require(not place.exists() or is_ours(place, complete=place == folder), f"{place} is not a data set that data.py "
+                "prepared, or has other files in it: move it away, or choose another name")
+    require(overwrite or not folder.exists() or not any(folder.iterdir()), f"{folder} exists: --overwrite=True replaces it")
+    require(resolution >= 0, f"resolution can't be negative: it is {resolution}")
+    require(0 < workers <= 1000, f"workers must be in 1 ... 1000, not {workers}")
+    require(transform in TRANSFORMS, f"--transform is {' or '.join(TRANSFORMS)}, not {transform}")
     if not source:
         require(name in PUBLIC, f"{name} is not one of the sets that can be downloaded ({', '.join(PUBLIC)}): "
                                 "name its files with --source=")
         source = download(name, root)
-    require(resolution >= 0 and 0 < workers <= 1000,  # processes
-            f"resolution {resolution} can't be negative, workers {workers} must be in 1 ... 1000")
-    require(transform in TRANSFORMS, f"--transform is {' or '.join(TRANSFORMS)}, not {transform}")
     total, classes, items, made = open_source(source, resolution, transform, exif, workers)
-    require(total, f"{source} has no images in it")
     if name == "fashion-mnist" and len(classes) == len(FASHION):
         classes = FASHION
     hold(folder)
@@ -653,13 +649,13 @@ def prepare(name, source, resolution=0, transform="center-crop", exif=False, wor
                     unreadable += 1
                     tqdm.write(f"skipped {file}: {image}", file=sys.stderr)
                     require(unreadable <= UNREADABLE_SHARE * total, f"{unreadable} of {total} images can't be read, "
-                            f"more than {UNREADABLE_SHARE:.0%}: mend or remove those named above")
+                            f"more than {UNREADABLE_SHARE:.0%}: mend or remove those named above; there may be others")
                     continue
                 if shape is None:
                     shape = image.shape
                     write_npy_header(f, np.uint8, (total, *shape))
-                require(image.shape == shape, f"{file} has the shape {image.shape}, those before it {shape}: images that are "
-                        "kept as they are must be of one size; --resolution= makes them so")
+                require(image.shape == shape, f"{file} has the shape {image.shape}, the images before it {shape}: they must "
+                        "be of one size, and all grey or all in colour; --resolution=64 makes them so")
                 f.write(image.tobytes())
                 labels.append(label)
             f.seek(0)

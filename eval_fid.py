@@ -11,7 +11,7 @@ How good are samples? The field's image metrics, against a data set.
     python eval_fid.py --features=dinov2.npz                          # of any network: its features, `real` and `generated`
 
 With --features=inception: FID, sFID, KID (lower is better), Inception Score (higher), precision and recall (0 ... 1, higher),
-these two by ADM's protocol: 10,000 reference images against all samples.
+these two by ADM's protocol: 10,000 reference images against all samples (at most 100,000).
 With --features=classifier, the same distance between the features of a small classifier that is trained here on the data
 set's labels: FD-classifier, KID, precision and recall (of equally many on each side), and the share of samples recognised as
 the class they were asked for. FD-classifier can't be compared with FID, which measures in another network's features, nor
@@ -25,6 +25,7 @@ FILE.features.json. What is computed on the data set is kept in datasets/feature
 mu_s, sigma_s) with additions; --images= makes these alone.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -50,7 +51,7 @@ features = "inception"  # or "classifier", or an .npz of features, `real` and `g
 resize = "tf1"  # to Inception's 299 x 299, bilinear as in EDM's and ADM's programs and numbers; "pytorch": as in pytorch-fid
 weights = ""  # of Inception; "": PyTorch's usual cache, or downloaded into it
 self_check = False  # instead of --images: the data set against a half of it that is blurred, noised, or short of classes
-manifold_images = 10_000  # precision, recall and KID take at most so many; of samples equally many, or with Inception all
+manifold_images = 10_000  # most real images for precision, recall and KID; as many samples, or with Inception all samples
 batch_size = 100  # of one process
 device = "auto"
 
@@ -107,9 +108,11 @@ def train_classifier(images, labels, num_classes, device, steps=1000, batch=100)
 
 
 def reserve(path):
-    """Before long work whose result is to be kept in CACHE as `path`: raises UserError where it could not be kept, and where
-    another run is at it."""
+    """To be called before long work whose result goes into CACHE as `path`: raises UserError where CACHE can't be written,
+    and where another run is computing the same."""
     hold(path)
+    with contextlib.suppress(OSError):  # said in the next line
+        CACHE.mkdir(parents=True, exist_ok=True)
     require(os.access(CACHE, os.W_OK), f"can't write {CACHE}, where what is computed on a data set is kept: make it writable, "
             "or work in a copy of the repository")
 
@@ -437,8 +440,8 @@ def shared_codes(codes, labels, count):
     if labels is not None:
         differs |= labels[1:] != labels[:-1]
     drawn = 1 + int(differs.sum())
-    return [f"warning: neighbours share codes: {count:,} images have {drawn:,}, and are not {count:,} independent samples; "
-            "sample.py makes these with --per_code=1"] * (drawn < 0.9 * count)
+    return [f"warning: neighbours share codes: {count:,} images have {drawn:,} codes, so the images are not independent; "
+            "sample.py --per_code=1 draws a code for each image"] * (drawn < 0.9 * count)
 
 
 def array_in(f, key):
@@ -515,8 +518,8 @@ def main():
     require(batch_size > 0 and manifold_images > K, f"batch_size must be positive, manifold_images above {K}")
     require(not (of_file and self_check), f"--self_check measures images that it makes, and {features} has features alone: say "
             "--features=inception or classifier")
-    require(of_file or not in_file or (features == "inception" and images and not self_check), f"--data={data} is a file, to "
-            "compare --images= with by Inception: --features=classifier and --self_check need a data set's name")
+    require(of_file or not in_file or (features == "inception" and images and not self_check), f"--data={data} is a file: it "
+            "needs --features=inception and --images=; --features=classifier and --self_check need a data set's name")
     rank, world, place = start_processes(device)
     torch.backends.cudnn.allow_tf32 = False  # full precision
     if of_file:
@@ -569,8 +572,8 @@ def main():
             warnings += shared_codes(array_in(f, "codes"), made_labels, len(made_images))
     ways = [(made_of(source) or {}).get("transform") for source in (images, data)]
     if all(ways) and ways[0] != ways[1]:
-        warnings.append(f"warning: {images} goes back to images down-sampled by {ways[0]}, {data} to {ways[1]}: part of the "
-                        "distance is due to that")
+        warnings.append(f"warning: the images behind {images} were resized by {ways[0]}, those of {data} by {ways[1]}: part of "
+                        "the distance comes from that")
     if features == "classifier" and "recognised" not in result:
         warnings.append(f"{images} has no class labels: the share recognised is left out")
     for name, x in ((images, made_images), (data, real_images)):

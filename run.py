@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from configurator import UserError, barrier, leave_processes, require
+from configurator import UserError, barrier, leave_processes, require, say
 
 try:
     import fcntl
@@ -64,8 +64,8 @@ def release(product=None):
 
 
 def catch_signals():
-    """-> a list to which SIGTERM (pre-emption on a cluster) and Ctrl-C add their numbers; they end nothing by themselves any
-    more. Another Ctrl-C does, but within a second it is the same one: under torchrun it may come twice.
+    """-> a list to which SIGTERM (pre-emption on a cluster) and Ctrl-C add their numbers, instead of ending the process. A
+    second Ctrl-C ends it, unless it comes within a second: torchrun may deliver one Ctrl-C twice.
     """
     came, pressed = [], []
 
@@ -75,7 +75,7 @@ def catch_signals():
             if pressed[-1] - pressed[0] > 1:
                 raise KeyboardInterrupt
             if len(pressed) == 1 and os.environ.get("RANK", "0") == "0":
-                os.write(2, b"\nCtrl-C: the run stops after this step, and saves. Another one ends it at once\n")
+                os.write(2, b"\nCtrl-C: the run saves and stops after this step; press it again to end at once\n")
         came.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -85,7 +85,7 @@ def catch_signals():
 
 def end(stopped, seen, checkpoint_path):
     """How all processes of a training run end, once process 0 has saved. stopped: the signal's number, or 0 where the run is
-    finished; seen: what it has seen, "8,000 images". Of a stopped run, all exit with 128 + its number.
+    finished; seen: the progress, as "8,000 images". After a signal, all exit with 128 + its number.
     """
     barrier()
     if stopped and os.environ.get("RANK", "0") == "0":
@@ -104,7 +104,7 @@ SKIPPED_IN_A_ROW = 20  # steps without finite gradients that end a run
 def require_good_steps(skipped_in_a_row, lower, scale, checkpoint_path):
     """Raises UserError where so many steps in a row had no finite gradients that the run is lost; `lower`: what may help, besides
     a lower scale of the loss."""
-    lower = f"--loss_scale, {lower}" if scale > 1 else lower
+    lower = f"--loss_scale or {lower}" if scale > 1 else lower
     require(skipped_in_a_row < SKIPPED_IN_A_ROW, f"the gradients of the last {skipped_in_a_row:.0f} steps were not finite, and "
             f"the weights stayed as they were: try a lower {lower}; {checkpoint_path} has weights of before")
 
@@ -175,9 +175,3 @@ def can_compile(device):
 def has_float64(device):
     """Whether tensors can be float64 there: on Apple's GPUs they can't."""
     return torch.device(device).type != "mps"
-
-
-def say(line):
-    """Prints a line on stderr, of one process."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)

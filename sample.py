@@ -242,8 +242,8 @@ def denoiser(model, labels=None, codes=None, guidance=1.0, autocast=contextlib.n
 
 
 class SeededNoise:
-    """Noise whose row i depends on the purpose and seeds[i] alone, drawn on the CPU: the same everywhere. It is float64, and
-    stays on the CPU where `device` has none, and with it all that the samplers compute.
+    """Noise whose row i depends on the purpose and seeds[i] alone, drawn on the CPU: the same everywhere. It is float64;
+    where `device` has no float64, the noise and all that the samplers compute stay on the CPU.
     """
 
     def __init__(self, purpose, seeds, device):
@@ -340,11 +340,14 @@ def read_source(setting, source, model, stage1):
         require(len(source) == m and all(type(c) is int and 0 <= c < k for c in source),
                 f"--{setting} takes {m} numbers in 0 ... {k - 1}, not {source}")
         return source
-    images, labels, order = data.read_images(source, model.img_shape, exif)
+    made = stage1.get("made") or {}  # images for an encoder are brought to its size as those that it was trained on
+    images, labels, order = data.read_images(source, model.img_shape, exif=exif or made.get("exif", False),
+                                             transform=made.get("transform") or "center-crop")
     if source == stage1["config"]["dataset"]:
         order = np.concatenate(data.split(len(images), stage1["config"]["held_out"]))  # those that it was trained on first
     if model.label_dim and class_label < 0:
-        require(labels is not None, f"{source} has no class labels: say --class_label=, a class for all images")
+        require(labels is not None, f"{source} has no class labels (a prepared data set or dataset.json has): say "
+                "--class_label=, a class for all images")
         require(0 <= labels.min() and labels.max() < model.label_dim, f"{source} has classes {labels.min()} ... "
                 f"{labels.max()}: this model has {model.label_dim}, 0 ... {model.label_dim - 1}")
     else:
@@ -402,7 +405,7 @@ def class_number(label, names):
     known = f"this model has {len(names)} classes, 0 ... {len(names) - 1}: {', '.join(names[:20])}{', ...' * (len(names) > 20)}"
     number = re.fullmatch(r"-?\d+", label or "-1")
     require(number, f"there is no class {label!r}: {known}")
-    require(-1 <= int(number[0]) < len(names) or not names, f"class_label {label} is out of range: {known}")
+    require(-1 <= int(number[0]) < len(names), f"class_label {label} is out of range: {known}")
     return int(number[0])
 
 
@@ -433,7 +436,7 @@ def main():
     require(not checkpoint or Path(checkpoint).is_file(), f"--checkpoint={checkpoint}: there is no such file")
     model, stage1 = load_stage1(trained, place, checkpoint)
     class_label = class_number(class_label, data.classes_of(stage1))
-    require(class_label < 0 or not random_labels, "--class_label is one class for all, --random_labels are all: choose one")
+    require(class_label < 0 or not random_labels, "--class_label asks for one class, --random_labels for all: choose one")
     require(model.num_latents or not (code or encode or guidance != 1),
             "this model has no discrete latents (num_latents=0): --code, --encode and --guidance need them")
     sources = [read_source(setting, source, model, stage1)

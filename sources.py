@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, ImageOps
 
-from configurator import UserError, require
+from configurator import UserError, require, say
 
 IMAGE_SUFFIXES = {f".{name}" for name in "apng avif bmp dib gif j2k jfif jp2 jpe jpeg jpg pbm pcx pfm pgm png pnm ppm psd qoi "
                                          "sgi tga tif tiff webp".split()}
@@ -216,8 +216,8 @@ def list_images(path, data_set=True):
     are as EDM's dataset_tool.py writes them.
 
     Labels are those of dataset.json where there is one, at the top or in the only folder with images there. Else they are
-    the subfolders, sorted by name; in a .zip, one folder around all of them may be there, too. Without subfolders: no labels
-    (None), no class names ([]). data_set=False, for images to measure: labels are those of dataset.json alone, and a class may
+    the subfolders, sorted by name, perhaps in one folder around all of them. Without subfolders: no labels (None), no class
+    names ([]). data_set=False, for images to measure: labels are those of dataset.json alone, and a class may
     have no images. Raises UserError for what is none of these, and for classes without images.
     """
     files, folders = list_zip(path) if is_zip(path) else list_folder(path)
@@ -226,19 +226,19 @@ def list_images(path, data_set=True):
     places = ["", *(f"{top}/" for top in tops)][:2 if len(tops) == 1 else 1]
     index = next((f"{place}dataset.json" for place in places if f"{place}dataset.json" in files), None)
     elsewhere = [name for name in files if PurePosixPath(name).name == "dataset.json" and name != index]
-    require(not elsewhere, f"{path} has a data set of EDM's tools in it, {elsewhere[:1]}, and more: name one folder as the "
-            "source")
+    require(not elsewhere, f"{path} has a data set of EDM's tools in a subfolder, {elsewhere[:1]}: name that subfolder as the "
+            "source, or remove the file")
     labels, classes = None, []
     if index:
         labels = read_labels(f"{path}: {index}", files[index], index.removesuffix("dataset.json"), names)
         classes = numbered(labels, path) if labels and data_set else []
-    require(names, f"{path} has no images in it")
-    if data_set and not index:
-        labels, classes = class_folders(path, names, folders)
     others = Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in files.keys() - {*names, index})
     if others:
         kinds = ", ".join(f"{count} with {kind}" for kind, count in others.most_common(5))
-        print(f"{path}: left out what is no image by its name ({kinds})", file=sys.stderr)
+        say(f"{path}: skipped files whose names are not those of images we can read ({kinds})")
+    require(names, f"{path} has no images in it")
+    if data_set and not index:
+        labels, classes = class_folders(path, names, folders)
     shown = (lambda name: name) if is_zip(path) else (lambda name: str(files[name]))
     return [(shown(name), files[name]) for name in names], labels, classes, bool(index)
 
@@ -247,13 +247,13 @@ def class_folders(path, names, folders):
     """Labels of the images with these names, by the first folder that each is in, and these folders; None, [] without any."""
     parts = [PurePosixPath(name).parts for name in names]
     inside = {PurePosixPath(name).parts for name in folders}
-    if is_zip(path) and len({p[0] for p in inside} | {p[0] for p in parts}) == 1 and min(map(len, parts)) > 2:
+    if len({p[0] for p in inside} | {p[0] for p in parts}) == 1 and min(map(len, parts)) > 2:
         parts, inside = [p[1:] for p in parts], {p[1:] for p in inside} - {()}  # one folder around all of them
     if max(map(len, parts)) == 1:
         return None, []
     beside = [name for name, p in zip(names, parts) if len(p) == 1]
-    require(not beside, f"{path} has {len(beside)} images beside its class folders, as {beside[:1]}: move them into one, or "
-            "away")
+    require(not beside, f"{path} has {len(beside)} images beside its class folders, as {beside[:1]}: move them into a class "
+            "folder, or elsewhere")
     classes = sorted({p[0] for p in inside})
     number = {name: i for i, name in enumerate(classes)}
     labels = [number[p[0]] for p in parts]
@@ -276,13 +276,14 @@ def read_labels(what, file, folder, names):
         if min(classes.values(), default=0) < 0:
             raise ValueError("it has negative labels")
     except Exception as error:  # whatever a broken file makes the decoders raise
-        raise UserError(f"{what} is not the one of EDM's tools, or damaged: {type(error).__name__}: {error}") from None
+        raise UserError(f"{what} is not one that EDM's tools wrote, or is damaged ({type(error).__name__}: {error}): repair, "
+                        "rename or remove it") from None
     if not classes:
         return None
     missing = [name for name in names if name not in classes]
     require(not missing, f"{what} has no label for {len(missing)} of the images, as {missing[:1]}")
     if gone := classes.keys() - set(names):
-        print(f"{what} has labels for {len(gone)} images that are not there, as {min(gone)}", file=sys.stderr)
+        say(f"{what} has labels for {len(gone)} images that are not there, as {min(gone)}")
     return [classes[name] for name in names]
 
 
@@ -304,6 +305,8 @@ def require_images(labels, classes, source):
 def from_files(path, resolution, transform, exif, workers):
     files, labels, classes, edm = list_images(path)
     as_they_are = not resolution and (edm or is_zip(path))
+    require(not as_they_are or transform == TRANSFORMS[0],
+            f"images in {path} keep their size: --transform={transform} needs a --resolution=")
     size = 0 if as_they_are else resolution or 64
     made = dict(source="EDM's dataset_tool.py" if edm else "images", resolution=size, transform=transform if size else None,
                 exif=exif)
@@ -317,8 +320,8 @@ def from_files(path, resolution, transform, exif, workers):
 
 
 def decode_all(files, workers, **settings):
-    """Files as `list_images` has them -> iterator of (name, what `decode` makes of it), by so many processes, which are never
-    more than a few files ahead: memory does not grow where writing is slower than decoding."""
+    """Files from `list_images` -> iterator of (name, result of `decode`), by so many processes. They stay only a few files
+    ahead: memory does not grow where writing is slower than decoding."""
     if workers == 1:
         for name, file in files:
             yield name, decode(content(file), **settings)
@@ -384,11 +387,13 @@ def read_cifar_tar(path):
             files = {m.name: tar.extractfile(m).read() for m in batches}
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
-    require(files, f"{path} has no data_batch_*.bin in it: CIFAR-10's binary version is wanted")
+    require(files, f"{path} has no data_batch_*.bin in it: CIFAR-10's binary version is wanted. Other "
+            "images: unpack it, and name the folder with --source=")
     return read_cifar(files)
 
 
 def from_arrays(images, labels, source, kind, names=()):
+    require(len(images), f"{source} has no images in it")
     classes = numbered(labels, source)
     require(not names or len(classes) == len(names), f"{source} has images of {len(classes)} classes: {kind} has {len(names)}")
     items = ((f"image {i}", x, c) for i, (x, c) in enumerate(zip(images, labels)))

@@ -7,10 +7,9 @@ import zipfile
 from pathlib import Path
 
 import data
-from configurator import UserError, require
+from configurator import UserError, require, say
 from edm_pickle import read_edm
 from model import edm_settings
-from run import say
 
 # of an encoder and its codes; those of the U-Net are read off its weights
 OF_LATENTS = ("num_latents", "codebook_size", "latent_dim", "latent_layers", "latent_heads",
@@ -33,10 +32,11 @@ def start_from(source, model, model_args):
         classes, wanted = there.pop("label_dim"), here.pop("label_dim")
         different = [f"{name}={there[name]!r} there, {here[name]!r} here" for name in here
                      if there[name] != here[name] and (there["num_latents"] or name not in OF_LATENTS)]
-        require(not different, f"{path} is a network of other settings: {'; '.join(different)}")
+        require(not different, f"give the settings of the network to start from, or another --init_from: {path} is a network "
+                f"of other settings: {'; '.join(different)}")
         if classes != wanted:
             weights.pop("model.map_label.weight", None)
-            say(f"{path} knows {classes} classes, here are {wanted}: its class embedding is not taken, a new one starts afresh")
+            say(f"{path} has {classes} classes, this run {wanted}: a new class embedding starts afresh")
         if weights.pop("model.map_augment.weight", None) is not None:
             say(f"{path} was trained with augmentation: its map_augment, which adds nothing where there is none, is left out")
 

@@ -31,8 +31,8 @@ from sample import PRIORS, load_stage1
 
 # run
 out_dir = "out"
-overwrite = False  # replace the prior that was in out_dir before this command was first given
-change = ""  # "lr,ema": settings that are to change in the run that is there
+overwrite = False  # replace an older or finished prior in out_dir; an unfinished run of this very command continues
+change = ""  # "lr,ema": settings that may differ from those of the run that continues
 seed = 0
 device = "auto"
 precision = "bf16"  # as in train_stage1.py

@@ -18,9 +18,9 @@ From a network of our own, on another data set or with codes added to plain EDM:
     python train_stage1.py --init_from=out/edm --out_dir=out/finetuned
 
 Leaves in out_dir: stage1.pt (weights, their moving average, optimiser, settings), the one before it
-(stage1.previous.pt), preview_*.png, stage1.jsonl. The same command again continues where it stopped, with
---overwrite=True too: by Ctrl-C or SIGTERM, which save first and end the process with exit code 130 or 143, or by a
-crash. A larger --total_images trains a finished run on; --change=lr continues with another --lr.
+(stage1.previous.pt), preview_*.png, stage1.jsonl. The same command again, --overwrite=True or not, continues after a
+crash, Ctrl-C or SIGTERM; the last two save first, and end the process with exit code 130 or 143. A larger
+--total_images trains a finished run on; --change=lr continues with another --lr.
 """
 
 import contextlib
@@ -46,8 +46,8 @@ from start_from import start_from
 # run
 out_dir = "out"
 init_from = ""  # to start from: another run's folder or stage1.pt, "pretrained", or EDM's edm-imagenet-64x64-cond-adm.pkl
-overwrite = False  # replace the run that was in out_dir before this command was first given
-change = ""  # "lr,tau": settings that are to change in the run that is there
+overwrite = False  # replace an older or finished run in out_dir; an unfinished run of this very command continues
+change = ""  # "lr,tau": settings that may differ from those of the run that continues
 seed = 0
 device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; auto: a GPU of NVIDIA's if there is one
 precision = "bf16"  # on a GPU: "bf16", "fp16", "tf32", "fp32"; elsewhere always float32
@@ -130,7 +130,8 @@ micro_batch = local_batch // micro_steps
 images, labels, num_classes = data.load(dataset)
 classes, made = data.class_names(dataset), data.made_of(dataset)  # for people, and for eval_fid.py
 img_resolution, img_channels = images.shape[1], images.shape[3]
-require(images.shape[1] == images.shape[2], f"images must be square, not {images.shape[1]} x {images.shape[2]}")
+require(images.shape[1] == images.shape[2], f"images must be square, not {images.shape[1]} x {images.shape[2]}: prepare them "
+        f"with --resolution={min(images.shape[1:3])}")
 maps = [img_resolution >> level for level in range(len(channel_mult))]  # sizes of the feature maps
 held_out = min(500, len(images) // 10) if held_out == -1 else held_out
 attn_resolutions = (maps[-1],) if attn_resolutions == (0,) else attn_resolutions
@@ -173,8 +174,8 @@ checkpoint_path = f"{out_dir}/stage1.pt"
 # may change when a run continues: its course is the same (batch_gpu: but for dropout's masks)
 FREE = ("out_dir", "overwrite", "change", "device", "compile", "batch_gpu", "total_images", "log_every", "save_every",
         "keep_every", "preview_every")
-# may change where --change names them, since they act step by step. The prior follows xflip, and batch_size and seed say
-# which image comes when
+# may change if --change names them: they act step by step. Others can't: the prior relies on xflip, and batch_size and seed
+# decide which image comes when
 CHANGEABLE = ("lr", "encoder_lr", "warmup_images", "ema_halflife_images", "ema_rampup", "P_mean", "P_std", "null_prob", "tau",
               "dropout", "precision", "loss_scale")
 step = 0

@@ -258,7 +258,7 @@ def test_without_a_network_the_error_says_what_to_fetch(root, monkeypatch):
 def test_names_and_existing_sets(root, tmp_path):
     write_idx(tmp_path / "source", random_images(3, 5, 5), np.zeros(3))
     for workers in (0, 1001):  # each is a process: so many more would take the machine down
-        with pytest.raises(UserError, match=f"workers {workers} must be in 1 ... 1000"):
+        with pytest.raises(UserError, match=f"workers must be in 1 ... 1000, not {workers}"):
             data.prepare("m", str(tmp_path / "source"), workers=workers, root=root)
     for name in ("", "..", "a/b", "embedded", "fashion-mnist-10k"):
         with pytest.raises(UserError, match="can't be a data set's name"):

@@ -275,7 +275,7 @@ def test_disco_diff_goes_on(tmp_path, capsys):
         net = DisCoDiff(**small(label_dim=classes))
         fresh = {name: p.clone() for name, p in net.state_dict().items()}
         start_from(path, net, small(label_dim=classes))
-        assert capsys.readouterr().err == f"{path} knows 10 classes, here are {classes}: its class embedding is not taken, a new one starts afresh\n"
+        assert capsys.readouterr().err == f"{path} has 10 classes, this run {classes}: a new class embedding starts afresh\n"
         for name, p in net.state_dict().items():
             assert torch.equal(p, fresh[name] if "map_label" in name else source.state_dict()[name])
 

@@ -571,7 +571,7 @@ def test_two_ways_of_down_sampling_are_told(evaluate, place, tmp_path):
             made.write_text(json.dumps({"transform": ours}))
             np.savez(tmp_path / "x.npz", **arrays, **({"made": json.dumps({"transform": theirs})} if theirs else {}))
             printed = evaluate(f"--images={tmp_path / 'x.npz'}")
-            assert (f"down-sampled by {theirs}, small to {ours}: part of the distance is due to that" in printed) == warned
+            assert (f"were resized by {theirs}, those of small by {ours}: part of the distance comes from that" in printed) == warned
     finally:
         made.unlink()
 
@@ -611,7 +611,7 @@ def test_what_is_missing_or_small_is_said(evaluate, place):
     assert not {"recognised", "recognised by class"} & set(json.loads((place / "few.classifier.json").read_text()))
     np.savez(place / "shared.npz", images=images[:80], codes=np.arange(10).repeat(8)[:, None], labels=np.full(80, 3), nfe=[{}])
     printed = evaluate(f"--images={place / 'shared.npz'}")
-    assert "warning: neighbours share codes: 80 images have 10," in printed and "--per_code=1" in printed
+    assert "warning: neighbours share codes: 80 images have 10 codes," in printed and "--per_code=1" in printed
     found = json.loads((place / "shared.classifier.json").read_text())
     assert found["recognised by class"] == {"3": found["recognised"]} and "NFE" not in found
     np.savez(place / "odd.npz", images=images[:80], codes=np.array([{}]))

@@ -231,8 +231,8 @@ def test_output_that_nobody_reads(tmp_path):
     command = [sys.executable, "-c", program + "print(1, flush=True)"]
     done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (2, "error: what reads the output of this command has ended, as `head` does: "
-                                                 "write it to a file\n")
+    assert (done.returncode, done.stderr) == (2, "error: the program that reads this output has ended, as `head` does: "
+                                                 "write the output to a file instead\n")
     program += f"from run import progress; print(len([*progress([1, 2])]), file=open({str(tmp_path / 'a')!r}, 'w'))"
     assert subprocess.run(["sh", "-c", f"{sys.executable} -c \"$0\" >&- 2>&-", program], cwd=ROOT).returncode == 0
     assert (tmp_path / "a").read_text() == "2\n"

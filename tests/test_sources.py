@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,12 +58,12 @@ def root(tmp_path):
     ("datasets/../datasets/pets", "pets", "where the data set goes"),
     ("datasets/pets/all.zip", "pets", "where the data set goes"),
     ("datasets/half.partial", "half", "where the data set goes"),
-    ("apart", "pets", "is not, or not only, a data set"),  # its class folders are links into the target
+    ("apart", "pets", "is not a data set that data.py prepared, or has other"),  # its class folders are links into the target
     ("apart", "pets.partial", "can't be a data set's name"),
-    ("apart", "mixed", "is not, or not only, a data set"),
-    ("apart", "a_file", "is not, or not only, a data set"),
-    ("apart", "to_pets", "is not, or not only, a data set"),  # a link to it
-    ("apart", "half", "is not, or not only, a data set"),
+    ("apart", "mixed", "is not a data set that data.py prepared, or has other"),
+    ("apart", "a_file", "is not a data set that data.py prepared, or has other"),
+    ("apart", "to_pets", "is not a data set that data.py prepared, or has other"),  # a link to it
+    ("apart", "half", "is not a data set that data.py prepared, or has other"),
 ])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_images_are_never_removed(root, tmp_path, monkeypatch, source, name, message, overwrite):
@@ -145,7 +146,7 @@ def test_labels_that_no_image_has(root, tmp_path, labels, message):
 def test_a_dataset_json_that_is_none(root, tmp_path, content):
     (edm_folder(tmp_path / "edm", None) / "dataset.json").write_text(content, encoding="latin-1")
     for case in (tmp_path / "edm", zipped(tmp_path / "edm", tmp_path / "edm.zip")):
-        with pytest.raises(UserError, match="dataset.json is not the one of EDM's tools, or damaged"):
+        with pytest.raises(UserError, match="dataset.json is not one that EDM's tools wrote, or is damaged"):
             data.prepare("set", str(case), root=root)
 
 
@@ -172,7 +173,7 @@ def test_two_data_sets_of_edms_are_no_classes(root, tmp_path):
     for name in ("train", "val"):
         edm_folder(tmp_path / "above" / "both" / name, None)
     for case in (tmp_path / "above" / "both", tmp_path / "above"):
-        with pytest.raises(UserError, match="has a data set of EDM's tools in it, .*dataset.json.*: name one folder as the source"):
+        with pytest.raises(UserError, match="has a data set of EDM's tools in a subfolder, .*dataset.json.*: name that subfolder as the source"):
             data.prepare("set", str(case), root=root)
 
 
@@ -192,7 +193,7 @@ def test_what_is_no_data_and_where_links_lead(root, tmp_path, capsys):
     data.prepare("set", str(source), root=root)
     images, labels, _ = data.load("set", root)
     assert data.class_names("set", root) == ["cat", "dog"] and labels.tolist() == [0, 0, 0, 1]
-    assert images[:, 0, 0, 0].tolist() == [10, 20, 10, 20] and "left out what is no image by its name (1 with .txt)" in capsys.readouterr().err
+    assert images[:, 0, 0, 0].tolist() == [10, 20, 10, 20] and "skipped files whose names are not those of images we can read (1 with .txt)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("link, to, message", [
@@ -295,6 +296,47 @@ def test_archives_that_python_can_not_unpack(root, tmp_path):
     (tmp_path / "z.zip").write_bytes(b"no archive")
     with pytest.raises(UserError, match="is not a .zip, or damaged"):
         data.prepare("set", str(tmp_path / "z.zip"), root=root)
+
+
+def test_a_folder_around_the_classes_is_none(root, tmp_path):
+    """As in an archive; and what was passed over is said before the error that follows from it."""
+    for name in ("pets/cat/1.png", "pets/dog/1.png"):
+        save(tmp_path / "nest" / name)
+    data.prepare("set", str(tmp_path / "nest"), root=root)
+    assert data.class_names("set", root) == ["cat", "dog"]
+    data.prepare("one", str(tmp_path / "nest" / "pets" / "cat"), root=root)
+    assert data.load("one", root)[1] is None
+
+
+def test_photographs_that_are_not_read_are_said(root, tmp_path, capsys):
+    for name in ("cat/1.png", "dog/1.heic"):
+        save(tmp_path / "f" / "x.png").rename(Path(tmp_path / "f" / name).parent.mkdir(exist_ok=True) or tmp_path / "f" / name)
+    with pytest.raises(UserError, match=r"no images of 1 of its 2 classes \(dog\)"):
+        data.prepare("set", str(tmp_path / "f"), root=root)
+    assert "(1 with .heic)" in capsys.readouterr().err
+
+
+def test_an_empty_folder_may_wait_for_a_data_set(root, tmp_path):
+    (tmp_path / "disk").mkdir()
+    root.mkdir()
+    (root / "set").symlink_to(tmp_path / "disk")
+    save(tmp_path / "f" / "1.png")
+    data.prepare("set", str(tmp_path / "f"), root=root)
+    assert len(data.load("set", root)[0]) == 1
+
+
+def test_a_transform_that_would_be_ignored(root, tmp_path):
+    source = zipped(edm_folder(tmp_path / "edm", None), tmp_path / "edm.zip")
+    for case in (source, tmp_path / "edm"):
+        with pytest.raises(UserError, match="keep their size: --transform=center-crop-dhariwal needs a --resolution="):
+            data.prepare("set", str(case), transform="center-crop-dhariwal", root=root)
+
+
+def test_one_rule_for_names(tmp_path, monkeypatch):
+    """What is both a prepared data set and a folder here is the data set, for codes and for metrics."""
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "fashion-mnist-10k" / "1.png", size=(28, 28))
+    assert len(data.open_images("fashion-mnist-10k")[0]) == len(data.read_images("fashion-mnist-10k", (1, 28, 28))[0]) == 10_000
 
 
 # pixels

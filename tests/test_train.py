@@ -187,8 +187,10 @@ def test_settings_that_may_change(tmp_path):
     for group in state["optimizer"]["param_groups"]:
         group["peak_lr"] = 123.0  # which older checkpoints carry
     torch.save(state, tmp_path / "run" / "stage1.pt")
-    with pytest.raises(UserError, match="dropout=0.0 there, 0.1 here; lr=0.002 there, 0.01 here.: say --change=dropout,lr to go on"):
+    with pytest.raises(UserError, match="dropout=0.0 there, 0.1 here; lr=0.002 there, 0.01 here.: say --change=dropout,lr to continue"):
         run("train_stage1.py", *settings, "--lr=0.01", "--dropout=0.1")
+    with pytest.raises(UserError, match="say --change=lr,dropout to continue with the new values"):
+        run("train_stage1.py", *settings, "--lr=0.01", "--dropout=0.1", "--change=lr")
     with pytest.raises(UserError) as error:
         run("train_stage1.py", *settings, "--lr=0.01", "--seed=1")
     assert "--change" not in str(error.value)
@@ -205,7 +207,7 @@ def test_settings_that_may_change(tmp_path):
     shutil.copy(tmp_path / "run" / "stage1.pt", tmp_path)
     settings = [f"--out_dir={tmp_path}", *PRIOR, "--warmup_images=0"]
     run("train_prior.py", *settings, "--total_images=50")
-    with pytest.raises(UserError, match="say --change=lr to go on with what is here"):
+    with pytest.raises(UserError, match="say --change=lr to continue with the new values"):
         run("train_prior.py", *settings, "--total_images=100", "--lr=0.5")
     run("train_prior.py", *settings, "--total_images=100", "--lr=0.5", "--change=lr")
     assert checkpoint(tmp_path, "prior_ar.pt")["optimizer"]["param_groups"][0]["lr"] == 0.5
