@@ -346,8 +346,8 @@ def read_source(setting, source, model, stage1):
     if source == stage1["config"]["dataset"]:
         order = np.concatenate(data.split(len(images), stage1["config"]["held_out"]))  # those that it was trained on first
     if model.label_dim and class_label < 0:
-        require(labels is not None, f"{source} has no class labels (a prepared data set or dataset.json has): say "
-                "--class_label=, a class for all images")
+        require(labels is not None, f"{source} has no class labels: say --class_label=, a class for all images (a "
+                "prepared data set has labels, and so has dataset.json)")
         require(0 <= labels.min() and labels.max() < model.label_dim, f"{source} has classes {labels.min()} ... "
                 f"{labels.max()}: this model has {model.label_dim}, 0 ... {model.label_dim - 1}")
     else:
