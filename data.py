@@ -500,8 +500,9 @@ def resume(path, config, model_args, free, changeable, made_by, **others):
     new = {**model_args, **config}
 
     def different(state, *but):
+        """-> {setting: (its value there, here)}"""
         old = {**state["model_args"], **state["config"]}
-        return [k for k in sorted(old.keys() - {*but}) if old[k] != new.get(k)]
+        return {k: (old[k], new.get(k)) for k in sorted(old.keys() - {*but}) if old[k] != new.get(k)}
 
     if config["overwrite"]:
         for file in (path, previous(path)):
@@ -524,8 +525,7 @@ def resume(path, config, model_args, free, changeable, made_by, **others):
     changed = different(state, *free, *change)
     names = ",".join([*change, *changed])
     goes_on = f"say --change={names} to continue with the new values, " if set(changed) <= set(changeable) else ""
-    old = {**state["model_args"], **state["config"]}
-    changes = "; ".join(f"{k}={old[k]!r} there, {new.get(k)!r} here" for k in changed)
+    changes = "; ".join(f"{k}={there!r} there, {here!r} here" for k, (there, here) in changed.items())
     require(not changed, f"{path} is of a run with other settings ({changes}): "
                          f"{goes_on}choose another --out_dir, or start anew with --overwrite=True")
     return state

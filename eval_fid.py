@@ -42,7 +42,7 @@ from PIL import Image, ImageFilter
 from configurator import UserError, barrier, configure, leave_processes, require, start_processes, sum_over_processes
 from data import (HERE, Shuffle, atomic, class_names, fingerprint, identity, load, load_checkpoint, made_of, open_images, open_npz,
                   save_checkpoint, split, to_float)
-from inception import Inception, find_inception, load_inception, resize_tf1  # the tests take them from here
+from inception import find_inception
 from run import hold, progress, release
 
 images = "out/samples.npz"  # an .npz with `images` (and `labels`), a folder or .zip of images, or a prepared data set's name

@@ -16,8 +16,9 @@ import data
 import eval_fid
 from configurator import UserError
 from conftest import ROOT, fill, run
-from eval_fid import (Inception, Moments, equally_many, frechet_distance, inception_score, kernel_distance, load_inception,
-                      manifold_radii, measure, precision_recall, resize_tf1, root, share_inside, shared_codes)
+from eval_fid import (Moments, equally_many, frechet_distance, inception_score, kernel_distance, manifold_radii, measure,
+                      precision_recall, root, share_inside, shared_codes)
+from inception import Inception, load_inception, resize_tf1
 from run import release
 
 REFERENCE = Path(__file__).parent / "reference"

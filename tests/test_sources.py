@@ -17,7 +17,7 @@ import data
 import sources
 from configurator import UserError
 from conftest import ROOT
-from sources import center_crop, decode, list_folder, open_source
+from sources import center_crop, decode, list_folder
 
 rng = np.random.default_rng(0)
 
