@@ -43,8 +43,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import sample
-from configurator import configure, require, start_processes
-from model import DisCoDiff
+from checkpoint import atomic, save_checkpoint
+from configurator import configure, require
+from diffusion import restart
+from model import DisCoDiff, denoiser
+from noise import SeededNoise
+from processes import start_processes
+from run import release
 
 config = ""  # a file; "": all
 out_dir = "out/bench"
@@ -108,30 +113,34 @@ def noise_images(name, load=data.load):
 
 
 def prepared(script, config, folder, device, *settings):
-    """The globals of a training script with this configuration, all but its run."""
-    argv = [script, *([] if config == "default" else [config]), f"--out_dir={folder}", f"--device={device}", *settings]
-    before, sys.argv = sys.argv, argv
-    try:
-        return runpy.run_path(str(data.HERE / script), run_name="bench")
-    finally:
-        sys.argv = before
+    """A training script's globals, and its run with this configuration, ready for the first step."""
+    argv = [*([] if config == "default" else [config]), f"--out_dir={folder}", f"--device={device}", *settings]
+    scope = runpy.run_path(str(data.HERE / script), run_name="bench")
+    run = scope["setup"](argv)
+    release()  # so that another can be prepared in the same folder
+    return scope, run
 
 
-def training(run, batch, evaluation):
-    """-> a training script's globals, {name: function}, and a function that counts their FLOPs."""
-    functions = {"gradients": lambda: run["gradients"](0), "update": lambda: run["update"](batch), "evaluation": evaluation}
+def training(scope, run, batch, evaluation):
+    """-> run, {name: function}, and a function that counts their FLOPs."""
+    functions = {"gradients": lambda: scope["gradients"](run, 0), "update": lambda: scope["update"](run, batch),
+                 "evaluation": evaluation}
     return run, functions, lambda: {name: count(function) for name, function in functions.items()}
+
+
+def of_denoiser(run, batch):
+    """The averaged network as sample.py calls it, for codes and classes 0."""
+    z, c = (torch.zeros(batch, *shape, dtype=torch.int64, device=run.device) for shape in ((run.ema.num_latents,), ()))
+    return denoiser(run.ema, c if run.ema.label_dim else None, z, autocast=run.autocast)
 
 
 def stage1(config, batch, folder, device, *settings):
     """Of train_stage1.py, and of the denoiser as sample.py calls it."""
-    run = prepared("train_stage1.py", config, folder, device, "--init_from=", f"--batch_size={batch}", f"--batch_gpu={batch}", *settings)
-    ema, place = run["ema"], run["device"]
-    labels = torch.zeros(batch, dtype=torch.int64, device=place) if ema.label_dim else None
-    denoise = sample.denoiser(ema, labels, torch.zeros(batch, ema.num_latents, dtype=torch.int64, device=place),
-                              autocast=run["autocast"])
-    x, sigma = torch.randn(batch, *ema.img_shape, device=place), torch.tensor(1.0, device=place)
-    return training(run, batch, lambda: denoise(x, sigma))
+    batches = (f"--batch_size={batch}", f"--batch_gpu={batch}")
+    scope, run = prepared("train_stage1.py", config, folder, device, "--init_from=", *batches, *settings)
+    denoise = of_denoiser(run, batch)
+    x, sigma = torch.randn(batch, *run.ema.img_shape, device=run.device), torch.tensor(1.0, device=run.device)
+    return training(scope, run, batch, lambda: denoise(x, sigma))
 
 
 def prior(config, batch, folder, device):
@@ -141,28 +150,27 @@ def prior(config, batch, folder, device):
     args = dict(img_resolution=images.shape[1], img_channels=3, label_dim=classes, num_latents=10, codebook_size=100,
                 model_channels=4, channel_mult=(1,), num_blocks=1, attn_resolutions=(), latent_dim=4, latent_heads=1,
                 latent_layers=1, encoder_patch=16, encoder_dim=8, encoder_layers=1, encoder_heads=1)
-    of_data = dict(dataset=name, held_out=0, xflip=False, data_identity=data.identity(images, labels))
-    data.save_checkpoint(f"{folder}/stage1.pt", dict(made_by="train_stage1", config=of_data, model_args=args, step=0,
-                                                     ema=DisCoDiff(**args).state_dict()))
-    run = prepared("train_prior.py", config, folder, device, f"--batch_size={batch}")
-    noise = sample.SeededNoise("bench", range(batch), run["device"])
-    c = torch.zeros(batch, dtype=torch.int64, device=run["device"])
-    return training(run, batch, torch.no_grad()(lambda: sample.codes_of_prior(run["averaged"], noise, c)))
+    of_data = dict(dataset=name, held_out=0, xflip=False, data_identity=data.data_checksum(images, labels))
+    save_checkpoint(f"{folder}/stage1.pt", dict(made_by="train_stage1", config=of_data, model_args=args, step=0,
+                                                ema=DisCoDiff(**args).state_dict()))
+    scope, run = prepared("train_prior.py", config, folder, device, f"--batch_size={batch}")
+    noise = SeededNoise("bench", range(batch), run.device)
+    c = torch.zeros(batch, dtype=torch.int64, device=run.device)
+    return training(scope, run, batch, lambda: run.ema.sample(noise, c))
 
 
 def sampler(config, batch, folder, device):
     """A configuration of sample.py, with the default network."""
     s = configure(dict(vars(sample)), [config])
-    run = prepared("train_stage1.py", "default", folder, device)
-    c, z = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, run["num_latents"], dtype=torch.int64)
-    denoise = sample.denoiser(run["ema"], c.to(run["device"]), z.to(run["device"]), autocast=run["autocast"])
-    noise, evaluations = torch.randn(batch, *run["model"].img_shape, device=run["device"]), []
+    _, run = prepared("train_stage1.py", "default", folder, device)
+    denoise = of_denoiser(run, batch)
+    noise, evaluations = torch.randn(batch, *run.model.img_shape, device=run.device), []
 
-    def restart(denoise):
-        sample.restart(denoise, noise, **{name: s[name] for name in ("num_steps", "restarts", "gamma", "S_min", "S_max", "S_noise")})
+    def sampled(denoise):
+        restart(denoise, noise, **{name: s[name] for name in ("num_steps", "restarts", "gamma", "S_min", "S_max", "S_noise")})
 
-    restart(lambda x, sigma: evaluations.append(sigma) or x)
-    return run, {"evaluation": lambda: restart(denoise)}, lambda: {
+    sampled(lambda x, sigma: evaluations.append(sigma) or x)
+    return run, {"evaluation": lambda: sampled(denoise)}, lambda: {
         "evaluation": len(evaluations) * count(lambda: denoise(noise, evaluations[0]))}
 
 
@@ -205,7 +213,7 @@ def measure(config, device, batch_size, rounds, profile):
             for function in functions.values():
                 function()
             memory = peak_memory(place)
-            if kind is stage1 and run["num_latents"]:
+            if kind is stage1 and run.model.num_latents:
                 _, plain, _ = stage1(config, batch, folder, device, "--num_latents=0")
                 functions |= {f"plain {name}": function for name, function in plain.items()}
                 for function in plain.values():
@@ -279,7 +287,8 @@ def line_of(row):
     return LINE.format(*cells)
 
 
-def main():
+def main(argv=()):
+    configure(globals(), argv)
     require(batch_size >= 0 and rounds > 0, f"batch_size {batch_size} can't be negative, rounds {rounds} must be positive")
     require(not config or config == "default" or Path(config).is_file(), f"there is no file {config}; --config=default is the default")
     _, world, place = start_processes(device)
@@ -294,7 +303,7 @@ def main():
     found = dict(device=on, torch=torch.__version__, rows=[])
 
     def save():
-        with data.atomic(f"{out_dir}/bench.json") as f:
+        with atomic(f"{out_dir}/bench.json") as f:
             f.write(json.dumps(found, indent=1).encode())
 
     for name in configs:
@@ -318,5 +327,4 @@ def main():
 
 
 if __name__ == "__main__":
-    configure(globals())
-    main()
+    main(sys.argv[1:])

@@ -17,8 +17,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from checkpoint import atomic, load_checkpoint
 from configurator import configure, require
-from data import HERE, atomic, load_checkpoint
+from data import HERE
 
 out_dir = "out/compare"
 seeds = (0, 1)
@@ -52,7 +53,8 @@ def done(result, *made_of):
     return result.exists() and result.stat().st_mtime > max(path.stat().st_mtime for path in made_of)
 
 
-def main():
+def main(argv=()):
+    configure(globals(), argv)
     require(seeds and min(seeds) >= 0 and len(set(seeds)) == len(seeds), f"seeds takes different whole numbers, not {seeds}")
     require(total_images > 0 and num_images >= 10, f"total_images {total_images} must be positive, num_images {num_images} 10 or more")
     require(features in ("classifier", "inception"), f"--features is classifier or inception, not {features}")
@@ -71,7 +73,7 @@ def main():
                 run("sample.py", f"--out_dir={folder}", f"--name={name}", f"--num_images={num_images}", "--per_code=1",
                     *(setting.replace("DATASET", dataset) for setting in settings))
             if not done(result, folder / f"{name}.npz"):
-                run("eval_fid.py", f"--images={folder}/{name}.npz", f"--data={dataset}", f"--features={features}")
+                run("eval_fid.py", f"--images={folder}/{name}.npz", f"--reference={dataset}", f"--features={features}")
             found[title].append(json.loads(result.read_text()))
 
     columns = [key for key, value in found["plain EDM"][0].items() if type(value) is float and key not in ("seconds per image", "KID se")]
@@ -90,5 +92,4 @@ def main():
 
 
 if __name__ == "__main__":
-    configure(globals())
-    main()
+    main(sys.argv[1:])

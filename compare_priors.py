@@ -12,6 +12,7 @@ held-out bits the standard error. Seconds are those of drawing codes, seeded noi
 """
 
 import math
+import sys
 import time
 
 import numpy as np
@@ -19,10 +20,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-from configurator import configure, require, start_processes
-from model import draw_codes, gumbel_noise, mean_bits, seeded_generator
+from checkpoint import atomic
+from configurator import configure, require
+from model import draw_codes
+from noise import SeededNoise, gumbel_noise, seeded_generator
+from prior import mean_bits
+from processes import start_processes
 from run import progress
-from sample import SeededNoise, codes_of_prior, load_prior, load_stage1
+from trained import load_prior, load_stage1
 
 out_dir = "out"
 device = "auto"
@@ -64,7 +69,7 @@ def generate(prior, labels, first_seed, **how):
     codes = []
     for part in torch.arange(len(labels)).split(batch_size):
         noise = SeededNoise("compare", (first_seed + part).tolist(), labels.device)
-        codes.append(codes_of_prior(prior, noise, labels[part], **how).cpu())
+        codes.append(prior.sample(noise, labels[part], **how).cpu())
     return torch.cat(codes)
 
 
@@ -85,7 +90,7 @@ def draw_bars(rows, path):
             at, text = (450 + scale * value, y - 4), f"{value:.3f}"
             draw.rectangle(draw.textbbox(at, text, font), "white")
             draw.text(at, text, "black", font)
-    with data.atomic(path) as file:
+    with atomic(path) as file:
         canvas.save(file, "png")
 
 
@@ -93,7 +98,8 @@ def draw_bars(rows, path):
 # the comparison
 
 
-def main():
+def main(argv=()):
+    config = configure(globals(), argv)
     for setting in ("samples", "num_codes", "batch_size", "sedd_steps"):
         require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
     require(seed >= 0, f"seed can't be negative: it is {seed}")
@@ -126,11 +132,11 @@ def main():
         logits, c = encode(train[torch.randint(len(train), (num_codes,), generator=g, device=place).cpu()])
         return draw_codes(logits, gumbel_noise(logits.shape, g)), c
 
-    stepped = dict(sampler="analytic", num_steps=sedd_steps)
+    stepped = dict(sedd_sampler="analytic", sedd_steps=sedd_steps)
     ar_bits, sedd_bits = held_out_bits(ar), "<= " + held_out_bits(sedd)
     methods = [("AR", ar, ar_bits, m, {}),
-               ("SEDD, first-hitting", sedd, sedd_bits, m, dict(sampler="first-hitting")),
-               (f"SEDD, analytic, {m} steps", sedd, sedd_bits, m, dict(sampler="analytic", num_steps=m)),
+               ("SEDD, first-hitting", sedd, sedd_bits, m, dict(sedd_sampler="first-hitting")),
+               (f"SEDD, analytic, {m} steps", sedd, sedd_bits, m, dict(sedd_sampler="analytic", sedd_steps=m)),
                (f"SEDD, analytic, {sedd_steps} steps", sedd, sedd_bits, sedd_steps, stepped),
                *((f"  and remasking, eta = {eta:g}", sedd, sedd_bits, sedd_steps, stepped | dict(eta=eta)) for eta in etas)]
     found = np.empty((len(methods) + 2, samples, 2))
@@ -153,12 +159,11 @@ def main():
         f"{'':36}{'held-out bits':>18}{'evaluations':>12}{'s per 1,000':>12}{'TV single':>18}{'TV pairs':>18}",
         *(f"{name:36}{bits:>18}{n:>12}{s:>12}{v[0]:9.4f} +- {v[1]:.4f}{v[2]:8.4f} +- {v[3]:.4f}" for name, bits, n, s, *v in rows)])
     print(table)
-    with data.atomic(f"{out_dir}/compare_priors.txt") as file:
+    with atomic(f"{out_dir}/compare_priors.txt") as file:
         file.write(table.encode() + b"\n")
     draw_bars([(row[0], row[4], row[6]) for row in rows], f"{out_dir}/compare_priors.png")
     print(f"{out_dir}/compare_priors.txt and {out_dir}/compare_priors.png are ready")
 
 
 if __name__ == "__main__":
-    config = configure(globals())
-    main()
+    main(sys.argv[1:])

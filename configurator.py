@@ -1,8 +1,8 @@
 """
-How a run is set up: settings, errors, processes.
+Settings from the command line, and errors that a user can mend.
 
-The settings of a script are its plain global variables. They are overridden by config files, then by
---name=value, in the order of the command line:
+The settings of a script are its plain global variables. Config files and --name=value override them, in the
+order of the command line:
 
     python train_stage1.py config/cifar10.py --batch_size=64 --out_dir=out/small-batch
 
@@ -13,11 +13,10 @@ strings, True/False, tuples) and never executed.
 import ast
 import difflib
 import errno
+import inspect
+import math
 import os
 import sys
-import time
-import weakref
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -26,21 +25,24 @@ class UserError(Exception):
     """Something that the user can mend. Scripts end with its message in one line, and exit code 2."""
 
 
-def configure(scope, argv=None):
+def configure(scope, argv):
     """Overrides the settings in `scope`, a script's globals(), by the command line; returns them as a dict.
 
-    Settings are the bool, int, float, str and tuple variables set so far, but for _private names and
-    CONSTANTS; a new value must be of the default's type, and ~ at the start of a string is the home folder. Raises
-    UserError for an unknown name (with the nearest valid one), a wrong type, or anything that can't be parsed. --help
-    prints the script's docstring and settings, and exits.
+    Settings are the bool, int, float, str and tuple variables, but for _private names and CONSTANTS; a new value must be
+    of the default's type, and ~ at the start of a string is the home folder. What an earlier call overrode is back at
+    its default. Raises UserError for an unknown name (with the nearest valid one), a wrong type, or anything that can't
+    be parsed. --help prints the script's docstring and settings, and exits.
     """
     sys.excepthook = partial(_one_line_for_user_errors, scope)
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed, as by 2>&-
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr: a name that can't be printed ends no run
-    argv = sys.argv[1:] if argv is None else argv
-    settings = {name: value for name, value in scope.items()
+    defaults = {name: value for name, value in scope.items()
                 if not (name.startswith("_") or name.isupper()) and isinstance(value, (bool, int, float, str, tuple))}
+    for name, (default, given) in scope.get("_given", {}).items():  # by an earlier call, as in a notebook
+        if scope[name] is given:
+            defaults[name] = default
+    settings = dict(defaults)
     if "--help" in argv or "-h" in argv:
         print(_usage(scope, settings))
         sys.exit(0)
@@ -56,9 +58,9 @@ def configure(scope, argv=None):
             if name not in settings:
                 nearest = difflib.get_close_matches(name, settings, n=1, cutoff=0)
                 raise UserError(f"{where}: there is no setting {name!r}; the nearest is {nearest[0]!r}")
-            settings[name] = _checked(name, value, scope[name], where)
+            settings[name] = _checked(name, value, defaults[name], where)
     require(settings.get("out_dir") != "", "--out_dir= names no folder: --out_dir=. is the one that you are in")
-    scope.update(settings)
+    scope.update(settings, _given={name: (default, settings[name]) for name, default in defaults.items()})
     return settings
 
 
@@ -66,6 +68,21 @@ def require(condition, message):
     """Raises UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def require_numbers(config, or_zero=(), but=()):
+    """Raises UserError unless each number among the settings is positive and finite; `or_zero` names those that may
+    be 0, `but` those that other rules apply to."""
+    for name, value in config.items():
+        if type(value) in (int, float) and name not in but:
+            require(value >= 0 or name not in or_zero, f"{name} can't be negative: it is {value}")
+            require(value > 0 or name in or_zero, f"{name} must be positive, not {value}")
+            require(math.isfinite(value), f"{name} must be finite, not {value}")
+
+
+def arguments_of(config, *functions):
+    """The settings that are parameters of these functions (or classes), by name."""
+    return {name: config[name] for f in functions for name in inspect.signature(f).parameters if name in config}
 
 
 def _at_home(path, where):
@@ -155,10 +172,10 @@ def _one_line_for_user_errors(scope, kind, error, traceback):
     elif out_of_memory(error):
         line = "out of memory"
         if setting := next((name for name in ("batch_gpu", "batch_size") if name in scope), None):
-            at_once = f", {scope['micro_batch']} images at once" if "micro_batch" in scope else ""
+            at_once = f", {scope['_micro_batch']} images at once" if "_micro_batch" in scope else ""
             line += f": a smaller --{setting} may help; it is {scope[setting]}{at_once}"
-        if os.path.exists(scope.get("checkpoint_path", "")):
-            line += f". {scope['checkpoint_path']} is untouched"
+        if os.path.exists(scope.get("_checkpoint_path", "")):
+            line += f". {scope['_checkpoint_path']} is untouched"
     elif isinstance(error, BrokenPipeError) and not error.filename:
         line = "the program that reads this output has ended, as `head` does: write the output to a file instead"
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more when it ends
@@ -171,112 +188,3 @@ def _one_line_for_user_errors(scope, kind, error, traceback):
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(line))  # names may hold line breaks and worse
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(2)
-
-
-def start_processes(device):
-    """-> rank, number of processes, torch.device. Joins the others where torchrun started this process.
-
-    device: "auto", "cpu", "cuda", "cuda:1", "mps" (Apple's GPUs, for one process). Raises UserError where this machine has
-    no such device.
-    """
-    import torch  # here, so that this file can be read and used without it
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    kind = device.partition(":")[0]
-    require(kind in ("cpu", "cuda", "mps"), f"--device={device} can't be used here: it is auto, cpu, cuda or mps")
-    require(kind != "mps" or world == 1, f"--device={device} is for one process: {world} can't work together there")
-    require(kind != "mps" or torch.backends.mps.is_available(), f"--device={device} can't be used here: it is for Apple's GPUs")
-    try:
-        place = torch.device(device)
-        if place.type == "cuda" and (world > 1 or place.index is None):
-            place = torch.device("cuda", local_rank)
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device={device} can't be used here: {str(error).splitlines()[0]}") from None
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    if world > 1:
-        hook = sys.excepthook  # init_process_group puts its own around it, which would swallow our one line
-        limit = timedelta(hours=1)  # process 0 draws previews and encodes data sets while the others wait
-        store, rank, _ = next(torch.distributed.rendezvous("env://", timeout=limit))
-        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-            # torchrun's store outlives its workers, and would give those that it restarts the addresses of the dead. (On
-            # several nodes the counts may differ: see the README for what to set there.)
-            store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", store=store, rank=rank,
-                                             world_size=world, timeout=limit)
-        sys.excepthook = hook
-    return int(os.environ.get("RANK", 0)), world, place
-
-
-_in_flight = []  # weak references to tensors that gloo's threads may hold
-
-
-def _all_reduce(x, op):
-    """The sum or maximum of the processes' tensors: a new one, on the CPU."""
-    import torch
-
-    x = x.cpu().clone()
-    torch.distributed.all_reduce(x, op)
-    _in_flight[:] = [ref for ref in (*_in_flight, weakref.ref(x)) if ref() is not None]
-    return x
-
-
-def leave_processes():
-    """The end of what `start_processes` began; before it, a `barrier` lets process 0 finish what the others wait for.
-
-    gloo's threads hold tensors a little longer than an operation takes, after a `barrier` above all, and need Python to let
-    go of them. If Python ends at that moment, the process is aborted (SIGABRT); so they are waited for.
-    """
-    import torch
-
-    while any(ref() is not None for ref in _in_flight):
-        time.sleep(0.001)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def barrier():
-    """Waits until all processes have come here."""
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-def sum_over_processes(x):
-    """The sum of the processes' tensors, in place of each."""
-    import torch
-
-    if torch.distributed.is_initialized():
-        x.copy_(_all_reduce(x, torch.distributed.ReduceOp.SUM))
-
-
-def mean_over_processes(x):
-    """The mean of the processes' tensors."""
-    import torch
-
-    if torch.distributed.is_initialized():
-        x = _all_reduce(x, torch.distributed.ReduceOp.SUM) / torch.distributed.get_world_size()
-    return x
-
-
-def max_over_processes(number):
-    """The largest of the processes' numbers, for which all of them ask together. Nothing waits for a GPU."""
-    import torch
-
-    if torch.distributed.is_initialized():
-        number = _all_reduce(torch.tensor(number), torch.distributed.ReduceOp.MAX).item()
-    return number
-
-
-def on_any_process(flag):
-    """Whether `flag` is true on any of the processes, which all ask together."""
-    return bool(max_over_processes(int(flag)))
-
-
-def same_on_all(number):
-    """Whether all processes have this number."""
-    return max_over_processes(number) == -max_over_processes(-number)

@@ -1,7 +1,7 @@
 """
-The Inception network that FID is defined by (Szegedy et al. 2016), with the pools of the weights of 2015-12-05.
+The Inception network that FID is defined with (Szegedy et al. 2016; weights of 2015-12-05).
 
-eval_fid.py measures with it. The published weights, 91 MB, are downloaded, and checked by their hash.
+eval_fid.py measures with it. The published weights, 91 MB, are downloaded; their hash is checked.
 """
 
 import hashlib
@@ -11,7 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import UserError, barrier, require
+from configurator import UserError, require
+from processes import barrier
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"  # the last eight digits begin its SHA-256
 SHA256 = WEIGHTS[-12:-4]
@@ -19,6 +20,8 @@ ADDRESS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights
 
 
 class Conv(nn.Module):
+    """Convolution, batch norm, ReLU. same: padded, so that stride 1 keeps the size"""
+
     def __init__(self, in_channels, out_channels, kernel, stride=1, same=True):
         super().__init__()
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
@@ -33,12 +36,14 @@ class Conv(nn.Module):
 class Mixed(nn.Module):
     """Branches side by side, their channels concatenated.
 
-    branches: name = [(channels, kernel), ...], convolutions in sequence, NAME_1, NAME_2 ...; (384, (1, 3), (3, 1)) is two of
-    the same input, concatenated, NAMEa and NAMEb. branch_pool starts with the pool. "down" halves the resolution: by its
-    pool, and by the last convolution of the other branches.
+    A branch, name = [(channels, kernel), ...], is a sequence of convolutions, NAME_1, NAME_2 ... An
+    item with two kernels, (384, (1, 3), (3, 1)), is two convolutions of the same input, NAMEa and
+    NAMEb, concatenated. branch_pool starts with the pool. With "down", that pool and the last
+    convolution of every other branch halve the resolution.
     """
 
-    POOLS = {"avg": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), "max": lambda x: F.max_pool2d(x, 3, 1, 1),
+    POOLS = {"avg": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
+             "max": lambda x: F.max_pool2d(x, 3, 1, 1),
              "down": lambda x: F.max_pool2d(x, 3, 2)}
 
     def __init__(self, in_channels, pool, **branches):
@@ -66,8 +71,14 @@ class Mixed(nn.Module):
 
 
 class Inception(nn.Module):
-    """Images (B, 1 or 3, H, W) in [-1, 1] -> pool features (B, 2048), spatial features (B, 17 x 17 x 7),
-    class probabilities (B, 1008). The parameter names are those of the published file. resize: "tf1" or "pytorch"."""
+    """Images (B, 1 or 3, H, W) in [-1, 1] -> pool features (B, 2048), spatial features
+    (B, 17 x 17 x 7), class probabilities (B, 1008).
+
+    resize: how images become 299 x 299, "tf1" (`resize_tf1`) or "pytorch" (F.interpolate). The
+    names of the parameters are those in the published file.
+    """
+
+    pool_dim, spatial_dim = 2048, 17 * 17 * 7
 
     def __init__(self, resize):
         super().__init__()
@@ -81,7 +92,8 @@ class Inception(nn.Module):
             self.add_module(f"Mixed_5{name}", Mixed(
                 channels, "avg", branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
                 branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pooled, 1)]))
-        self.Mixed_6a = Mixed(288, "down", branch3x3=[(384, 3)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[])
+        self.Mixed_6a = Mixed(288, "down", branch3x3=[(384, 3)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)],
+                              branch_pool=[])
         row, column = (1, 7), (7, 1)
         for name, c in (("b", 128), ("c", 160), ("d", 160), ("e", 192)):
             self.add_module(f"Mixed_6{name}", Mixed(
@@ -107,36 +119,38 @@ class Inception(nn.Module):
         x = F.max_pool2d(x, 3, 2)  # (B, 192, 35, 35)
         x = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x))))
         x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x)))  # (B, 768, 17, 17)
-        # sFID's features (Nash et al. 2021). ADM's program reads TensorFlow's "mixed_6/conv": the 1 x 1 branch of what is 6d
-        # here, so the first channels of its output
+        # sFID's features (Nash et al. 2021). ADM's program reads TensorFlow's "mixed_6/conv": the
+        # 1 x 1 branch of the block called 6d here, so the first channels of its output
         spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
         pool = x.mean((2, 3))
-        # without the bias, as in the programs of Salimans et al., ADM and StyleGAN
-        return pool, spatial, F.linear(pool, self.fc.weight).softmax(dim=1)
+        p = F.linear(pool, self.fc.weight).softmax(dim=1)  # no bias: as Salimans et al., ADM and StyleGAN
+        return pool, spatial, p
 
 
 def resize_tf1(x, size):
-    """(B, C, H, W) -> (B, C, size, size), bilinear as in TensorFlow 1: pixel i is taken at i H / size, without the usual
-    shift by half a pixel, and without smoothing."""
+    """(B, C, H, W) -> (B, C, size, size), bilinear, as TensorFlow 1 did it: output pixel i is taken
+    at i H / size, without the usual shift by half a pixel, and without smoothing.
+    """
     h, w = (torch.arange(size, device=x.device) * (side / size) * 2 / max(side - 1, 1) - 1 for side in x.shape[2:])
-    grid = torch.stack(torch.meshgrid(h, w, indexing="ij")[::-1], dim=-1).to(x.dtype)  # of (x, y) in -1 ... 1
+    grid = torch.stack(torch.meshgrid(h, w, indexing="ij")[::-1], dim=-1).to(x.dtype)  # (x, y) in [-1, 1]
     return F.grid_sample(x, grid.expand(len(x), -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=True)
 
 
 def load_inception(path, resize, device):
-    """The network with the published weights at `path`. Raises UserError where the file's hash is another."""
+    """-> the network with the published weights at `path`. Raises UserError for another hash."""
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    require(digest.startswith(SHA256), f"{path} is not {WEIGHTS}, or damaged: its SHA-256 begins with {digest[:8]}, not "
-            f"{SHA256}. Put a good copy in its place")
+    require(digest.startswith(SHA256), f"{path} is not {WEIGHTS}, or damaged: its SHA-256 begins with {digest[:8]}, "
+            f"not {SHA256}. Put a good copy in its place")
     net = Inception(resize)
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return net.to(device).eval().requires_grad_(False)
 
 
 def find_inception(weights, resize, device, rank):
-    """-> the network with the weights of this file; "": PyTorch's usual cache, into which process 0 downloads them if need
-    be. Raises UserError where they can't be had."""
+    """-> the network with weights from this file. weights = "" means PyTorch's usual cache, into
+    which process 0 downloads them if need be. Raises UserError if they can't be had.
+    """
     path = Path(weights or f"{torch.hub.get_dir()}/checkpoints/{WEIGHTS}")
     require(not weights or path.is_file(), f"there is no file {weights}")
     if rank == 0 and not path.exists():
@@ -144,7 +158,7 @@ def find_inception(weights, resize, device, rank):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(ADDRESS + WEIGHTS, str(path), SHA256)
         except (OSError, RuntimeError) as error:  # no network; another hash
-            raise UserError(f"can't download Inception's weights ({error}): put {ADDRESS}{WEIGHTS} into {path.parent} by "
-                            "other means, or name it by --weights=; --features=classifier does without") from None
+            raise UserError(f"can't download Inception's weights ({error}): put {ADDRESS}{WEIGHTS} into {path.parent} "
+                            "by other means, or name it by --weights=; --features=classifier does without") from None
     barrier()
     return load_inception(path, resize, device)

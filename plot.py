@@ -1,9 +1,13 @@
-"""Plots with Pillow alone: axes with ticks, linear or logarithmic; points, lines, arrows; legends; many axes in one picture."""
+"""
+Pictures with Pillow alone: plots (`Axes`, `figure`), grids of images (`save_grid`), training curves (`save_curves`).
+"""
 
 import math
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from checkpoint import atomic
 
 # eight colours that most people can tell apart; take an index modulo 8
 COLOURS = np.array([(230, 90, 0), (60, 160, 225), (0, 140, 100), (200, 60, 145),
@@ -108,3 +112,52 @@ def figure(rows):
         for image, x in zip(row, np.cumsum([0, *(image.width for image in row)])):
             canvas.paste(image, (int(x), int(y)))
     return canvas
+
+
+CURVES = {  # what a training log has: panel, keys
+    "loss": ("loss",), "bits": ("bits", "held_out_bits"), "codes that each latent uses": ("perplexity",),
+    "norm of the gradients": ("grad_norm",), "learning rate": ("lr",)}
+
+
+def save_curves(lines, path):
+    """Draws a training log, dicts with images (the number seen) and what `CURVES` names, as one PNG; fewer than two lines
+    leave no picture."""
+    panels = []
+    for title, keys in CURVES.items():
+        found = {key: [(line["images"] / 1000, *np.atleast_1d(line[key])) for line in lines
+                       if key in line and np.isfinite(line[key]).all()] for key in keys}
+        found = {key: np.array(points) for key, points in found.items() if len(points) > 1}
+        if found:
+            x, y = (np.concatenate([points[:, part].ravel() for points in found.values()]) for part in (0, slice(1, None)))
+            margin = 0.05 * (y.max() - y.min()) or 0.5 * abs(y.max()) or 1
+            axes = Axes((x.min(), x.max()), (y.min() - margin, y.max() + margin), title, "images, thousands")
+            for key, points in found.items():
+                for i in range(1, points.shape[1]):
+                    colour = COLOURS[(4 if key in ("loss", "bits") else 0) if points.shape[1] == 2 else (i - 1) % 8]
+                    axes.line(points[:, [0, i]], colour, 1.5, label=key.replace("_", " ") if len(found) > 1 else "")
+            panels.append(axes)
+    if panels:
+        with atomic(path) as f:
+            figure([panels]).save(f, "png")
+
+
+def save_grid(images, path, columns, titles=()):
+    """Writes uint8 images (N, H, W, C) as one PNG, row by row; small images are enlarged. titles: of the rows."""
+    n, h, w, c = images.shape
+    images = np.concatenate([images, np.full((-n % columns, h, w, c), 255, np.uint8)])
+    images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    grid = images.reshape(-1, columns, h + 2, w + 2, c).swapaxes(1, 2).reshape(-1, columns * (w + 2), c)
+    picture = Image.fromarray(grid.squeeze(2) if c == 1 else grid)
+    scale = max(1, 64 // h)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+    if titles:
+        font = ImageFont.load_default(14)
+        titles = [" ".join(title.encode(errors="replace").decode().split())[:24] for title in titles]  # folders may have any name
+        margin = 8 + max(math.ceil(font.getlength(title)) for title in titles)
+        titled = Image.new(picture.mode, (margin + picture.width, picture.height), "white")
+        titled.paste(picture, (margin, 0))
+        for row, title in enumerate(titles):
+            ImageDraw.Draw(titled).text((margin - 4, (row + 0.5) * (h + 2) * scale), title, "black", font, anchor="rm")
+        picture = titled
+    with atomic(path) as f:
+        picture.save(f, "png")

@@ -1,5 +1,5 @@
 """
-What surrounds a run: one run at a time in a folder, Ctrl-C and SIGTERM, progress, precision.
+What surrounds a run of any script: one run at a time in a place, Ctrl-C and SIGTERM, progress, precision.
 """
 
 import atexit
@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from configurator import UserError, barrier, leave_processes, require, say
+from configurator import UserError, require, say
+from processes import barrier, leave_processes
 
 try:
     import fcntl
@@ -29,8 +30,9 @@ held = {}  # {path of a lock: its open file}
 
 
 def hold(product):
-    """Keeps other runs from writing `product`, a path without its suffix, until this process ends, however it ends. Raises
-    UserError where another run has it. Where a platform or file system knows no locks, nothing is held.
+    """Keeps other runs from writing `product`, a path without its suffix, until this process ends, however it ends.
+
+    Raises UserError where another run holds it. Where a platform or file system has no locks, nothing is held.
     """
     if fcntl is None:
         return
@@ -64,8 +66,9 @@ def release(product=None):
 
 
 def catch_signals():
-    """-> a list to which SIGTERM (pre-emption on a cluster) and Ctrl-C add their numbers, instead of ending the process. A
-    second Ctrl-C ends it, unless it comes within a second: torchrun may deliver one Ctrl-C twice.
+    """-> a list to which SIGTERM (pre-emption on a cluster) and Ctrl-C add their numbers, instead of ending the process.
+
+    A second Ctrl-C ends the process, unless it comes within a second: torchrun may deliver one Ctrl-C twice.
     """
     came, pressed = [], []
 
@@ -84,29 +87,21 @@ def catch_signals():
 
 
 def end(stopped, seen, checkpoint_path):
-    """How all processes of a training run end, once process 0 has saved. stopped: the signal's number, or 0 where the run is
-    finished; seen: the progress, as "8,000 images". After a signal, all exit with 128 + its number.
+    """How all processes of a training run end, once process 0 has saved.
+
+    stopped: the signal's number, or 0 where the run is finished; seen: the progress, as "8,000 images". After a signal,
+    all exit with 128 + its number.
     """
     barrier()
     if stopped and os.environ.get("RANK", "0") == "0":
         by = "Ctrl-C" if stopped == signal.SIGINT else "SIGTERM"
         print(f"stopped by {by} after {seen}, which {checkpoint_path} has: the same command goes on from there", flush=True)
     leave_processes()
+    release()
     if stopped:
         for number in (signal.SIGTERM, signal.SIGINT):  # by torchrun, to the others, as soon as one has ended
             signal.signal(number, signal.SIG_IGN)
         sys.exit(128 + stopped)
-
-
-SKIPPED_IN_A_ROW = 20  # steps without finite gradients that end a run
-
-
-def require_good_steps(skipped_in_a_row, lower, scale, checkpoint_path):
-    """Raises UserError where so many steps in a row had no finite gradients that the run is lost; `lower`: what may help, besides
-    a lower scale of the loss."""
-    lower = f"--loss_scale or {lower}" if scale > 1 else lower
-    require(skipped_in_a_row < SKIPPED_IN_A_ROW, f"the gradients of the last {skipped_in_a_row:.0f} steps were not finite, and "
-            f"the weights stayed as they were: try a lower {lower}; {checkpoint_path} has weights of before")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -114,8 +109,8 @@ def require_good_steps(skipped_in_a_row, lower, scale, checkpoint_path):
 
 
 def progress(items=None, **options):
-    """tqdm(items, **options), whose bar is for a terminal. Elsewhere, in a log file, the same figures come as plain lines, at
-    most one a minute and, but for leave=False, one at the end.
+    """tqdm(items, **options), whose bar is for a terminal. Elsewhere, as in a log file, the same figures come as plain
+    lines, at most one a minute, and one at the end (none with leave=False).
     """
     if sys.stderr.isatty():
         return tqdm(items, **options)
@@ -146,8 +141,8 @@ class Lines(tqdm):
 
 
 def set_precision(precision, device):
-    """How networks compute on a GPU: bf16 and fp16 by autocast, tf32 for float32 with a shorter mantissa in products, fp32.
-    Elsewhere all is float32. -> the context manager to run networks in
+    """-> the context manager to run networks in: on a GPU bf16 and fp16 by autocast, tf32 (float32 with a shorter
+    mantissa in products) and fp32; elsewhere everything is float32.
     """
     require(precision in ("bf16", "fp16", "tf32", "fp32"), f"--precision is bf16, fp16, tf32 or fp32, not {precision}")
     if device.type != "cuda":
@@ -170,8 +165,3 @@ def can_compile(device):
         why = "Triton is not installed" if new else "this GPU is too old for Triton"
         say(f"torch.compile can't be used, since {why}: the run goes on without it, more slowly")
     return bool(triton and new)
-
-
-def has_float64(device):
-    """Whether tensors can be float64 there: on Apple's GPUs they can't."""
-    return torch.device(device).type != "mps"

@@ -7,9 +7,10 @@ import zipfile
 from pathlib import Path
 
 import data
+from checkpoint import is_of, read_checkpoint
 from configurator import UserError, require, say
 from edm_pickle import read_edm
-from model import edm_settings
+from unet import edm_settings
 
 # of an encoder and its codes; those of the U-Net are read off its weights
 OF_LATENTS = ("num_latents", "codebook_size", "latent_dim", "latent_layers", "latent_heads",
@@ -70,10 +71,10 @@ def read_network(source):
         weights, sigma_data = read_edm(path)
         return path, weights, dict(sigma_data=sigma_data)
     require(kind != "arrays", f"{path} holds images or other arrays, not a network: {wanted}")
-    state = data.read_checkpoint(path)
+    state = read_checkpoint(path)
     require(state is not None, f"{path} is truncated or damaged: {wanted}")
-    require(not data.is_of("train_prior", state), f"{path} is a prior: {wanted}")
-    require(data.is_of("train_stage1", state), f"{path} is not a checkpoint of train_stage1.py: {wanted}")
+    require(not is_of("train_prior", state), f"{path} is a prior: {wanted}")
+    require(is_of("train_stage1", state), f"{path} is not a checkpoint of train_stage1.py: {wanted}")
     return path, state["ema"], state["model_args"]
 
 

@@ -7,7 +7,7 @@ One GPU, eight GPUs, two nodes of eight GPUs (the same line on each):
     python train_stage1.py config/cifar10.py
     torchrun --nproc_per_node=8 train_stage1.py config/imagenet64.py
     torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500 --rdzv-id=1 --nproc_per_node=8 train_stage1.py config/imagenet64.py
-    (out_dir on a file system that both share; the README has what to add for restarts)
+    (out_dir on a file system that both share; docs/running.md has what to add for restarts)
 Plain EDM, the baseline:
     python train_stage1.py --num_latents=0 --out_dir=out/edm
 
@@ -17,35 +17,39 @@ From EDM's trained network, the paper's recipe for ImageNet-64:
 From a network of our own, on another data set or with codes added to plain EDM:
     python train_stage1.py --init_from=out/edm --out_dir=out/finetuned
 
-Leaves in out_dir: stage1.pt (weights, their moving average, optimiser, settings), the one before it
-(stage1.previous.pt), preview_*.png, stage1.jsonl. The same command again, --overwrite=True or not, continues after a
-crash, Ctrl-C or SIGTERM; the last two save first, and end the process with exit code 130 or 143. A larger
---total_images trains a finished run on; --change=lr continues with another --lr.
+Leaves in out_dir: stage1.pt (weights, their moving average, optimiser, settings), the checkpoint before it
+(stage1.previous.pt), preview_*.png, the log stage1.jsonl, and its curves, stage1_curves.png. The same command again,
+with --overwrite=True or without, continues after a crash, Ctrl-C or SIGTERM; the last two save first, and end the
+process with exit code 130 or 143. A larger --total_images trains a finished run on; --change=lr continues with
+another --lr.
 """
 
 import contextlib
-import json
 import math
-import time
+import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import data
-from configurator import UserError, configure, max_over_processes, mean_over_processes, require, same_on_all, start_processes
-from model import DisCoDiff, draw_codes, guarded_step, gumbel_noise, seed_of, seeded_generator
-from run import can_compile, catch_signals, end, has_float64, hold, progress, require_good_steps, set_precision
-from sample import denoiser, heun
+import training
+from configurator import UserError, arguments_of, configure, require, require_numbers
+from diffusion import heun, loss_weight
+from model import DisCoDiff, denoiser, draw_codes
+from noise import gumbel_noise, has_float64, seed_of, seeded_generator
+from plot import save_grid
+from processes import max_over_processes
+from run import can_compile, catch_signals, progress
 from start_from import start_from
+from unet import UNet
 
 # run
 out_dir = "out"
-init_from = ""  # to start from: another run's folder or stage1.pt, "pretrained", or EDM's edm-imagenet-64x64-cond-adm.pkl
+init_from = ""  # weights to start from: a run's folder or stage1.pt, "pretrained", or EDM's edm-imagenet-64x64-cond-adm.pkl
 overwrite = False  # replace an older or finished run in out_dir; an unfinished run of this very command continues
 change = ""  # "lr,tau": settings that may differ from those of the run that continues
 seed = 0
@@ -83,12 +87,12 @@ total_images = 28_000  # to train on, in all
 batch_size = 32  # over all processes, whatever their number
 batch_gpu = 512  # the most that one process takes at once; beyond it gradients are accumulated
 lr = 2e-3
-encoder_lr = 5e-5  # beside an untrained denoiser, an encoder that moves fast collapses to one code (bits go to 0)
+encoder_lr = 5e-5  # beside an untrained denoiser, a fast encoder collapses to one code (bits go to 0)
 warmup_images = 2_000  # linear learning-rate warm-up
 ema_halflife_images = 500_000
 ema_rampup = 0.05  # the half-life is at most this share of the images seen so far
-P_mean = -0.4  # ln(sigma) ~ N(P_mean, P_std^2); EDM's are -1.2 and 1.2: so short a run needs more of the high
-P_std = 1.4  # noise levels, which are where the latents help
+P_mean = -0.4  # ln(sigma) ~ N(P_mean, P_std^2); EDM has -1.2 and 1.2, but so short a run needs more
+P_std = 1.4  # of the high noise levels, where the latents help
 sigma_data = 0.5
 # reports, all in images
 log_every = 1_000
@@ -96,313 +100,271 @@ save_every = 7_000
 keep_every = 0  # checkpoints that stay, stage1-000100000.pt and so on; 0: none
 preview_every = 14_000  # 0: no previews
 
-config = configure(globals())
-
 # ----------------------------------------------------------------------------------------------------
-# processes, device, batch
-
-rank, world, device = start_processes(device)
-master, on_gpu = rank == 0, device.type == "cuda"
-autocast = set_precision(precision, device)
-scale = loss_scale if precision == "fp16" and on_gpu else 1
-
-for setting in ("total_images", "batch_size", "batch_gpu", "lr", "encoder_lr", "loss_scale", "tau", "log_every", "save_every",
-                "sigma_data", "model_channels", "channel_mult_emb", "num_blocks", "codebook_size", "latent_dim", "latent_heads",
-                "encoder_dim", "encoder_heads"):
-    require(config[setting] > 0, f"{setting} must be positive, not {config[setting]}")
-for setting in ("seed", "num_latents", "latent_layers", "encoder_layers", "encoder_patch", "warmup_images", "ema_halflife_images",
-                "ema_rampup", "P_std", "keep_every", "preview_every", "null_prob", "dropout"):
-    require(config[setting] >= 0, f"{setting} can't be negative: it is {config[setting]}")
-for setting, value in config.items():
-    require(type(value) is not float or math.isfinite(value), f"{setting} must be finite, not {value}")
-require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
-require(channel_mult and min(channel_mult) > 0, f"channel_mult has a positive number for each level, not {channel_mult}")
-require(batch_size % world == 0, f"batch_size {batch_size} can't be shared among {world} processes equally")
-local_batch = batch_size // world
-micro_steps = -(-local_batch // batch_gpu)
-require(local_batch % micro_steps == 0, f"{local_batch} images a process can't be taken in {micro_steps} equal parts "
-                                        f"of at most {batch_gpu}: change batch_size or batch_gpu")
-micro_batch = local_batch // micro_steps
-
-# ----------------------------------------------------------------------------------------------------
-# data, model, optimiser
-
-images, labels, num_classes = data.load(dataset)
-classes, made = data.class_names(dataset), data.made_of(dataset)  # for people, and for eval_fid.py
-img_resolution, img_channels = images.shape[1], images.shape[3]
-require(images.shape[1] == images.shape[2], f"images must be square, not {images.shape[1]} x {images.shape[2]}: prepare them "
-        f"with --resolution={min(images.shape[1:3])}")
-maps = [img_resolution >> level for level in range(len(channel_mult))]  # sizes of the feature maps
-held_out = min(500, len(images) // 10) if held_out == -1 else held_out
-attn_resolutions = (maps[-1],) if attn_resolutions == (0,) else attn_resolutions
-encoder_patch = encoder_patch or max(p for p in range(1, 1 + max(1, img_resolution // 4)) if img_resolution % p == 0)
-config |= dict(held_out=held_out, attn_resolutions=attn_resolutions, encoder_patch=encoder_patch)
-misfits = [misfit for misfit, found in (  # in one message, each with what fits
-    (f"the data set {dataset} has no class labels: train with --class_cond=False", class_cond and not num_classes),
-    (f"held_out is {held_out}: the data set has {len(images)} images, -1 takes a tenth", not 0 <= held_out < len(images)),
-    (f"attn_resolutions has {sorted({*attn_resolutions} - {*maps})}: the feature maps are {maps}, (0,) takes the last",
-     {*attn_resolutions} - {*maps}),
-    (f"encoder_patch {encoder_patch} does not divide images of {img_resolution} pixels, 0 takes a quarter",
-     num_latents and img_resolution % encoder_patch)) if found]
-require(not misfits, "; ".join(misfits))
-train_indices, held_out_indices = data.split(len(images), held_out)
-batches = data.Shuffle(train_indices, seed)
-config["data_identity"] = data.identity(images, labels)  # for the checkpoint: a data set that has changed is noticed
-data_stamp = data.stamp(images)
-
-model_args = dict(
-    img_resolution=img_resolution, img_channels=img_channels, label_dim=num_classes if class_cond else 0,
-    sigma_data=sigma_data, model_channels=model_channels, channel_mult=channel_mult,
-    channel_mult_emb=channel_mult_emb, num_blocks=num_blocks, attn_resolutions=attn_resolutions, dropout=dropout,
-    num_latents=num_latents, codebook_size=codebook_size, latent_dim=latent_dim, latent_layers=latent_layers,
-    latent_heads=latent_heads, encoder_patch=encoder_patch, encoder_dim=encoder_dim, encoder_layers=encoder_layers,
-    encoder_heads=encoder_heads)
-torch.manual_seed(seed)
-try:
-    model = DisCoDiff(**model_args).to(device, memory_format=torch.channels_last)
-    ema = DisCoDiff(**model_args).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-except ValueError as error:  # sizes that don't fit each other
-    raise UserError(error) from None
-groups, peak_lrs = [dict(params=model.model.parameters())], [lr, lr, encoder_lr]
-if num_latents:
-    groups += [dict(params=model.latents.parameters()), dict(params=model.encoder.parameters())]
-optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
-parameters, ema_parameters = list(model.parameters()), list(ema.parameters())
-skipped = torch.zeros(2, device=device)  # steps whose gradients were not finite: in a row, in all
-
-checkpoint_path = f"{out_dir}/stage1.pt"
-# may change when a run continues: its course is the same (batch_gpu: but for dropout's masks)
-FREE = ("out_dir", "overwrite", "change", "device", "compile", "batch_gpu", "total_images", "log_every", "save_every",
-        "keep_every", "preview_every")
-# may change if --change names them: they act step by step. Others can't: the prior relies on xflip, and batch_size and seed
-# decide which image comes when
-CHANGEABLE = ("lr", "encoder_lr", "warmup_images", "ema_halflife_images", "ema_rampup", "P_mean", "P_std", "null_prob", "tau",
-              "dropout", "precision", "loss_scale")
-step = 0
-if master and __name__ == "__main__":
-    hold(f"{out_dir}/stage1")
-if checkpoint := data.resume(checkpoint_path, config, model_args, FREE, CHANGEABLE, "train_stage1"):
-    step = checkpoint["step"]
-    model.load_state_dict(checkpoint["model"])
-    ema.load_state_dict(checkpoint["ema"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    skipped.copy_(checkpoint["skipped"])
-    del checkpoint
-else:
-    if init_from:
-        start_from(init_from, model, model_args)
-    ema.load_state_dict(model.state_dict())
-require(same_on_all(step),
-        f"the processes found different checkpoints: {out_dir} must be on a file system that all nodes share")
-
-forward = torch.compile(model) if compile and can_compile(device) else model
-if world > 1:
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1 x 1 convolutions, where they mean nothing
-    forward = DistributedDataParallel(forward, device_ids=[device.index] if on_gpu else None)
-
-# ----------------------------------------------------------------------------------------------------
-# Alg. 1; every step's randomness is seeded anew, so that a resumed run equals an undisturbed one
+# Alg. 1. Each step's randomness has a seed of its own, so that a resumed run equals an undisturbed one.
 
 
-def draw_step(step):
-    """All random numbers of one step, for the whole batch over all processes, each of which takes its
-    rows: the result does not depend on their number. (Dropout's masks do.)"""
-    g = seeded_generator(device, "step", seed, step)
-    normal = torch.randn(batch_size, 1, 1, 1, device=device, generator=g)
-    noise = torch.randn(batch_size, *model.img_shape, device=device, generator=g)
+def draw_step(run, step):
+    """All random numbers of one step, for the whole batch: each process takes its rows, so that the result does not
+    depend on the number of processes. (Dropout's masks do.)
+
+    -> noise n (B, C, H, W), sigma (B, 1, 1, 1), Gumbel noise (B, m, k), which images get null latents (B,), which are
+    mirrored (B,)
+    """
+    g = seeded_generator(run.device, "step", seed, step)
+    normal = torch.randn(batch_size, 1, 1, 1, device=run.device, generator=g)
+    noise = torch.randn(batch_size, *run.model.img_shape, device=run.device, generator=g)
     gumbel = gumbel_noise((batch_size, num_latents, codebook_size), g)
-    drop = torch.rand(batch_size, device=device, generator=g) < null_prob
-    flip = torch.rand(batch_size, device=device, generator=g) < (0.5 if xflip else 0)
+    drop = torch.rand(batch_size, device=run.device, generator=g) < null_prob
+    flip = torch.rand(batch_size, device=run.device, generator=g) < (0.5 if xflip else 0)
     sigma = (P_mean + P_std * normal).exp()  # EDM, Table 1
     return noise * sigma, sigma, gumbel, drop, flip
 
 
-def fetch(position, count):
-    """-> y (count, C, H, W) in [-1, 1], class labels (count,) or None, of the endless shuffle's next images."""
-    require(data.stamp(images) == data_stamp, f"{dataset} changed while it was being trained on: prepare it as it was, and "
-            f"give the same command again. {checkpoint_path} is from before that, or nearly so")
-    indices = batches.take(position, count)
-    c = torch.from_numpy(labels[indices]).to(device, non_blocking=True) if class_cond else None
-    return data.to_float(images[indices], device), c
+def gradients(run, step):
+    """Leaves the gradients of one step, of the whole batch over all processes, in the parameters.
 
-
-def loss_weight(sigma):
-    return (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2  # lambda(sigma), EDM Table 1
-
-
-def gradients(step):
-    """Leaves the gradients of one step, of the whole batch over all processes, in the parameters. -> what the log adds up
-    of this process's images: loss, code distributions (m, k), their entropies; on the device."""
-    noise, sigma, gumbel, drop, flip = draw_step(step)
+    -> of this process's images, on the device: mean loss per pixel; sums of code distributions (m, k), of entropies
+    """
+    noise, sigma, gumbel, drop, flip = draw_step(run, step)
     loss_sum, code_sum, entropy_sum = 0, 0, 0
-    for micro in range(micro_steps):
-        start = rank * local_batch + micro * micro_batch
-        rows = slice(start, start + micro_batch)
-        y, c = fetch(step * batch_size + start, micro_batch)
+    for rows in run.micro_batches:
+        y, c = fetch(run, step * batch_size + rows.start, rows.stop - rows.start)
         y = torch.where(flip[rows, None, None, None], y.flip(3), y)
-        torch.manual_seed(seed_of("dropout", seed, step, start))
-        exchange = world == 1 or micro == micro_steps - 1  # gradients meet once a step
-        with contextlib.nullcontext() if exchange else forward.no_sync():
-            with autocast:
-                D, logits = forward(y, noise[rows], sigma[rows].flatten(), c, gumbel[rows], drop[rows], tau)
-                loss = (loss_weight(sigma[rows]) * (D - y) ** 2).sum() / local_batch  # Eq. 3
-            (scale * loss).backward()
+        torch.manual_seed(seed_of("dropout", seed, step, rows.start))
+        exchange = run.world == 1 or rows is run.micro_batches[-1]  # gradients meet once a step
+        with contextlib.nullcontext() if exchange else run.forward.no_sync():
+            with run.autocast:
+                # z ~ E(y), then D(y + n, sigma, z, c)
+                D, logits = run.forward(y, noise[rows], sigma[rows].flatten(), c, gumbel[rows], drop[rows], tau)
+                # Eq. 3: lambda(sigma) |D(y + n, sigma, z) - y|^2
+                loss = (loss_weight(sigma[rows], sigma_data) * (D - y) ** 2).sum() / run.local_batch
+            training.backward(run, loss)
         loss_sum += loss.detach() / y[0].numel()
         if num_latents:
             p = logits.detach().softmax(-1)  # (B, m, k)
             code_sum += p.sum(0)
             entropy_sum += torch.special.entr(p).sum()
-    if scale != 1:
-        for p in parameters:
-            p.grad /= scale
+    training.unscale(run)
     return loss_sum, code_sum, entropy_sum
 
 
-def update(seen):
-    """Adam and moving average after so many images. -> whether the gradients were not finite, and Adam left the weights as
-    they are. (EDM puts 0 for NaN and 1e5 for infinity, and goes on.)"""
-    for group, peak_lr in zip(optimizer.param_groups, peak_lrs):
-        group["lr"] = peak_lr * min(seen / max(warmup_images, 1), 1)
-    bad = guarded_step(optimizer, get_total_norm([p.grad for p in parameters]), skipped)
+def update(run, seen):
+    """Adam and the moving average of the weights after so many images. -> the norm of the gradients
+
+    Where it is not finite, Adam leaves the weights as they are. (EDM puts 0 for NaN and 1e5 for infinity, and goes on.)
+    """
+    for group, peak in zip(run.optimizer.param_groups, (lr, lr, encoder_lr)):  # U-Net, latent tokens, encoder
+        group["lr"] = peak * min(seen / max(warmup_images, 1), 1)
+    norm = get_total_norm([p.grad for p in run.parameters])
+    training.guarded_step(run.optimizer, norm, run.skipped)
     halflife = min(ema_halflife_images, seen * ema_rampup)
-    get_ema_multi_avg_fn(0.5 ** (batch_size / max(halflife, 1e-8)))(ema_parameters, parameters, None)
-    return bad
+    decay = 0.5 ** (batch_size / max(halflife, 1e-8))
+    get_ema_multi_avg_fn(decay)(run.ema_parameters, run.parameters, None)
+    return norm
+
+
+def fetch(run, position, count):
+    """-> y (count, C, H, W) in [-1, 1], class labels (count,) or None: the next images of the endless shuffle."""
+    require(data.file_stamp(run.images) == run.stamp, f"{dataset} changed while it was being trained on: prepare it as it was, "
+            f"and give the same command again. {run.path} is from before that, or nearly so")
+    indices = run.batches.take(position, count)
+    c = torch.from_numpy(run.labels[indices]).to(run.device, non_blocking=True) if class_cond else None
+    return data.to_float(run.images[indices], run.device), c
+
+
+# ----------------------------------------------------------------------------------------------------
+# from the settings to a run
+
+# may change when a run continues: its course stays the same (batch_gpu: but for dropout's masks)
+FREE = ("out_dir", "overwrite", "change", "device", "compile", "batch_gpu", "total_images", "log_every", "save_every",
+        "keep_every", "preview_every")
+# may change if --change names them: they act step by step. Others can't: the prior relies on xflip, and batch_size and
+# seed decide which image comes when
+CHANGEABLE = ("lr", "encoder_lr", "warmup_images", "ema_halflife_images", "ema_rampup", "P_mean", "P_std", "null_prob",
+              "tau", "dropout", "precision", "loss_scale")
+
+
+def setup(argv=()):
+    """Settings from the command line, data, networks, an earlier run's checkpoint -> run, as in training.py"""
+    global _checkpoint_path, _micro_batch  # for the line that is printed where memory runs out
+    config = configure(globals(), argv)
+    require_numbers(config, but=("held_out", "P_mean"), or_zero=(
+        "seed", "num_latents", "latent_layers", "encoder_layers", "encoder_patch", "warmup_images", "ema_rampup",
+        "ema_halflife_images", "P_std", "keep_every", "preview_every", "null_prob", "dropout"))
+    require(math.isfinite(P_mean), f"P_mean must be finite, not {P_mean}")
+    require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
+    require(channel_mult and min(channel_mult) > 0, f"channel_mult has a positive number for each level, not {channel_mult}")
+    run = training.start(config, "stage1", "train_stage1")
+    run.lower = "--lr or --encoder_lr"  # what may help a run that diverges
+    micro_steps = -(-run.local_batch // batch_gpu)
+    require(run.local_batch % micro_steps == 0, f"{run.local_batch} images a process can't be taken in {micro_steps} equal "
+                                                f"parts of at most {batch_gpu}: change batch_size or batch_gpu")
+    first, _micro_batch, _checkpoint_path = run.rank * run.local_batch, run.local_batch // micro_steps, run.path
+    run.micro_batches = [slice(i, i + _micro_batch) for i in range(first, first + run.local_batch, _micro_batch)]
+
+    run.images, run.labels, num_classes = data.load(dataset)
+    fit_to_images(config, run.images.shape, num_classes)
+    run.train_indices, run.held_out_indices = data.split(len(run.images), config["held_out"])
+    run.to_show = run.held_out_indices if len(run.held_out_indices) else run.train_indices
+    run.batches, run.stamp = data.Shuffle(run.train_indices, seed), data.file_stamp(run.images)
+    run.classes = data.class_names(dataset)
+    config["data_identity"] = data.data_checksum(run.images, run.labels)  # in the checkpoint: a changed data set is noticed
+    run.carries = dict(classes=run.classes, made=data.made_of(dataset))  # for people, and for eval_fid.py
+
+    run.model_args = arguments_of(config, DisCoDiff, UNet) | dict(
+        img_resolution=run.images.shape[1], img_channels=run.images.shape[3], label_dim=num_classes if class_cond else 0)
+    torch.manual_seed(seed)
+    try:
+        run.model, run.ema = (DisCoDiff(**run.model_args).to(run.device, memory_format=torch.channels_last)
+                              for _ in range(2))
+    except ValueError as error:  # sizes that don't fit each other
+        raise UserError(error) from None
+    run.ema.eval().requires_grad_(False)
+    parts = (run.model.model, run.model.latents, run.model.encoder) if num_latents else (run.model.model,)
+    groups = [dict(params=part.parameters()) for part in parts]
+    run.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    if not training.resume_run(run, FREE, CHANGEABLE):
+        if init_from:
+            start_from(init_from, run.model, run.model_args)
+        run.ema.load_state_dict(run.model.state_dict())
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP's, of 1 x 1 convolutions, where it means nothing
+    network = torch.compile(run.model) if compile and can_compile(run.device) else run.model
+    run.forward = training.distributed(run, network)
+    return run
+
+
+def fit_to_images(config, shape, num_classes):
+    """Replaces adaptive settings by what fits images (N, H, W, C). Raises UserError for settings that don't fit."""
+    count, height, width, _ = shape
+    require(height == width, f"images must be square, not {height} x {width}: prepare them with "
+                             f"--resolution={min(height, width)}")
+    maps = [height >> level for level in range(len(channel_mult))]  # sizes of the feature maps
+    if held_out == -1:
+        config["held_out"] = min(500, count // 10)
+    if attn_resolutions == (0,):
+        config["attn_resolutions"] = (maps[-1],)
+    if not encoder_patch:
+        config["encoder_patch"] = max(p for p in range(1, 1 + max(1, height // 4)) if height % p == 0)
+    held, at, patch = (config[name] for name in ("held_out", "attn_resolutions", "encoder_patch"))
+    misfits = [misfit for misfit, found in (  # in one message, each with what fits
+        (f"the data set {dataset} has no class labels: train with --class_cond=False", class_cond and not num_classes),
+        (f"held_out is {held}: the data set has {count} images, -1 takes a tenth", not 0 <= held < count),
+        (f"attn_resolutions has {sorted({*at} - {*maps})}: the feature maps are {maps}, (0,) takes the last",
+         {*at} - {*maps}),
+        (f"encoder_patch {patch} does not divide images of {height} pixels, 0 takes a quarter",
+         num_latents and height % patch)) if found]
+    require(not misfits, "; ".join(misfits))
 
 
 # ----------------------------------------------------------------------------------------------------
 # what a person looks at
 
 
-def codes_of(y, g):
+def codes_of(run, y, g):
     """Hard codes of clean images, drawn from the averaged encoder: (B, m)"""
-    logits = ema.encoder(y)
+    logits = run.ema.encoder(y)
     return draw_codes(logits, gumbel_noise(logits.shape, g))
 
 
 @torch.no_grad()
-def save_preview(path, rows=8, columns=8):
-    """Each row: an image that was held out, then samples that share its code (and class), as in Fig. 2b."""
-    shown = (held_out_indices if held_out else train_indices)[:rows]
-    y = data.to_float(images[shown], device)
-    c = torch.from_numpy(labels[shown]).to(device).repeat_interleave(columns) if class_cond else None
-    g = seeded_generator(device, "preview", seed)
-    z = codes_of(y, g).repeat_interleave(columns, dim=0) if num_latents else None
-    latents = torch.randn(len(shown) * columns, *model.img_shape, device=device, generator=g)
-    latents = latents if has_float64(device) else latents.cpu()
-    x = heun(denoiser(ema, c, z, autocast=autocast), latents).float().to(device).unflatten(0, (len(shown), columns))
-    grid = torch.cat([y[:, None], x], dim=1).flatten(0, 1)
-    data.save_grid(data.to_uint8(grid), path, columns + 1, [classes[label] for label in labels[shown]] if class_cond else ())
+def save_preview(run, path, rows=8, columns=8):
+    """Each row: a held-out image, then samples that share its code (and class), as in Fig. 2b."""
+    shown = run.to_show[:rows]
+    y = data.to_float(run.images[shown], run.device)
+    c = torch.from_numpy(run.labels[shown]).to(run.device).repeat_interleave(columns) if class_cond else None
+    g = seeded_generator(run.device, "preview", seed)
+    z = codes_of(run, y, g).repeat_interleave(columns, dim=0) if num_latents else None
+    latents = torch.randn(len(shown) * columns, *run.model.img_shape, device=run.device, generator=g)
+    latents = latents if has_float64(run.device) else latents.cpu()
+    x = heun(denoiser(run.ema, c, z, autocast=run.autocast), latents).float().to(run.device)
+    grid = torch.cat([y[:, None], x.unflatten(0, (len(shown), columns))], dim=1).flatten(0, 1)
+    save_grid(data.to_uint8(grid), path, columns + 1, [run.classes[i] for i in run.labels[shown]] if class_cond else ())
 
 
 @torch.no_grad()
-def print_losses(count=256, sigmas=(0.02, 0.1, 0.3, 1, 3, 10, 30, 80)):
-    """The weighted loss per pixel on held-out images, per noise level, with their own codes and with null
-    codes: which noise levels the latents help at (Fig. 7, left)."""
-    shown = (held_out_indices if held_out else train_indices)[:count]
-    g = seeded_generator(device, "losses", seed)
-    print(f"loss on {len(shown)} {'held-out' if held_out else 'training'} images, lambda(sigma) |D - y|^2 / pixels")
+def print_losses(run, count=256, sigmas=(0.02, 0.1, 0.3, 1, 3, 10, 30, 80)):
+    """The weighted loss per pixel on held-out images, per noise level, with their own codes and with null latents: at
+    which noise levels the codes help (Fig. 7, left)."""
+    shown = run.to_show[:count]
+    g = seeded_generator(run.device, "losses", seed)
+    kind = "held-out" if len(run.held_out_indices) else "training"
+    print(f"loss on {len(shown)} {kind} images, lambda(sigma) |D - y|^2 / pixels")
     print("   sigma   own codes  null codes  null / own" if num_latents else "   sigma        loss")
     for level in sigmas:
         sums = [0.0, 0.0]
         for part in np.array_split(shown, -(-len(shown) // batch_gpu)):
-            y = data.to_float(images[part], device)
-            c = torch.from_numpy(labels[part]).to(device) if class_cond else None
-            sigma = torch.full((len(y),), float(level), device=device)
-            x = y + level * torch.randn(y.shape, device=device, generator=g)
-            z = codes_of(y, g) if num_latents else None
+            y = data.to_float(run.images[part], run.device)
+            c = torch.from_numpy(run.labels[part]).to(run.device) if class_cond else None
+            sigma = torch.full((len(y),), float(level), device=run.device)
+            x = y + level * torch.randn(y.shape, device=run.device, generator=g)
+            z = codes_of(run, y, g) if num_latents else None
             for i in range(2 if num_latents else 1):
-                drop = torch.full((len(y),), bool(i), device=device)
-                with autocast:
-                    D = ema.denoise(x, sigma, c, ema.condition(z, drop) if num_latents else ())
-                sums[i] += (loss_weight(sigma)[:, None, None, None] * (D - y) ** 2).sum().item() / y[0].numel()
+                drop = torch.full((len(y),), bool(i), device=run.device)
+                with run.autocast:
+                    D = run.ema.denoise(x, sigma, c, run.ema.condition(z, drop))
+                weight = loss_weight(sigma, sigma_data)[:, None, None, None]
+                sums[i] += (weight * (D - y) ** 2).sum().item() / y[0].numel()
         own, null = sums[0] / len(shown), sums[1] / len(shown)
         print(f"{level:8g}  {own:10.4f}" + (f"  {null:10.4f}  {null / own:10.2f}" if num_latents else ""))
 
 
+def report(run, seen, bar):
+    """A line of the log: loss, and what the codes do."""
+    steps, (norm, loss, code_sum, entropy_sum) = training.totals(run, f"{run.lower}, and look at the data")
+    line = dict(images=seen, loss=loss.item() / steps)
+    shown = {"loss": f"{line['loss']:.4f}"}
+    if num_latents:
+        p = code_sum / (steps * run.local_batch)  # (m, k) averaged code distribution
+        entropy = torch.special.entr(p).sum(1)
+        line["perplexity"] = entropy.exp().tolist()  # codes that each latent uses, 1 ... k
+        # what the codes tell about the image: I(z; y) = H(z) - H(z | y), 0 where the encoder ignores it
+        line["bits"] = (entropy.sum() - entropy_sum / (steps * run.local_batch)).item() / math.log(2)
+        used = "/".join(f"{u:.0f}" for u in line["perplexity"][:16])
+        shown |= {"codes used": f"{used} of {codebook_size}", "bits": f"{line['bits']:.1f}"}
+    training.write_line(run, line | dict(grad_norm=norm.item() / steps), bar, shown)
+
+
 # ----------------------------------------------------------------------------------------------------
-# the run (bench.py measures what is above)
-
-def due(every, seen):
-    """Whether something that is done every so many images is to be done after this step; 0: never."""
-    return every and (seen // every != (seen - batch_size) // every or seen >= total_images)
+# the run
 
 
-def save(step, keep=False):
-    """Saves the checkpoint to continue from; with keep, one that stays, without the optimiser."""
-    require(get_total_norm(parameters).isfinite(), f"the weights are not finite any more: a lower --lr or --encoder_lr may help; "
-            f"{checkpoint_path} is left as it was")
-    state = dict(made_by="train_stage1", config=config, model_args=model_args, step=step, model=model.state_dict(),
-                 ema=ema.state_dict(), classes=classes, made=made)
-    if keep:
-        with data.atomic(f"{out_dir}/stage1-{step * batch_size:09d}.pt") as file:
-            torch.save(state, file)
-    else:
-        data.save_checkpoint(checkpoint_path, state | dict(optimizer=optimizer.state_dict(), skipped=skipped))
+def main(argv=()):
+    run = setup(argv)
+    signals, stopped, seen = catch_signals(), 0, run.step * batch_size
+    if run.master:
+        of_unet, in_all = (sum(p.numel() for p in part.parameters()) for part in (run.model.model, run.model))
+        print(f"{dataset}: {len(run.train_indices):,} images to train on, {' x '.join(map(str, run.images.shape[1:]))}, "
+              f"{len(run.classes)} classes; U-Net {of_unet:,} parameters, latents {in_all - of_unet:,}; on {run.device}")
+        training.open_log(run)
+        if seen >= total_images:
+            print(f"{run.path} is finished: it has seen {seen:,} images. "
+                  "A larger --total_images trains on, --overwrite=True starts anew")
+        for snapshot in Path(out_dir).glob("stage1-*.pt") if overwrite and not run.step else ():
+            snapshot.unlink()  # of the run that this one replaces
+    bar = progress(total=total_images, initial=seen, unit="img", disable=not run.master, mininterval=1)
+    run.model.train()
+    while seen < total_images and not stopped:
+        measured = gradients(run, run.step)
+        norm = update(run, seen)
+        training.add_up(run, norm, *measured)
+        run.step, seen = run.step + 1, seen + batch_size
+        bar.update(batch_size)
+        if training.due(log_every, seen, run.config):
+            report(run, seen, bar)
+        stopped = max_over_processes(max(signals, default=0))
+        if run.master and (training.due(save_every, seen, run.config) or stopped):
+            training.save(run)
+        if run.master and training.due(keep_every, seen, run.config):
+            training.save(run, keep=f"{out_dir}/stage1-{seen:09d}.pt")
+        if run.master and training.due(preview_every, seen, run.config) and not stopped:
+            save_preview(run, f"{out_dir}/preview_{seen:09d}.png")
+    bar.close()
+    if run.master and seen >= total_images:
+        print_losses(run)
+        print(f"{run.path} is ready" + (f"; next: python train_prior.py --out_dir={out_dir}" if num_latents else ""))
+    training.finish(run, stopped, "images")
 
 
 if __name__ == "__main__":
-    log_path = f"{out_dir}/stage1.jsonl"
-    signals, stopped, seen = catch_signals(), 0, step * batch_size
-    if master:
-        print(f"{dataset}: {len(train_indices):,} images to train on, {img_resolution} x {img_resolution} x {img_channels}, "
-              f"{num_classes} classes; U-Net {sum(p.numel() for p in model.model.parameters()):,} parameters, latents "
-              f"{sum(p.numel() for n, p in model.named_parameters() if not n.startswith('model.')):,}; on {device}")
-        data.write_log(log_path, data.read_log(log_path, seen) if step else [], mode="w")
-        if seen >= total_images:
-            print(f"{checkpoint_path} is finished: it has seen {seen:,} images. "
-                  "A larger --total_images trains on, --overwrite=True starts anew")
-        if not step:
-            save(step)  # is there room on the disk? And what torchrun restarts is not what --overwrite=True is to replace
-            data.previous(checkpoint_path).unlink(missing_ok=True)  # nor what a damaged checkpoint of this run leads back to
-            for snapshot in Path(out_dir).glob("stage1-*.pt") if overwrite else ():
-                snapshot.unlink()
-
-    sums, skipped_before = [0, 0, 0], skipped[1].item()  # since the last log; on the device
-    since, images_since = time.time(), 0
-    bar = progress(total=total_images, initial=seen, unit="img", disable=not master, mininterval=1)
-    model.train()
-    while seen < total_images and not stopped:
-        measured = gradients(step)
-        bad = update(seen)
-        sums = [total + torch.where(bad, 0, value) for total, value in zip(sums, measured)]
-        step += 1
-        seen += batch_size
-        images_since += batch_size
-        bar.update(batch_size)
-
-        if due(log_every, seen):
-            in_a_row, in_all = skipped.tolist()
-            require_good_steps(in_a_row, "--lr or --encoder_lr, and look at the data", scale, checkpoint_path)
-            steps = images_since // batch_size - (in_all - skipped_before) or math.nan  # those that were not skipped
-            report = dict(images=seen, loss=mean_over_processes(sums[0]).item() / steps)
-            if num_latents:
-                p = mean_over_processes(sums[1]) / (steps * local_batch)  # (m, k) averaged code distribution
-                p_entropy = torch.special.entr(p).sum(1)
-                report["perplexity"] = p_entropy.exp().tolist()  # codes that each latent uses, 1 ... k
-                # what the codes tell about the image: I(z; y) = H(z) - H(z | y), 0 where the encoder ignores it
-                report["bits"] = (p_entropy.sum() - mean_over_processes(sums[2]) / (steps * local_batch)).item() / math.log(2)
-            report["skipped"] = int(in_all)
-            if master:
-                report["images_per_second"] = images_since / (time.time() - since)
-                data.write_log(log_path, [json.dumps(report)])
-                shown = {"loss": f"{report['loss']:.4f}"}
-                if num_latents:
-                    used = "/".join(f"{u:.0f}" for u in report["perplexity"][:16])
-                    shown |= {"codes used": f"{used} of {codebook_size}", "bits": f"{report['bits']:.1f}"}
-                if in_all:
-                    shown["steps skipped"] = int(in_all)
-                bar.set_postfix(shown)
-            sums, skipped_before, images_since, since = [0, 0, 0], in_all, 0, time.time()
-        stopped = max_over_processes(max(signals, default=0))
-        if master and (due(save_every, seen) or stopped):
-            save(step)
-        if master and due(keep_every, seen):
-            save(step, keep=True)
-        if master and due(preview_every, seen) and not stopped:
-            save_preview(f"{out_dir}/preview_{seen:09d}.png")
-
-    bar.close()
-    if master and seen >= total_images:
-        print_losses()
-        print(f"{checkpoint_path} is ready" + (f"; next: python train_prior.py --out_dir={out_dir}" if num_latents else ""))
-    end(stopped if seen < total_images else 0, f"{seen:,} images", checkpoint_path)
+    main(sys.argv[1:])

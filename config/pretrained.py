@@ -3,7 +3,7 @@ four times as many images.
 
     python train_stage1.py config/pretrained.py
     python train_prior.py --out_dir=out/pretrained
-    python -c "import data; data.ship('out/pretrained', 'pretrained')"
+    python -c "import trained; trained.ship('out/pretrained', 'pretrained')"
 """
 out_dir = "out/pretrained"
 model_channels = 24

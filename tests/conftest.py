@@ -1,4 +1,5 @@
 import io
+import json
 import math
 import runpy
 import signal
@@ -34,6 +35,11 @@ def fill(name, shape):
     return torch.from_numpy(normal.astype(np.float32))
 
 
+def moments(x):
+    """Mean and covariance of the rows of an array."""
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
 def run(script, *arguments):
     """Runs a script of ours as `python script arguments` does, in this process -> what it printed."""
     argv, hook, printed = sys.argv, sys.excepthook, io.StringIO()
@@ -62,3 +68,14 @@ def trained(tmp_path_factory):
         run("train_prior.py", f"--out_dir={folder}", f"--prior={prior}", "--layers=1", "--dim=16", "--heads=2",
             "--total_images=500", "--device=cpu")
     return folder
+
+
+@pytest.fixture(scope="session")
+def inception():
+    """The Inception network with the weights that the reference outputs were computed with."""
+    from inception import Inception
+    net = Inception("pytorch").eval().requires_grad_(False)
+    shapes = {k: list(v.shape) for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
+    assert shapes == json.loads((ROOT / "tests/reference/fid_inception_shapes.json").read_text())
+    net.load_state_dict({name: fill(name, shape) * (1.4 if len(shape) == 4 else 1) for name, shape in shapes.items()})
+    return net

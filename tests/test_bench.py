@@ -5,11 +5,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, TINY, run
 
 import bench
 import data
 from configurator import UserError
-from conftest import ROOT, TINY, run
 from model import DisCoDiff
 
 
@@ -78,11 +78,11 @@ def test_the_loader_alone():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_does_not_wait_for_the_gpu(tmp_path):
     """No synchronisation between host and device in a step, but for the first one."""
-    step = bench.prepared("train_stage1.py", "default", tmp_path, "cuda", "--compile=False")
+    step, ready = bench.prepared("train_stage1.py", "default", tmp_path, "cuda", "--compile=False")
     for i in range(3):
         torch.cuda.set_sync_debug_mode("error" if i else "default")
         try:
-            step["gradients"](i)
-            step["update"](32 * i)
+            step["gradients"](ready, i)
+            step["update"](ready, 32 * i)
         finally:
             torch.cuda.set_sync_debug_mode("default")

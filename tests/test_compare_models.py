@@ -7,18 +7,19 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, TINY, run
 
 import compare_models
 import data
+from checkpoint import weights_checksum
 from configurator import UserError
-from conftest import ROOT, TINY, run
-from sample import load_prior, load_stage1
+from trained import load_prior, load_stage1, ship
 
 SAMPLE = ["--num_steps=3", "--device=cpu", "--num_images=20", "--per_code=4"]
 
 
 def test_what_ships_samples_like_its_source(trained, tmp_path):
-    data.ship(trained, tmp_path / "best")
+    ship(trained, tmp_path / "best")
     assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["prior_ar.pt", "stage1.jsonl", "stage1.pt"]
     for file in ("stage1.pt", "prior_ar.pt"):
         assert (tmp_path / "best" / file).stat().st_size < (trained / file).stat().st_size / 5
@@ -26,7 +27,7 @@ def test_what_ships_samples_like_its_source(trained, tmp_path):
         assert half["config"] == whole["config"] | {"out_dir": ""} and not {"model", "optimizer"} & half.keys()
         for key, value in whole["ema"].items():
             assert half["ema"][key].dtype in (torch.float16, torch.int64) and torch.allclose(half["ema"][key].float(), value.float(), atol=1e-3)
-    assert half["encoder"] == data.fingerprint(torch.load(tmp_path / "best" / "stage1.pt")["ema"])
+    assert half["encoder"] == weights_checksum(torch.load(tmp_path / "best" / "stage1.pt")["ema"])
     run("sample.py", f"--out_dir={trained}", "--name=whole", *SAMPLE)
     run("sample.py", f"--out_dir={tmp_path}", f"--init_from={tmp_path / 'best'}", *SAMPLE)
     with np.load(trained / "whole.npz") as whole, np.load(tmp_path / "samples.npz") as half:
@@ -39,15 +40,15 @@ def test_what_does_not_belong_together_is_not_shipped(trained, tmp_path):
         state = torch.load(trained / file)
         torch.save(state | dict(encoder=0), tmp_path / file)
     with pytest.raises(UserError, match="of another stage 1"):
-        data.ship(tmp_path, tmp_path / "best")
+        ship(tmp_path, tmp_path / "best")
     before = (trained / "stage1.pt").read_bytes()
     with pytest.raises(UserError, match="name another folder"):
-        data.ship(trained, f"{trained}/../{trained.name}")
+        ship(trained, f"{trained}/../{trained.name}")
     assert (trained / "stage1.pt").read_bytes() == before and not (tmp_path / "best").exists()
 
 
 def test_what_ships_is_not_trained_on(trained, tmp_path):
-    data.ship(trained, tmp_path)
+    ship(trained, tmp_path)
     with pytest.raises(UserError, match="stage1.pt has the averaged weights alone.*--overwrite=True"):
         run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--total_images=64")
 

@@ -79,3 +79,13 @@ def test_values_that_can_not_be(argument, message):
 def test_a_config_file_of_windows(tmp_path):
     (tmp_path / "a.py").write_bytes(b"\xef\xbb\xbflr = 2\r\n")
     assert configure(settings(), [str(tmp_path / "a.py")])["lr"] == 2.0
+
+
+def test_each_call_starts_from_the_defaults():
+    """As in a notebook, which calls `main` again; a variable that was set by hand meanwhile stays."""
+    scope = settings()
+    configure(scope, ["--lr=5", "--steps=3"])
+    assert (scope["lr"], scope["steps"]) == (5.0, 3)
+    scope["name"] = "by hand"
+    configure(scope, ["--steps=4"])
+    assert (scope["lr"], scope["steps"], scope["name"]) == (settings()["lr"], 4, "by hand")

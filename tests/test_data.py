@@ -13,12 +13,15 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
+import checkpoint
 import data
+import npz
 import sources
 from configurator import UserError
-from conftest import ROOT
+from plot import save_grid
 from run import hold, release
 
 
@@ -205,7 +208,7 @@ def test_hostile_sources(root, tmp_path, monkeypatch, capsys):
             data.prepare("dims", str(tmp_path / source), root=root)
         assert "exceeds limit" in capsys.readouterr().err
 
-    for module in (data, sources):
+    for module in (npz, sources):
         monkeypatch.setattr(module, "LARGEST", 10 ** 6)
     bomb = bytes(10 ** 7)
     for name, message in (("a.png", "1 of 1 images can't be read"), ("dataset.json", "dataset.json unpacks to 10,000,000 bytes")):
@@ -324,7 +327,7 @@ def test_a_downloads_folder_that_can_not_be_written(root):
 def test_a_log_with_foreign_lines_is_cut_there(tmp_path):
     for foreign in (b"5", b"{}", b"null", b'{"images": "a"}', b"\xff\0"):
         (tmp_path / "log").write_bytes(b'{"images": 8}\n' + foreign + b'\n{"images": 16}\n')
-        assert data.read_log(tmp_path / "log", 100) == ['{"images": 8}']
+        assert checkpoint.read_log(tmp_path / "log", 100) == ['{"images": 8}']
 
 
 def test_interrupted_preparation_leaves_nothing_that_looks_finished(root, tmp_path):
@@ -414,7 +417,7 @@ def test_float_and_back():
 
 def test_grid(tmp_path):
     images = random_images(5, 70, 70, 3)
-    data.save_grid(images, tmp_path / "g.png", columns=3)
+    save_grid(images, tmp_path / "g.png", columns=3)
     grid = np.asarray(Image.open(tmp_path / "g.png"))
     assert grid.shape == (2 * 72, 3 * 72, 3)
     assert np.array_equal(grid[72 + 1:72 + 71, 72 + 1:72 + 71], images[4]) and (grid[73:, 145:] == 255).all()
@@ -423,8 +426,8 @@ def test_grid(tmp_path):
 def test_titles_of_rows(tmp_path):
     """Left of the pictures, which stay as they are; whatever folders are called."""
     images = random_images(6, 70, 70, 1)
-    data.save_grid(images, tmp_path / "plain.png", columns=2)
-    data.save_grid(images, tmp_path / "titled.png", 2, ["a\nb", "\udce9\u732b", "name " * 100])
+    save_grid(images, tmp_path / "plain.png", columns=2)
+    save_grid(images, tmp_path / "titled.png", 2, ["a\nb", "\udce9\u732b", "name " * 100])
     plain, titled = (np.asarray(Image.open(tmp_path / name)) for name in ("plain.png", "titled.png"))
     margin = titled.shape[1] - plain.shape[1]
     assert 20 < margin < 250 and np.array_equal(titled[:, margin:], plain)
@@ -438,18 +441,18 @@ def test_a_checkpoint_is_read_back_and_damage_is_told(tmp_path):
     path = tmp_path / "stage1.pt"
     state = dict(made_by="train_stage1", config=dict(lr=0.1, mult=(1, 2)), model={"w": torch.randn(1000)}, ema={},
                  model_args={}, step=3, optimizer={})
-    data.save_checkpoint(path, state)
-    back = data.load_checkpoint(path, "train_stage1")
+    checkpoint.save_checkpoint(path, state)
+    back = checkpoint.load_checkpoint(path, "train_stage1")
     assert torch.equal(back["model"]["w"], state["model"]["w"]) and back["config"] == state["config"]
     with pytest.raises(UserError, match="not a checkpoint of train_prior.py"):
-        data.load_checkpoint(path, "train_prior")
+        checkpoint.load_checkpoint(path, "train_prior")
     whole = path.read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(UserError, match="truncated or damaged"):
-            data.load_checkpoint(path, "train_stage1")
+            checkpoint.load_checkpoint(path, "train_stage1")
     with pytest.raises(UserError, match=r"run `python train_stage1.py --out_dir=.*` first"):
-        data.load_checkpoint(tmp_path / "no" / "stage1.pt", "train_stage1")
+        checkpoint.load_checkpoint(tmp_path / "no" / "stage1.pt", "train_stage1")
 
 
 def test_a_checkpoint_is_not_executed(tmp_path):
@@ -463,7 +466,7 @@ def test_a_checkpoint_is_not_executed(tmp_path):
         pickle.dump(Hostile(), f)
     for file in ("stage1.pt", "plain.pt"):
         with pytest.raises(UserError):
-            data.load_checkpoint(tmp_path / file, "train_stage1")
+            checkpoint.load_checkpoint(tmp_path / file, "train_stage1")
     assert not (tmp_path / "executed").exists()
 
 
@@ -471,7 +474,7 @@ def test_damage_is_detected_and_the_checkpoint_before_is_taken(tmp_path, capsys)
     """Truncated anywhere, or with bits flipped: what is read is what was written, or the one before."""
     path, rng = tmp_path / "stage1.pt", np.random.default_rng(0)
     for step in (1, 2):
-        data.save_checkpoint(path, dict(made_by="train_stage1", config={}, model_args={}, step=step, ema={"w": torch.arange(3000) + step}))
+        checkpoint.save_checkpoint(path, dict(made_by="train_stage1", config={}, model_args={}, step=step, ema={"w": torch.arange(3000) + step}))
     whole, taken = path.read_bytes(), []
     for i in range(300):
         broken = bytearray(whole)
@@ -481,31 +484,31 @@ def test_damage_is_detected_and_the_checkpoint_before_is_taken(tmp_path, capsys)
         else:
             broken = broken[:rng.integers(len(whole))]
         path.write_bytes(broken)
-        state, said = data.load_checkpoint(path, "train_stage1"), capsys.readouterr().err
+        state, said = checkpoint.load_checkpoint(path, "train_stage1"), capsys.readouterr().err
         assert torch.equal(state["ema"]["w"], torch.arange(3000) + state["step"])
         if state["step"] == 1:
             assert said == f"{path} is truncated or damaged: the one before it is taken, {tmp_path / 'stage1.previous.pt'}\n"
         taken.append(state["step"])
     assert taken.count(1) > 200  # the rest: zip's padding and names that nothing reads
     path.write_bytes(whole[:100])
-    data.save_checkpoint(path, dict(made_by="train_stage1", config={}, model_args={}, step=3, ema={}))
+    checkpoint.save_checkpoint(path, dict(made_by="train_stage1", config={}, model_args={}, step=3, ema={}))
     assert torch.load(tmp_path / "stage1.previous.pt")["step"] == 1  # the damaged one did not replace it
     path.write_bytes(whole[:100])
     (tmp_path / "stage1.previous.pt").write_bytes(whole[:100])
     with pytest.raises(UserError, match="is truncated or damaged: put a good copy in its place"):
-        data.load_checkpoint(path, "train_stage1")
+        checkpoint.load_checkpoint(path, "train_stage1")
 
 
 def test_a_checkpoint_is_not_unpacked(tmp_path):
     """A zip of a few kilobytes that would become a gigabyte, and one with names that lead out of the folder."""
-    data.save_checkpoint(tmp_path / "good.pt", dict(made_by="train_stage1", config={}, model_args={}, step=0, ema={}))
+    checkpoint.save_checkpoint(tmp_path / "good.pt", dict(made_by="train_stage1", config={}, model_args={}, step=0, ema={}))
     for name, options in (("bomb", dict(compression=zipfile.ZIP_DEFLATED)), ("../out", {})):
         with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "stage1.pt", "w", **options) as archive:
             for entry in good.infolist():
                 archive.writestr(entry.filename if name == "bomb" else f"../{entry.filename}", good.read(entry))
             archive.writestr(f"{name}/data/0", bytes(10 ** 7))
         with pytest.raises(UserError, match="truncated or damaged"):
-            data.load_checkpoint(tmp_path / "stage1.pt", "train_stage1")
+            checkpoint.load_checkpoint(tmp_path / "stage1.pt", "train_stage1")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["good.pt", "stage1.pt"] and not (tmp_path.parent / "out").exists()
 
 
@@ -513,20 +516,20 @@ def test_a_log_goes_on_after_the_checkpoint(tmp_path):
     """Lines up to its images, those of the same step too; what is later, or cut off, is written again."""
     lines = [f'{{"images": {images}}}' for images in (8, 16, 24, 32)]
     (tmp_path / "log").write_text("\n".join([*lines, '{"ima']))
-    assert data.read_log(tmp_path / "log", 24) == lines[:3] and data.read_log(tmp_path / "log", 99) == lines
-    assert data.read_log(tmp_path / "none", 24) == []
+    assert checkpoint.read_log(tmp_path / "log", 24) == lines[:3] and checkpoint.read_log(tmp_path / "log", 99) == lines
+    assert checkpoint.read_log(tmp_path / "none", 24) == []
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     """The process may write files of 100 kB at most, as on a disk with so much room."""
     program = f"""
-import resource, signal, torch, data
-data.save_checkpoint({str(tmp_path / 'c.pt')!r}, dict(made_by='x', w=torch.ones(10)))
+import resource, signal, torch, checkpoint
+checkpoint.save_checkpoint({str(tmp_path / 'c.pt')!r}, dict(made_by='x', w=torch.ones(10)))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    data.save_checkpoint({str(tmp_path / 'c.pt')!r}, dict(made_by='x', w=torch.ones(1_000_000)))
-except data.UserError as error:
+    checkpoint.save_checkpoint({str(tmp_path / 'c.pt')!r}, dict(made_by='x', w=torch.ones(1_000_000)))
+except checkpoint.UserError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

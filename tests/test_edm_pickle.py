@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, fill, run
 
 from configurator import UserError
-from conftest import TINY, fill, run
 from edm_pickle import read_edm
-from model import DisCoDiff, edm_settings
-from sample import load_stage1
+from model import DisCoDiff
 from start_from import start_from
+from trained import load_stage1
+from unet import edm_settings
 
 REFERENCE = Path(__file__).parent / "reference"
 ADM_TINY = dict(img_resolution=16, img_channels=3, label_dim=10, model_channels=64, channel_mult=(1, 2), num_blocks=1,

@@ -13,11 +13,13 @@ import time
 import numpy as np
 import pytest
 import torch
-
-import data
-from configurator import UserError
 from conftest import ROOT, TINY, run
 from test_train import checkpoint, same, same_training
+
+import data
+import training
+from checkpoint import load_checkpoint
+from configurator import UserError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
@@ -52,7 +54,7 @@ def workers_of(process):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_step_without_finite_gradients_is_skipped(tmp_path, monkeypatch, value):
     """One bad pixel in the third batch: weights, moments and Adam's step count stay to the bit, and training goes on."""
-    to_float, save, calls, states = data.to_float, data.save_checkpoint, [], []
+    to_float, save, calls, states = data.to_float, training.save_checkpoint, [], []
 
     def injected(images, device="cpu"):
         calls.append(1)
@@ -63,7 +65,7 @@ def test_a_step_without_finite_gradients_is_skipped(tmp_path, monkeypatch, value
 
     run("train_stage1.py", f"--out_dir={tmp_path / 'two'}", *TINY, "--total_images=16", "--log_every=16")
     monkeypatch.setattr(data, "to_float", injected)
-    monkeypatch.setattr(data, "save_checkpoint", lambda path, state: (states.append(copy.deepcopy(state)), save(path, state)))
+    monkeypatch.setattr(training, "save_checkpoint", lambda path, state: (states.append(copy.deepcopy(state)), save(path, state)))
     run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--save_every=8", "--log_every=24")
     assert [s["step"] for s in states] == [0, 1, 2, 3, 4, 5, 6]
     trained = [(s["model"], s["optimizer"]["state"]) for s in states]
@@ -103,7 +105,7 @@ def test_a_run_whose_gradients_stay_bad_stops(trained, tmp_path, monkeypatch, sc
 def test_a_data_set_that_changes_under_a_run(tmp_path, monkeypatch):
     """Written to, cut off or deleted while it is mapped: the run stops at once, with the checkpoint of before."""
     images, labels, _ = data.load("fashion-mnist-10k")
-    load, save = data.load, data.save_checkpoint
+    load, save = data.load, training.save_checkpoint
     path = tmp_path / "set" / "images.npy"
     monkeypatch.setattr(data, "load", lambda name: load(name, tmp_path))
     monkeypatch.setattr(data, "class_names", lambda name: [*"0123456789"])
@@ -119,7 +121,7 @@ def test_a_data_set_that_changes_under_a_run(tmp_path, monkeypatch):
             if state["step"] == 2:
                 harm()
 
-        monkeypatch.setattr(data, "save_checkpoint", save_and_harm)
+        monkeypatch.setattr(training, "save_checkpoint", save_and_harm)
         with pytest.raises(UserError, match="^set changed while it was being trained on: prepare it as it was"):
             run("train_stage1.py", f"--out_dir={tmp_path / name}", *TINY, "--dataset=set", "--save_every=8")
         assert checkpoint(tmp_path / name)["step"] == 2
@@ -279,7 +281,7 @@ def test_twenty_kills(tmp_path, launcher):
             os.kill(pid, signal.SIGKILL)
         process.communicate()
         kills += 1
-        state = data.load_checkpoint(tmp_path / "killed" / "stage1.pt", "train_stage1")
+        state = load_checkpoint(tmp_path / "killed" / "stage1.pt", "train_stage1")
         steps.append(state["step"])
     assert kills == 20 and steps == sorted(steps), steps
     done = start(f"--out_dir={tmp_path / 'killed'}", *settings, launcher=launcher)

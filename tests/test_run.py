@@ -11,11 +11,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-
-import data
-import run as runs
-from configurator import UserError, configure, out_of_memory, start_processes
 from conftest import ROOT, TINY, run
+
+import run as runs
+from checkpoint import atomic
+from configurator import UserError, configure, out_of_memory
+from processes import start_processes
 
 
 @pytest.fixture(autouse=True)
@@ -130,9 +131,9 @@ def test_out_of_memory_is_one_line(tmp_path, capsys):
     assert len(caused) == 3
     for error in (*caused, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")):
         assert out_of_memory(error)
-        assert hooked(error, capsys, batch_gpu=64, batch_size=512, checkpoint_path=str(tmp_path / "stage1.pt")) == (
+        assert hooked(error, capsys, batch_gpu=64, batch_size=512, _checkpoint_path=str(tmp_path / "stage1.pt")) == (
             f"out of memory: a smaller --batch_gpu may help; it is 64. {tmp_path}/stage1.pt is untouched", 2)
-        assert hooked(error, capsys, batch_size=512, checkpoint_path="nothing.pt") == (
+        assert hooked(error, capsys, batch_size=512, _checkpoint_path="nothing.pt") == (
             "out of memory: a smaller --batch_size may help; it is 512", 2)
         assert hooked(error, capsys, workers=3) == ("out of memory", 2)
     assert not out_of_memory(RuntimeError("shapes do not match")) and not out_of_memory(OSError("not enough memory cards"))
@@ -174,7 +175,7 @@ def read_only(*folders):
     ("sample.py", "samples.parts/000000002.npz", ["--num_images=4", "--batch_size=2", "--num_steps=2", "--device=cpu"])])
 def test_a_folder_that_becomes_read_only_or_vanishes(trained, tmp_path, monkeypatch, capsys, script, product, settings):
     """In mid-run: one line that says so; training begins the folder anew."""
-    folder, enter = tmp_path / "run", data.atomic.__enter__
+    folder, enter = tmp_path / "run", atomic.__enter__
     for vanishes in (False, True):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("samples*", product, "*.previous.pt"))
@@ -184,7 +185,7 @@ def test_a_folder_that_becomes_read_only_or_vanishes(trained, tmp_path, monkeypa
                     shutil.rmtree(folder) if vanishes else stack.enter_context(read_only(self.path.parent))
                 return enter(self)
 
-            patched.setattr(data.atomic, "__enter__", harm)
+            patched.setattr(atomic, "__enter__", harm)
             if vanishes and script != "sample.py":
                 run(script, f"--out_dir={folder}", *settings)
                 assert torch.load(folder / product)["step"] > 1

@@ -11,16 +11,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, TINY, run
 from PIL import Image
 
 import data
+import noise as noises
+import npz
+import prior as priors
 import run as runs
 import sample
+import sedd
 from configurator import UserError, configure
-from conftest import ROOT, TINY, run
-from model import SEDD, DisCoDiff, Prior, euler_probs, log_linear
-from sample import (SeededNoise, class_number, denoiser, first_hitting, heun, load_prior, load_stage1, noise_levels, restart,
-                    restart_loops, tau_leaping)
+from diffusion import heun, noise_levels, restart, restart_loops
+from model import DisCoDiff, denoiser
+from noise import SeededNoise
+from sample import class_number
+from sedd import SEDD, euler_probs, first_hitting, log_linear, tau_leaping
+from trained import load_prior, load_stage1
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "samplers.npz")
 CENTRES = 3 * torch.tensor([(math.cos(i * math.pi / 4), math.sin(i * math.pi / 4)) for i in range(8)], dtype=torch.float64)
@@ -385,15 +392,12 @@ def test_classes_by_name(trained, tmp_path):
     assert data.classes_of(dict(older, config={"dataset": "mine"})) == [*"0123456789"]
 
 
-def test_labels_at_random(trained, samples):
+def test_labels_at_random(trained, samples, monkeypatch):
     """Uniform, one for each code, whatever the batch size; and the images in turn stay as they were."""
-    model = SimpleNamespace(label_dim=10, num_latents=0)
-    sample.class_label, sample.random_labels = -1, True
-    try:
-        labels = sample.row_conditions(np.arange(20_000), model, [], None, "cpu")[1]
-        assert torch.equal(labels[100:103], sample.row_conditions(np.arange(100, 103), model, [], None, "cpu")[1])
-    finally:
-        sample.class_label, sample.random_labels = "", False
+    monkeypatch.setattr(sample, "random_labels", True)
+    wanted = SimpleNamespace(model=SimpleNamespace(label_dim=10), class_label=-1)
+    labels = sample.labels_of(wanted, np.arange(20_000))
+    assert torch.equal(labels[100:103], sample.labels_of(wanted, np.arange(100, 103)))
     counts = torch.bincount(labels, minlength=10)
     assert len(counts) == 10 and ((counts - 2000) ** 2 / 2000).sum() < 27.9  # chi-square with 9 degrees of freedom, 0.001
     run("sample.py", f"--out_dir={trained}", "--name=random", *SAMPLE, "--random_labels=True")
@@ -461,14 +465,15 @@ def test_a_device_without_float64_is_given_none(trained, samples, monkeypatch):
     def noted(network, method):
         function = getattr(network, method)
 
-        def noting(self, *arguments, **options):
+        def noting(*arguments, **options):
             given.extend(t.dtype for t in (*arguments, *options.values()) if isinstance(t, torch.Tensor))
-            return function(self, *arguments, **options)
+            return function(*arguments, **options)
 
         monkeypatch.setattr(network, method, noting)
 
-    monkeypatch.setattr(runs, "has_float64", lambda device: False)
-    for network, method in ((DisCoDiff, "denoise"), (Prior, "sample"), (SEDD, "forward")):
+    for module in (noises, priors, sedd):
+        monkeypatch.setattr(module, "has_float64", lambda device: False)
+    for network, method in ((DisCoDiff, "denoise"), (priors, "draw_codes"), (SEDD, "forward")):
         noted(network, method)
     run("sample.py", f"--out_dir={trained}", "--name=narrow", *SAMPLE)
     assert set(given) == {torch.float32, torch.int64} and close(load(trained, "narrow"), samples)
@@ -525,16 +530,16 @@ def test_png_files_on_a_full_disk(samples, tmp_path, monkeypatch):
     np.savez(tmp_path / "a.npz", **samples)
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(UserError, match="can't write .*pngs: No space left on device"):
-        data.save_pngs([tmp_path / "a.npz"], tmp_path / "pngs")
+        npz.save_pngs([tmp_path / "a.npz"], tmp_path / "pngs")
 
 
 def test_an_interrupted_run_goes_on(trained, samples, monkeypatch):
-    merge = data.merge_npz
+    merge = npz.merge_npz
 
     def power_cut(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "merge_npz", power_cut)
+    monkeypatch.setattr(npz, "merge_npz", power_cut)
     arguments = [f"--out_dir={trained}", "--name=part", *SAMPLE, "--batch_size=8"]
     with pytest.raises(KeyboardInterrupt):
         run("sample.py", *arguments)
@@ -545,7 +550,7 @@ def test_an_interrupted_run_goes_on(trained, samples, monkeypatch):
     whole = (parts / "000000016.npz").read_bytes()
     (parts / "000000016.npz").write_bytes(whole[:300] + b"damage" + whole[306:])
     kept = []
-    monkeypatch.setattr(data, "merge_npz", lambda files, path: (kept.append(files[0].stat().st_mtime_ns), merge(files, path)))
+    monkeypatch.setattr(npz, "merge_npz", lambda files, path: (kept.append(files[0].stat().st_mtime_ns), merge(files, path)))
     with pytest.raises(UserError, match="unfinished run with other settings"):
         run("sample.py", *arguments, "--num_steps=4")
     settings = (parts / "settings.json").read_bytes()
@@ -556,7 +561,7 @@ def test_an_interrupted_run_goes_on(trained, samples, monkeypatch):
     (parts / "settings.json").write_bytes(settings)
     run("sample.py", *arguments)
     assert kept == [before] and close(load(trained, "part"), samples)
-    monkeypatch.setattr(data, "merge_npz", power_cut)
+    monkeypatch.setattr(npz, "merge_npz", power_cut)
     for brightness in (10, 200):  # of the image whose code is taken: the second run must not go on with the first's
         Image.new("L", (28, 28), brightness).save(trained / "source.png")
         with pytest.raises(KeyboardInterrupt if brightness == 10 else UserError):
@@ -642,7 +647,7 @@ def test_composed_codes(trained):
     (["--eta=0.02"], "sedd_sampler and eta are of --prior=sedd"),
     (["--prior=sedd", "--temperature=0.5"], "temperature is of --prior=ar"),
     (["--gamma=0.05"], "gamma is the churn of restarts: there are none"),
-    (["--restarts=(3,1,0.06,0.3),", "--S_churn=3"], "with restarts, gamma is theirs"),
+    (["--restarts=(3,1,0.06,0.3),", "--S_churn=3"], "the churn of restarts is gamma"),
     (["--restarts=(3,1,0.3,0.06),"], "restarts has .3, 1, 0.3, 0.06.: N_restart and num_steps are 2 or more"),
     (["--restarts=39"], "restarts takes a tuple"),
     (["--compose=1,2,3"], "give the first by --code or --encode"),

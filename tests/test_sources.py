@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import data
 import sources
 from configurator import UserError
-from conftest import ROOT
 from sources import center_crop, decode, list_folder
 
 rng = np.random.default_rng(0)

@@ -1,13 +1,16 @@
 """A step of each training script, in numbers: what is drawn, what the network is given, the loss, the rates, the averages."""
+import inspect
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 
 import bench
 import data
-from conftest import TINY
+import training
 from model import DisCoDiff
 
 SETTINGS = [*TINY, "--held_out=1000", "--batch_size=128", "--batch_gpu=32", "--xflip=True", "--P_mean=-0.7", "--P_std=1.6",
@@ -16,25 +19,36 @@ SETTINGS = [*TINY, "--held_out=1000", "--batch_size=128", "--batch_gpu=32", "--x
 
 
 class Script:
-    """The globals of a training script, all but its run; in `all`, where they can be changed, as its functions see them."""
+    """A training script before its first step: its run, and its functions, which are given the run where they take one.
+    In `all`, its globals can be changed, as its functions see them."""
 
     def __init__(self, *arguments):
         hook = sys.excepthook
-        self.all = bench.prepared(*arguments)["gradients"].__globals__
+        scope, self.run = bench.prepared(*arguments)
+        self.all = scope["gradients"].__globals__
         sys.excepthook = hook
 
     def __getattr__(self, name):
-        return self.all[name]
+        if name not in self.all:
+            return getattr(self.run, name)
+        value = self.all[name]
+        takes_run = inspect.isfunction(value) and next(iter(inspect.signature(value).parameters), "") == "run"
+        return partial(value, self.run) if takes_run else value
 
     def recorded(self, monkeypatch, name):
         """-> a list that gets what this function is given from now on"""
-        given, function = [], self.all[name]
-        monkeypatch.setitem(self.all, name, lambda *arguments: given.append(arguments) or function(*arguments))
+        given, function = [], self.all[name] if name in self.all else getattr(self.run, name)
+
+        def recording(run, *arguments):
+            given.append(arguments if run is self.run else (run, *arguments))
+            return function(run, *arguments)
+
+        monkeypatch.setitem(self.all if name in self.all else vars(self.run), name, recording)
         return given
 
     def averages_of_ones(self, seen):
         """What the moving average, 0 to begin with, is after `update` at each of these points, of weights that stay at 1."""
-        averages = self.all.get("ema_parameters") or self.all["averaged_parameters"]
+        averages = self.run.ema_parameters
         with torch.no_grad():
             for p, average in zip(self.parameters, averages):
                 p.fill_(1)
@@ -150,18 +164,19 @@ def test_dropout_differs_from_step_to_step(stage1, monkeypatch):
         seeds.append(torch.initial_seed())
         return (0 * y).requires_grad_(), torch.zeros(len(y), 3, 5)
 
-    monkeypatch.setitem(stage1.all, "forward", forward)
+    monkeypatch.setattr(stage1.run, "forward", forward)
     for step in (0, 1, 2, 0):
         stage1.gradients(step)
     assert len(set(seeds)) == 12 and seeds[12:] == seeds[:4]
 
 
-def test_what_is_due_where_batches_do_not_divide_it(stage1, monkeypatch):
+def test_what_is_due_where_batches_do_not_divide_it(stage1):
     """Every 1,000 images, in batches of 128: after the step that passes them, and after the last one."""
-    monkeypatch.setitem(stage1.all, "total_images", 2_600)
+    config = dict(stage1.config, total_images=2_600)
     steps = [128 * i for i in range(1, 22)]
-    assert [seen for seen in steps if stage1.due(1_000, seen)] == [1024, 2048, 2688]
-    assert [seen for seen in steps if stage1.due(50, seen)] == steps and not any(stage1.due(0, seen) for seen in steps)
+    assert [seen for seen in steps if training.due(1_000, seen, config)] == [1024, 2048, 2688]
+    assert [seen for seen in steps if training.due(50, seen, config)] == steps
+    assert not any(training.due(0, seen, config) for seen in steps)
 
 
 # stage 2
@@ -175,7 +190,7 @@ def encoded(tmp_path_factory):
     args = dict(img_resolution=8, img_channels=1, label_dim=3, num_latents=4, codebook_size=5, model_channels=4,
                 channel_mult=(1,), num_blocks=1, attn_resolutions=(), latent_dim=4, latent_layers=1, latent_heads=1,
                 encoder_patch=4, encoder_dim=8, encoder_layers=1, encoder_heads=1)
-    config = dict(dataset="mine", held_out=20, xflip=True, data_identity=data.identity(images, labels))
+    config = dict(dataset="mine", held_out=20, xflip=True, data_identity=data.data_checksum(images, labels))
     folder = tmp_path_factory.mktemp("encoded")
     torch.manual_seed(0)
     state = dict(made_by="train_stage1", config=config, model_args=args, step=0, ema=DisCoDiff(**args).state_dict())
@@ -188,7 +203,7 @@ def prior(request, encoded, monkeypatch):
     folder, images, labels = encoded
     monkeypatch.setattr(data, "load", lambda name: (images, labels, 3))
     return Script("train_prior.py", "default", folder, "cpu", f"--prior={request.param}", "--layers=1", "--dim=16", "--heads=2",
-                  "--batch_size=2000", "--lr=0.01", "--warmup_images=8000", "--label_drop=0.3", "--grad_clip=0.5", "--ema=0.75")
+                  "--batch_size=2000", "--lr=0.01", "--warmup_images=8000", "--label_drop=0.3", "--grad_clip=0.5", "--ema_decay=0.75")
 
 
 def test_what_a_prior_is_given_and_its_loss(prior, encoded, monkeypatch):
@@ -197,7 +212,9 @@ def test_what_a_prior_is_given_and_its_loss(prior, encoded, monkeypatch):
     _, images, labels = encoded
     train, held_out = data.split(60, 20)
     encoder = prior.stage1.encoder
-    taken, drawn, given = (prior.recorded(monkeypatch, name) for name in ("logits_of", "draw_codes", "loss_of"))
+    taken, drawn = (prior.recorded(monkeypatch, name) for name in ("logits_of", "draw_codes"))
+    given, loss_of = [], prior.model.loss
+    monkeypatch.setattr(prior.model, "loss", lambda *arguments: given.append(arguments[:4]) or loss_of(*arguments))
     loss = prior.gradients(7).item()
     ((which, flip),), ((z, c, t, u),) = taken, given
     assert sorted(set(which)) == sorted(train) and flip.double().mean().item() == pytest.approx(0.5, abs=0.05)

@@ -10,14 +10,18 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, TINY, run
 from PIL import Image
 
 import bench
 import data
+import plot
+import training
+from checkpoint import previous as previous_of
+from checkpoint import resume
 from compare_priors import distances, shuffled_in_class
 from configurator import UserError
-from conftest import ROOT, TINY, run
-from sample import load_prior, load_stage1
+from trained import load_prior, load_stage1
 
 PRIOR = ["--layers=1", "--dim=16", "--heads=2", "--batch_size=50", "--warmup_images=100", "--device=cpu"]
 
@@ -100,7 +104,7 @@ def test_overwrite_starts_anew(tmp_path):
 @contextlib.contextmanager
 def a_crash(monkeypatch, step):
     """Inside, a run crashes once it has saved this step. -> a list that gets the steps that are saved"""
-    save, saved = data.save_checkpoint, []
+    save, saved = training.save_checkpoint, []
 
     def save_and_crash(path, state):
         save(path, state)
@@ -109,7 +113,7 @@ def a_crash(monkeypatch, step):
             raise ZeroDivisionError
 
     with monkeypatch.context() as patched:
-        patched.setattr(data, "save_checkpoint", save_and_crash)
+        patched.setattr(training, "save_checkpoint", save_and_crash)
         yield saved
 
 
@@ -154,7 +158,7 @@ def test_which_checkpoints_are_continued(tmp_path, capsys):
     path = tmp_path / "stage1.pt"
 
     def resumed(**changes):
-        return data.resume(path, config | changes, dict(m=3), ("total_images", "overwrite", "change"), ("lr",), "train_stage1", encoder=7)
+        return resume(path, config | changes, dict(m=3), ("total_images", "overwrite", "change"), ("lr",), "train_stage1", encoder=7)
 
     def write(file=path, **changes):
         torch.save(dict(made_by="train_stage1", config=config, model_args=dict(m=3), step=5, ema={}, model={}, optimizer={}, encoder=7)
@@ -169,7 +173,7 @@ def test_which_checkpoints_are_continued(tmp_path, capsys):
     for other in (dict(model_args=dict(m=4)), dict(encoder=8), dict(config=config | dict(overwrite=False)), dict(made_by="train_prior"), dict(step=6)):
         write(**other)
         assert resumed() is None, other
-    write(previous := data.previous(path), step=4)
+    write(previous := previous_of(path), step=4)
     path.write_bytes(b"damaged")
     assert resumed()["step"] == 4 and "the one before it is taken" in capsys.readouterr().err
     assert resumed(lr=2.0) is None and not capsys.readouterr().err
@@ -246,21 +250,23 @@ def test_gradients_are_those_of_the_loss_whatever_its_scale(trained, tmp_path):
     for script, settings in (("train_stage1.py", TINY), ("train_prior.py", PRIOR)):
         found = []
         for scale in (1, 128):
-            prepared = bench.prepared(script, "default", tmp_path if script == "train_prior.py" else tmp_path / str(scale), "cpu", *settings)
-            prepared["gradients"].__globals__["scale"] = scale
-            loss = prepared["gradients"](0)
-            found.append((loss, [p.grad for p in prepared["parameters"]]))
+            folder = tmp_path if script == "train_prior.py" else tmp_path / str(scale)
+            scope, ready = bench.prepared(script, "default", folder, "cpu", *settings)
+            ready.scale = scale
+            loss = scope["gradients"](ready, 0)
+            found.append((loss, [p.grad for p in ready.parameters]))
         assert same(*found) and any(g.any() for g in found[0][1])
 
 
 def test_what_stage_1_leaves_and_prints(tmp_path):
     printed = run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--log_every=24", "--preview_every=24")
-    assert {p.name for p in tmp_path.iterdir()} == {"stage1.pt", "stage1.previous.pt", "stage1.jsonl", "preview_000000024.png",
-                                                   "preview_000000048.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {"stage1.pt", "stage1.previous.pt", "stage1.jsonl", "stage1_curves.png",
+                                                   "preview_000000024.png", "preview_000000048.png"}
     rows = [json.loads(line) for line in open(tmp_path / "stage1.jsonl")]
     assert [r["images"] for r in rows] == [24, 48]
     assert all(1 <= u <= 5 for r in rows for u in r["perplexity"]) and len(rows[0]["perplexity"]) == 3
     assert 0 <= rows[0]["bits"] <= 3 * np.log2(5)
+    assert all(r["grad_norm"] > 0 and r["lr"] == 2e-3 and r["skipped"] == 0 for r in rows)
     table = printed[printed.index("own codes"):].splitlines()[1:9]
     assert [float(line.split()[0]) for line in table] == [0.02, 0.1, 0.3, 1, 3, 10, 30, 80]
 
@@ -347,7 +353,7 @@ def test_images_of_ones_own_at_the_first_try(tmp_path, monkeypatch):
     data.prepare("pets", str(tmp_path / "photos"), transform="center-crop-dhariwal", root=root)
     for function in (data.load, data.class_names, data.made_of):
         monkeypatch.setattr(data, function.__name__, partial(function, root=root))
-    monkeypatch.setattr(data, "save_grid", lambda images, path, columns, names=(): titles.append(names))
+    monkeypatch.setattr(plot, "save_grid", lambda images, path, columns, names=(): titles.append(names))
     run("train_stage1.py", "--dataset=pets", f"--out_dir={tmp_path / 'out'}", "--total_images=32", "--device=cpu")
     state = checkpoint(tmp_path / "out")
     assert {k: state["config"][k] for k in ("held_out", "attn_resolutions", "encoder_patch")} == dict(
@@ -477,7 +483,7 @@ def test_the_class_is_dropped_as_often_as_said(trained, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--prior=gpt"], "--prior is ar or sedd, not gpt"),
     (["--label_drop=1.5"], "label_drop must be in 0 ... 1, .* they are 1.5 and 0.9999"),
-    (["--ema=1"], "ema in 0 ... below 1"),
+    (["--ema_decay=1"], "ema_decay in 0 ... below 1"),
     (["--grad_clip=0"], "grad_clip must be positive"),
     (["--dim=14", "--heads=4"], "14 is not by 4"),
     (["--layers=3", "--dim=16"], "layers=1 there, 3 here"),
@@ -493,7 +499,7 @@ def test_bad_input_to_the_priors(trained, arguments, message):
 def test_a_prior_that_diverges_is_not_saved(trained, tmp_path, prior):
     shutil.copy(trained / "stage1.pt", tmp_path)
     with pytest.raises(UserError, match="the weights are not finite any more: a lower --lr may help; .* is left as it was"):
-        run("train_prior.py", f"--out_dir={tmp_path}", *PRIOR, f"--prior={prior}", "--lr=inf", "--total_images=200")
+        run("train_prior.py", f"--out_dir={tmp_path}", *PRIOR, f"--prior={prior}", "--lr=1e38", "--total_images=200")
     assert checkpoint(tmp_path, f"prior_{prior}.pt")["step"] == 0
 
 

@@ -1,0 +1,52 @@
+"""
+Where the codes of a picture come from, if not from a prior: given by hand, read off images, or composed of two.
+
+A source of codes is a function source(numbers, noise) -> codes int64 (R, m), class labels (R,) or None, for the items
+with these numbers, an int64 array (R,): each item from its number, and its own row of noise, alone.
+"""
+
+import torch
+
+import data
+from configurator import require
+from model import draw_codes
+from noise import SeededNoise
+
+
+def by_hand(code, model, setting="code"):
+    """The source of one code for all, a tuple of m numbers in 0 ... k - 1. Raises UserError where it is none."""
+    m, k = model.num_latents, model.codebook_size
+    require(len(code) == m and all(type(c) is int and 0 <= c < k for c in code),
+            f"--{setting} takes {m} numbers in 0 ... {k - 1}, not {code}")
+
+    def source(numbers, noise):
+        return torch.tensor(code, device=noise.device).expand(len(numbers), -1), None
+
+    return source
+
+
+def of_images(images, labels, order, model):
+    """The source of codes that the encoder draws for images uint8 (N, H, W, C), taken in this order, over and over.
+
+    labels: int64 (N,), or None
+    """
+    def source(numbers, noise):
+        chosen = order[numbers % len(order)]
+        with torch.no_grad():
+            logits = model.encoder(data.to_float(images[chosen], next(model.parameters()).device))
+        codes = draw_codes(logits.to(noise.device), noise.gumbel(model.num_latents, model.codebook_size))
+        return codes, None if labels is None else torch.from_numpy(labels[chosen]).to(noise.device)
+
+    return source
+
+
+def composed(rows, first, second, device):
+    """Of four rows in turn: the first code, the second, and two mixtures, which take each position from the one code or
+    from the other, by coins (DLC sec. 5.2).
+
+    rows: row numbers int64 (R,); first, second: codes (R, m). -> codes (R, m), and bool (R,): rows of the first's class
+    """
+    turn = torch.from_numpy(rows % 4).to(first.device)
+    coins = SeededNoise("compose", rows, device).rand(first.shape[1]) < 0.5
+    of_first = torch.where(turn[:, None] < 2, turn[:, None] == 0, coins)
+    return torch.where(of_first, first, second), turn % 2 == 0

@@ -1,0 +1,119 @@
+"""
+The continuous process: noise levels, the loss weight, guidance, and the samplers (EDM: Karras et al. 2022).
+
+Everything here is a function of `denoise(x, sigma)`, free of networks and images: the toy and the image model run
+through the same samplers. denoise takes x, float64 of any shape (B, ...), with noise of standard deviation sigma, a
+float64 scalar tensor, and returns D, the expected clean data. (x - D) / sigma is the ODE's dx/dsigma.
+"""
+
+import math
+
+import torch
+
+from configurator import require
+
+
+def loss_weight(sigma, sigma_data):
+    """lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (EDM Table 1)."""
+    return (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
+
+
+def guided(denoise, w):
+    """Guidance by the latents, D~ = w D(x; z) + (1 - w) D(x; null) (App. B). -> denoise(x, sigma)
+
+    denoise: of twice as many images, first with codes z, then with null latents. The paper's cfg is w - 1.
+    """
+    def denoise_guided(x, sigma):
+        D, D_null = denoise(torch.cat([x, x]), sigma).chunk(2)
+        return w * D + (1 - w) * D_null
+
+    return denoise_guided
+
+
+# ----------------------------------------------------------------------------------------------------
+# samplers
+
+
+def noise_levels(num_steps, sigma_min, sigma_max, rho, dtype=torch.float64):
+    """EDM Eq. 5: from sigma_max down to sigma_min. -> (num_steps,) of this precision"""
+    i = torch.arange(num_steps, dtype=dtype) / max(num_steps - 1, 1)
+    root = sigma_max ** (1 / rho) + i * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))
+    return root.double().pow(rho).to(dtype)  # rounded once, so that float32 levels are the same on every machine
+
+
+def heun_step(denoise, x, t, t_next, gamma=0, S_noise=1, randn_like=torch.randn_like):
+    """From noise level t to t_next, by way of t (1 + gamma) (EDM Alg. 2, lines 4-11). -> x at t_next"""
+    t_hat = t + gamma * t
+    if gamma > 0:
+        x = x + (t_hat ** 2 - t ** 2).sqrt() * S_noise * randn_like(x)
+    d = (x - denoise(x, t_hat.double())) / t_hat  # dx/dt (EDM Eq. 3)
+    x_next = x + (t_next - t_hat) * d  # Euler
+    if t_next > 0:  # second-order correction
+        d_next = (x_next - denoise(x_next, t_next.double())) / t_next
+        x_next = x + (t_next - t_hat) * (d + d_next) / 2
+    return x_next
+
+
+def heun(denoise, latents, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7,
+         S_churn=0, S_min=0, S_max=math.inf, S_noise=1, randn_like=torch.randn_like, steps=None):
+    """EDM's sampler with stochastic churn (Karras et al. 2022, Alg. 2); S_churn = 0 is Heun's method (Alg. 1).
+
+    denoise(x, sigma): D; x is float64 and shaped like latents, sigma a float64 scalar tensor.
+    latents: N(0, 1) noise of any shape. num_steps: N >= 1; 2 N - 1 evaluations.
+    S_churn, S_min, S_max, S_noise: amount of churn, its range of sigma, and the scale of its noise, which
+    randn_like(x) draws. steps: a list that gets (t, x) at the start of each step, and at the end, t = 0.
+    -> the sample, float64, shaped like latents
+    """
+    t = torch.cat([noise_levels(num_steps, sigma_min, sigma_max, rho), torch.zeros(1)]).to(latents.device)  # t_N = 0
+    x = latents.double() * t[0]
+    gamma = min(S_churn / num_steps, math.sqrt(2) - 1)
+    for i in range(num_steps):
+        if steps is not None:
+            steps.append((t[i], x))
+        x = heun_step(denoise, x, t[i], t[i + 1], gamma if S_min <= t[i] <= S_max else 0, S_noise, randn_like)
+    if steps is not None:
+        steps.append((t[-1], x))
+    return x
+
+
+def restart_loops(num_steps, restarts, sigma_min=0.002, sigma_max=80, rho=7):
+    """When `restart` goes back up: on arrival at noise level i, for each s in list i, from s[-1] to s[0] and down again.
+
+    -> num_steps + 1 lists of noise levels s. Raises UserError for restarts that have no place among the levels.
+    """
+    t = noise_levels(num_steps, sigma_min, sigma_max, rho)
+    loops = [[] for _ in range(num_steps + 1)]
+    for interval in restarts:
+        require(isinstance(interval, (tuple, list)) and [*map(type, interval[:2])] == [int, int] and len(interval) == 4
+                and all(isinstance(v, (int, float)) for v in interval),
+                f"restarts takes (N_restart, K, t_min, t_max), ..., the first two whole numbers; not {interval}")
+        n, K, t_min, t_max = interval
+        require(n >= 2 and K >= 1 and sigma_min <= t_min < t_max <= sigma_max and num_steps > 1,
+                f"restarts has {interval}: N_restart and num_steps are 2 or more, K is 1 or more, and "
+                f"sigma_min {sigma_min} <= t_min < t_max <= sigma_max {sigma_max}")
+        i = int((t[1:] - t_min).abs().argmin()) + 1
+        require(t[i] < t_max, f"restarts has {interval}: {t[i]:.3g} is the noise level nearest to t_min, and not below t_max")
+        # in float32, as in the authors' program, so that the results are the same to 1e-9
+        loops[i] += [noise_levels(n, t[i].item(), t_max, rho, torch.float32)] * K
+    return loops
+
+
+def restart(denoise, latents, num_steps, restarts, sigma_min=0.002, sigma_max=80, rho=7,
+            gamma=0, S_min=0, S_max=math.inf, S_noise=1, randn_like=torch.randn_like):
+    """Restart sampling (Xu et al. 2023a, Alg. 1; DisCo-Diff App. D.2): Heun's method that goes back up, and down again.
+
+    restarts: (N_restart, K, t_min, t_max), ...: on arrival at the noise level nearest to t_min, K times, noise takes
+    x up to t_max, and Heun's method takes x down again on N_restart noise levels. gamma, for levels in [S_min, S_max],
+    is the churn of these steps (the main steps have none); S_noise scales the noise of churn and of the way up. All
+    else as in `heun`. 2 N - 1 + sum of 2 K (N_restart - 1) evaluations. Raises UserError as `restart_loops` does.
+    """
+    t = torch.cat([noise_levels(num_steps, sigma_min, sigma_max, rho), torch.zeros(1)]).to(latents.device)
+    x = latents.double() * t[0]
+    for i, loops in enumerate(restart_loops(num_steps, restarts, sigma_min, sigma_max, rho)[1:]):
+        x = heun_step(denoise, x, t[i], t[i + 1])
+        for s in loops:
+            s = s.to(x.device)
+            x = x + S_noise * randn_like(x) * (s[0] ** 2 - s[-1] ** 2).sqrt()  # up
+            for s_i, s_next in zip(s, s[1:]):
+                x = heun_step(denoise, x, s_i, s_next, gamma if S_min <= s_i <= S_max else 0, S_noise, randn_like)
+    return x

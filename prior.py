@@ -1,0 +1,99 @@
+"""
+The autoregressive prior over codes, p(z | c) = prod_i p(z_i | z_<i, c): what stage 2 of DisCo-Diff trains (Eq. 4, Alg. 2).
+
+Every prior is an nn.Module over codes int64 (B, m) with k values each and class labels int64 (B,), -1 for "no class",
+and has three methods: `loss`, what training minimises; `nats`, -ln p(z | c) or a bound on it; and `sample`.
+The other prior is in sedd.py; trained.py lists both. A third one is one new file, and its name in that list.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import draw_codes
+from noise import gumbel_noise, has_float64
+from transformer import float32, transformer, zero
+
+
+def class_rows(table, labels, batch):
+    """Embeddings (B, dim) of labels (B,), from a table (classes + 1, dim) whose last row is "no class".
+
+    labels = None, or a table without classes: "no class" for all of the batch.
+    """
+    if labels is None or len(table) == 1:
+        labels = torch.full((batch,), -1, device=table.device)
+    return table[labels]
+
+
+def mean_bits(prior, logits, labels, draws, g_codes, g_noise):
+    """`prior.nats` in bits, of codes drawn from the encoder's logits (B, m, k): the mean over draws, (B,)."""
+    nats = 0
+    for _ in range(draws):
+        nats += prior.nats(draw_codes(logits, gumbel_noise(logits.shape, g_codes)), labels, g_noise)
+    return nats / draws / math.log(2)
+
+
+class Prior(nn.Module):
+    """Causal Transformer (App. D.1); its first token is the class, or "no class". label_dim = 0: no classes."""
+
+    nats_is_a_bound = False
+
+    def __init__(self, num_latents, codebook_size, label_dim=0, layers=12, dim=512, heads=8):
+        super().__init__()
+        self.num_latents, self.codebook_size, self.label_dim = num_latents, codebook_size, label_dim
+        self.class_token = nn.Parameter(0.02 * torch.randn(label_dim + 1, dim))  # the last row: "no class"
+        self.codebook = nn.Parameter(0.02 * torch.randn(codebook_size, dim))
+        self.position = nn.Parameter(0.02 * torch.randn(num_latents, dim))
+        self.blocks = transformer(layers, dim, heads, causal=True)
+        self.norm = nn.LayerNorm(dim)
+        self.head = zero(nn.Linear(dim, codebook_size))  # starts uniform: log2 k bits a code
+
+    def first_token(self, labels, batch):
+        return class_rows(self.class_token, labels, batch)[:, None]  # (B, 1, dim)
+
+    def forward(self, codes, labels=None):
+        """-> logits (B, m, k); row i sees the codes before i alone."""
+        x = torch.cat([self.first_token(labels, len(codes)), self.codebook[codes[:, :-1]]], dim=1) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return float32(self.head, self.norm(x))
+
+    def loss(self, codes, labels=None, t=None, u=None, network=None):
+        """Cross-entropy, -ln p(codes | labels), (B,) (Eq. 4).
+
+        t (B,), u (B, m): noise that `SEDD.loss` needs, of no use here. network: what stands in for this module, as
+        DistributedDataParallel does.
+        """
+        logits = (network or self)(codes, labels)
+        return F.cross_entropy(logits.transpose(1, 2), codes, reduction="none").sum(1)
+
+    def nats(self, codes, labels=None, generator=None):
+        """-ln p(codes | labels), (B,). The generator is for `SEDD.nats`."""
+        return self.loss(codes, labels)
+
+    @torch.no_grad()
+    def sample(self, noise, labels=None, temperature=1.0):
+        """Ancestral sampling (Alg. 3, lines 3-5). -> codes int64 (B, m), on the noise's device
+
+        noise: a `SeededNoise`, or another object with gumbel(m, k) -> (B, m, k), which decides the draws. temperature
+        divides the logits; 0 takes the mode. With a key-value cache, this equals the plain loop
+
+            codes = zeros(B, m)
+            for i in range(m):
+                codes[:, i] = draw_codes(self(codes, labels)[:, i] / temperature, gumbel[:, i])
+        """
+        place = self.position.device
+        gumbel = noise.gumbel(self.num_latents, self.codebook_size)
+        home, gumbel = gumbel.device, gumbel.to(place, torch.float64 if has_float64(place) else torch.float32)
+        caches = [[] for _ in self.blocks]
+        x, codes = self.first_token(labels if labels is None else labels.to(place), len(gumbel)), []
+        for i in range(self.num_latents):
+            x = x + self.position[i]
+            for block, cache in zip(self.blocks, caches):
+                x = block(x, cache)
+            logits = float32(self.head, self.norm(x))[:, 0]  # (B, k)
+            codes.append(draw_codes(logits, temperature * gumbel[:, i]))  # = logits / T + gumbel
+            x = self.codebook[codes[-1]][:, None]
+        return torch.stack(codes, dim=1).to(home)

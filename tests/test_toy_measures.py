@@ -1,0 +1,168 @@
+"""The toy's measures against closed forms; EM and optimal transport against known answers."""
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from noise import seeded_generator
+from toy2d import Denoiser, ring
+from toy_grids import fit_gmm, grid, kl_divergence, silverman
+from toy_measures import (
+    around,
+    assignment,
+    curvature,
+    even_parts,
+    exact_denoiser,
+    jacobian_norms,
+    log_density,
+    purity,
+    stray,
+    wasserstein2,
+)
+
+ONE = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
+
+
+@pytest.fixture
+def g():
+    return seeded_generator("cpu", "test", 0)
+
+
+def randn(n, g):
+    return torch.randn(n, 2, generator=g, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("t", [0.01, 0.3, 5.0])
+def test_a_single_gaussian_has_straight_trajectories(t, g):
+    x, t = ONE + 3 * randn(50, g), torch.tensor(t, dtype=torch.float64)
+    assert curvature(exact_denoiser(ONE, 0.2), x, t).max() < 1e-8
+
+
+@pytest.mark.parametrize("radius", [0.1, 1.0, 7.0])
+def test_trajectories_on_circles_have_the_curvature_of_the_circle(radius):
+    turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    angles = torch.arange(6, dtype=torch.float64)
+    x = radius * torch.stack([angles.cos(), angles.sin()], 1)
+    kappa = curvature(lambda x, t: x - t * (x @ turn), x, torch.tensor(2.0, dtype=torch.float64))  # dx/dt = x @ turn
+    torch.testing.assert_close(kappa, torch.full((6,), 1 / radius, dtype=torch.float64), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("t", [0.05, 1.0, 20.0])
+def test_jacobian_norms_of_one_gaussian(t, g):
+    """score = (mu - x) / (t^2 + s^2), D = (s^2 x + t^2 mu) / (t^2 + s^2)"""
+    x, t, v = ONE + randn(20, g), torch.tensor(t, dtype=torch.float64), t ** 2 + 0.2 ** 2
+    fresh = Denoiser(1, 3, 0.2, 2.0).double().requires_grad_(False)  # H = 0: one Gaussian for each code
+    for denoise in (exact_denoiser(ONE, 0.2), fresh.with_codes(torch.ones(1, 1, dtype=torch.int64))):
+        of_score, of_denoiser = jacobian_norms(denoise, x, t)
+        torch.testing.assert_close(of_score, torch.full((20,), 2 / v ** 2, dtype=torch.float64))
+        torch.testing.assert_close(of_denoiser, torch.full((20,), 2 * (0.2 ** 2 / v) ** 2, dtype=torch.float64))
+
+
+def test_exact_denoiser_is_that_of_the_density(g):
+    """Tweedie: D = x + t^2 grad ln p_t."""
+    x, t = (2 * randn(30, g)).requires_grad_(), torch.tensor(0.7, dtype=torch.float64)
+    log_p = log_density(x, ring(), (0.2 ** 2 + t ** 2) ** 0.5, -math.log(8)).logsumexp(1)
+    score, = torch.autograd.grad(log_p.sum(), x)
+    torch.testing.assert_close(exact_denoiser(ring(), 0.2)(x, t), x + t ** 2 * score)
+
+
+def test_log_density_is_pytorchs(g):
+    x, centres, std = randn(5, g), randn(3, g), torch.tensor([0.3, 1.0, 2.0], dtype=torch.float64)
+    normal = torch.distributions.Normal(centres, std[:, None])
+    torch.testing.assert_close(log_density(x, centres, std, -1.0), normal.log_prob(x[:, None]).sum(2) - 1)
+
+
+def test_centres():
+    torch.testing.assert_close(ring().norm(dim=1), torch.full((8,), 3.0, dtype=torch.float64))
+    directions = {tuple(c) for c in (ring() / 3 * 2 ** 0.5).round().int().tolist()}
+    assert directions == {*itertools.product((-1, 0, 1), repeat=2)} - {(0, 0)}
+    assert grid(9).sum().abs() < 1e-12 and len(grid(9)) == 9
+    assert torch.cdist(grid(9), grid(9)).fill_diagonal_(9).amin(1).eq(1).all()
+
+
+def test_assignment_is_the_cheapest_of_all():
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 5, 6):
+        for cost in (rng.random((n, n)), rng.integers(0, 3, (n, n)).astype(float)):
+            rows = assignment(cost)
+            assert sorted(rows) == list(range(n))
+            best = min(cost[list(order), range(n)].sum() for order in itertools.permutations(range(n)))
+            assert cost[rows, range(n)].sum() == pytest.approx(best)
+
+
+def test_wasserstein2(g):
+    a = randn(100, g)
+    assert wasserstein2(a, a[torch.randperm(100, generator=g)]) < 1e-6
+    assert wasserstein2(a, a + torch.tensor([3.0, -4.0])) == pytest.approx(5)  # a translation: its length
+    spread = a.square().sum(1).mean().sqrt().item()
+    assert wasserstein2(a, 2 * a) == pytest.approx(spread)  # a -> 2 a is the gradient of a convex function
+    line_a, line_b = (torch.stack([randn(200, g)[:, 0], torch.zeros(200, dtype=torch.float64)], 1) for _ in range(2))
+    in_order = line_a[:, 0].sort()[0] - line_b[:, 0].sort()[0]
+    assert wasserstein2(line_a, line_b) == pytest.approx(in_order.square().mean().item() ** 0.5)
+
+
+def test_purity():
+    modes = torch.tensor([0, 0, 1, 1, 2, 2])
+    assert purity(modes, modes) == 1 and purity(torch.tensor([5, 5, 0, 0, 3, 3]), modes) == 1
+    assert purity(torch.zeros(6, dtype=torch.int64), modes) == pytest.approx(1 / 3)
+    assert purity(torch.tensor([0, 0, 0, 0, 1, 1]), modes) == pytest.approx(4 / 6)
+
+
+def test_stray_is_the_tail_of_a_rayleigh_distribution(g):
+    assert stray(around(ring().repeat(5000, 1), 0.2, g), ring(), 0.2) == pytest.approx(math.exp(-4.5), abs=0.001)
+    assert stray(ring() * 1.1, ring(), 0.2) == 0 and stray(ring() * 1.3, ring(), 0.2) == 1
+
+
+def test_even_parts_take_equally_many_of_each(g):
+    x = torch.cat([around(ring()[[i] * (10 + i)], 0.2, g) for i in range(8)])
+    parts = even_parts(x[torch.randperm(len(x), generator=g)], ring(), 32)
+    assert len(parts) == 2
+    assert all(torch.cdist(part, ring()).argmin(1).bincount().tolist() == [4] * 8 for part in parts)
+    assert len(torch.cat(parts).unique(dim=0)) == 64
+    assert even_parts(x[10:], ring(), 32) == []  # none is left near the first centre
+
+
+def test_silverman(g):
+    x = randn(500, g)[:, :1] * 3
+    in_one_dimension = 1.0592 * x.std().item() * 500 ** (-1 / 5)
+    assert silverman(x).item() == pytest.approx(in_one_dimension, rel=1e-4)
+    wide = randn(500, g) * torch.tensor([1.0, 3.0])
+    torch.testing.assert_close(silverman(wide) / wide.std(0), torch.full((2,), 500 ** (-1 / 6), dtype=torch.float64))
+
+
+def test_kl_of_two_gaussians(g):
+    """The kernel density estimate of N(shift, 1) is about N(shift, 1 + h^2)."""
+    half, shift, h = randn(500, g), torch.tensor([0.6, 0.8]), torch.tensor([0.3, 0.3], dtype=torch.float64)
+    points = torch.cat([half, -half])  # so that the part of ln p - ln q that is linear in x has the mean 0
+    samples = randn(20000, g) + shift
+    log_p = log_density(points, torch.zeros(1, 2, dtype=torch.float64), 1, 0.0)[:, 0]
+    exact = math.log(1.09) + (2 + 1) / (2 * 1.09) - 1
+    assert kl_divergence(points, log_p, samples, h) == pytest.approx(exact, abs=0.02)
+    assert abs(kl_divergence(points, log_p, samples - shift, silverman(samples))) < 0.02
+    points, log_p, samples = points[:100], log_p[:100], samples[:1000]
+    stretched = torch.tensor([1.0, 10.0], dtype=torch.float64)  # a coordinate's unit makes no difference
+    of_stretched = kl_divergence(points * stretched, log_p - math.log(10), samples * stretched, h * stretched)
+    assert of_stretched == pytest.approx(kl_divergence(points, log_p, samples, h))
+
+
+def test_em_recovers_a_known_mixture(g):
+    truth = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 5.0]], dtype=torch.float64)
+    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    std = torch.tensor([0.3, 0.6, 1.0], dtype=torch.float64)
+    component = torch.multinomial(weights, 20000, replacement=True, generator=g)
+    x = around(truth[component], std[component, None], g)
+    centres, found_std, log_weights = fit_gmm(x, 3, g)
+    order = torch.cdist(truth, centres).argmin(1)
+    assert order.sort()[0].tolist() == [0, 1, 2]
+    torch.testing.assert_close(centres[order], truth, rtol=0, atol=0.06)
+    torch.testing.assert_close(found_std[order], std, rtol=0.03, atol=0)
+    torch.testing.assert_close(log_weights[order].exp(), weights, rtol=0, atol=0.01)
+
+
+def test_em_never_makes_the_data_less_likely(g):
+    x = randn(500, g)
+    fits = [fit_gmm(x, 5, seeded_generator("cpu", "em", 0), iterations) for iterations in range(12)]
+    likelihoods = [log_density(x, *fit).logsumexp(1).mean().item() for fit in fits]
+    assert all(b >= a - 1e-9 for a, b in zip(likelihoods, likelihoods[1:])) and likelihoods[-1] > likelihoods[0] + 0.01

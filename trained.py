@@ -1,0 +1,79 @@
+"""
+The trained networks in a run's folder: a later step needs only the folder.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+
+from checkpoint import atomic, load_checkpoint, read_log, weights_checksum, write_log
+from configurator import UserError, require
+from model import DisCoDiff
+from prior import Prior
+from sedd import SEDD
+
+PRIORS = {"ar": Prior, "sedd": SEDD}  # a new prior: its file, and its name here
+
+
+def load_stage1(folder, device="cpu", snapshot=""):
+    """-> the trained DisCoDiff of a run's folder, or of the file `snapshot`, and its checkpoint, a dict.
+
+    It is the moving average of the weights, in eval mode. Raises UserError where there is none.
+    """
+    checkpoint = load_checkpoint(snapshot or f"{folder}/stage1.pt", "train_stage1")
+    return build(DisCoDiff, checkpoint, device), checkpoint
+
+
+def load_prior(folder, kind, device, stage1, snapshot=""):
+    """-> the trained prior, of a kind in PRIORS, of a run's folder: its moving average, in eval mode.
+
+    stage1: the checkpoint that `load_stage1` returned, perhaps that of a snapshot. Raises UserError where the prior is
+    missing, of another kind, or of other codes.
+    """
+    path = f"{folder}/prior_{kind}.pt"
+    mend = f"run `python train_prior.py --prior={kind} --out_dir={folder} --overwrite=True`"
+    if snapshot:
+        mend = (f"give codes by --code or --encode, which need no prior; or copy {snapshot} into a folder of its own as "
+                "stage1.pt, and train a prior there")
+        require(Path(path).is_file(), f"there is no prior {path}: {mend}")
+    checkpoint = load_checkpoint(path, "train_prior", f" --prior={kind}")
+    have = checkpoint["config"].get("prior")
+    require(have == kind, f"{path} holds a prior of the kind {have!r}, not {kind!r}: was another file copied over it?")
+    require(checkpoint["encoder"] == weights_checksum(stage1["ema"]),
+            f"{path} was trained on codes of another stage 1: {mend}")
+    have, want = [[a.get(key) for key in ("num_latents", "codebook_size", "label_dim")]
+                  for a in (checkpoint["model_args"], stage1["model_args"])]
+    require(have == want, f"{path} has m, k, classes = {have}, stage 1 has {want}: {mend}")
+    return build(PRIORS[kind], checkpoint, device)
+
+
+def build(network, checkpoint, device):
+    """-> the network of this class with the averaged weights of a checkpoint. Raises UserError where they don't fit."""
+    try:
+        model = network(**checkpoint["model_args"])
+        model.load_state_dict(checkpoint["ema"])
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"the checkpoint is of another architecture than this {network.__name__}: "
+                        f"{str(error).splitlines()[-1].strip()}") from None
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def ship(source, target):
+    """Copies what sampling needs of a trained run's folder to another: the averaged weights of stage 1 and of the
+    autoregressive prior in half precision, their settings, and the training log. Raises UserError where a checkpoint is
+    missing, or the prior is of another stage 1.
+    """
+    stage1, prior = load_checkpoint(f"{source}/stage1.pt", "train_stage1"), load_checkpoint(f"{source}/prior_ar.pt", "train_prior")
+    require(prior["encoder"] == weights_checksum(stage1["ema"]), f"{source}/prior_ar.pt was trained on codes of another stage 1")
+    require(Path(source).resolve() != Path(target).resolve(), f"{target} would lose what training needs: name another folder")
+    for state in (stage1, prior):
+        state["ema"] = {key: value.half() if value.is_floating_point() else value for key, value in state["ema"].items()}
+        state["config"] = state["config"] | dict(out_dir="")  # a path of the machine that trained it
+        for key in ("model", "optimizer"):
+            state.pop(key, None)
+    prior["encoder"] = weights_checksum(stage1["ema"])
+    for file, state in (("stage1.pt", stage1), ("prior_ar.pt", prior)):
+        with atomic(f"{target}/{file}") as f:
+            torch.save(state, f)
+    write_log(f"{target}/stage1.jsonl", read_log(f"{source}/stage1.jsonl", math.inf), mode="w")
