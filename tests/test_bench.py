@@ -1,11 +1,10 @@
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run
+from conftest import TINY, run, start
 
 import bench
 import data
@@ -57,11 +56,12 @@ def test_a_row_of_each_kind(tmp_path):
 
 
 def test_the_table_and_the_json(tmp_path):
-    done = subprocess.run([sys.executable, "bench.py", f"--config={tiny_config(tmp_path / 'tiny.py')}", "--rounds=1", "--batch_size=2",
-                           "--device=cpu", f"--out_dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done
+    process = start("bench.py", f"--config={tiny_config(tmp_path / 'tiny.py')}", "--rounds=1", "--batch_size=2", "--device=cpu",
+                    f"--out_dir={tmp_path}")
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
     (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert row["config"] == "tiny" and bench.line_of(row) in done.stdout
+    assert row["config"] == "tiny" and bench.line_of(row) in printed
 
 
 def test_bad_input(tmp_path):

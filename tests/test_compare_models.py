@@ -1,13 +1,11 @@
 """Plain EDM and DisCo-Diff side by side; the model that comes with the repository."""
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run
+from conftest import ROOT, TINY, run, start
 
 import compare_models
 import data
@@ -102,9 +100,9 @@ def test_a_comparison_is_made_once(tmp_path, monkeypatch):
 
 
 def test_a_failure_ends_it(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "compare_models.py"), f"--out_dir={tmp_path}", "--stage1_config=nowhere.py"],
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere.py" in done.stderr
+    process = start("compare_models.py", f"--out_dir={tmp_path}", "--stage1_config=nowhere.py")
+    _, errors = process.communicate()
+    assert process.returncode == 2 and errors.count("\n") == 1 and "nowhere.py" in errors
 
 
 @pytest.mark.parametrize("argument", ["--seeds=()", "--seeds=(-1,)", "--seeds=(1, 1)", "--total_images=0", "--num_images=9", "--features=vgg"])

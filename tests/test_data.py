@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import struct
-import subprocess
-import sys
 import tarfile
 import zipfile
 import zlib
@@ -13,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import outputs, start
 from PIL import Image
 
 import checkpoint
@@ -335,9 +333,10 @@ def test_interrupted_preparation_leaves_nothing_that_looks_finished(root, tmp_pa
     (tmp_path / "slow").mkdir()
     os.mkfifo(tmp_path / "slow" / "b.png")  # opening it waits for a writer that never comes
     Image.new("RGB", (8, 8)).save(tmp_path / "slow" / "a.png")
-    program = (f"import data, pathlib; "
-               f"data.prepare('s', {str(tmp_path / 'slow')!r}, 8, root=pathlib.Path({str(root)!r}))")
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, start_new_session=True)
+    (tmp_path / "prepare.py").write_text(
+        "import os, pathlib, sys; os.setsid(); sys.path.insert(0, '.'); import data; "
+        f"data.prepare('s', {str(tmp_path / 'slow')!r}, 8, root=pathlib.Path({str(root)!r}))")
+    process = start(tmp_path / "prepare.py")
     try:
         while not (root / "s.partial" / "images.npy").exists():
             assert process.poll() is None
@@ -363,7 +362,9 @@ def test_a_large_set_takes_no_private_memory(tmp_path):
     np.save(folder / "labels.npy", np.zeros(n, np.int64))
     (folder / "classes.json").write_text("[\"0\"]")
     program = f"""
-import data, pathlib, re
+import pathlib, re, sys
+sys.path.insert(0, ".")
+import data
 def private():
     return int(re.search(r'RssAnon:\\s+(\\d+) kB', open('/proc/self/status').read())[1]) / 1024
 before = private()
@@ -376,8 +377,9 @@ print(private() - before)
 """
     if not os.path.exists("/proc/self/status"):
         pytest.skip("needs Linux's /proc")
-    megabytes = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert float(megabytes.stdout) < 200
+    (tmp_path / "measure.py").write_text(program)
+    (megabytes, _), = outputs([start(tmp_path / "measure.py")])
+    assert float(megabytes) < 200
 
 
 # order, conversions, grids
@@ -522,17 +524,21 @@ def test_a_log_goes_on_after_the_checkpoint(tmp_path):
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     """The process may write files of 100 kB at most, as on a disk with so much room."""
-    program = f"""
-import resource, signal, torch, checkpoint
-checkpoint.save_checkpoint({str(tmp_path / 'c.pt')!r}, dict(made_by='x', w=torch.ones(10)))
+    folder, program = tmp_path / "run", tmp_path / "fill.py"
+    folder.mkdir()
+    program.write_text(f"""
+import resource, signal, sys, torch
+sys.path.insert(0, ".")
+import checkpoint
+checkpoint.save_checkpoint({str(folder / 'c.pt')!r}, dict(made_by='x', w=torch.ones(10)))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    checkpoint.save_checkpoint({str(tmp_path / 'c.pt')!r}, dict(made_by='x', w=torch.ones(1_000_000)))
+    checkpoint.save_checkpoint({str(folder / 'c.pt')!r}, dict(made_by='x', w=torch.ones(1_000_000)))
 except checkpoint.UserError as error:
     print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert "File too large" in done.stdout and "untouched" in done.stdout, done
-    assert torch.load(tmp_path / "c.pt")["w"].sum() == 10
-    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+""")
+    printed, errors = start(program).communicate()
+    assert "File too large" in printed and "untouched" in printed, errors
+    assert torch.load(folder / "c.pt")["w"].sum() == 10
+    assert [p.name for p in folder.iterdir()] == ["c.pt"]

@@ -7,26 +7,18 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run
-from test_train import checkpoint, same, same_training
+from conftest import TINY, checkpoint, outputs, run, same, same_training, start, start_together, torchrun
 
 import data
 import training
 from checkpoint import load_checkpoint
 from configurator import UserError
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-
-
-def start(*arguments, script="train_stage1.py", launcher=(sys.executable,)):
-    return subprocess.Popen([*launcher, script, *map(str, arguments)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
 
 
 def until(condition, process, timeout=120):
@@ -132,13 +124,15 @@ def test_a_disk_that_fills_while_saving(tmp_path):
     settings = [*TINY, "--save_every=16"]
     run("train_stage1.py", f"--out_dir={tmp_path / 'whole'}", *settings)
     size = (tmp_path / "whole" / "stage1.pt").stat().st_size
-    program = ("import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-               f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size * 3 // 4},) * 2); sys.argv.pop(0); sys.path.insert(0, '.'); "
-               "runpy.run_path('train_stage1.py', run_name='__main__')")
+    (tmp_path / "limited.py").write_text(
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size * 3 // 4},) * 2); sys.argv.pop(0); sys.path.insert(0, '.'); "
+        "runpy.run_path('train_stage1.py', run_name='__main__')")
     arguments = [f"--out_dir={tmp_path / 'full'}", *settings]
-    done = subprocess.run([sys.executable, "-c", program, "train_stage1.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    process = start(tmp_path / "limited.py", "train_stage1.py", *arguments)
+    _, errors = process.communicate()
     message = f"error: can't write {tmp_path}/full/stage1.pt: File too large; the file that was there before is untouched"
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done
+    assert process.returncode == 2 and message in errors and "Traceback" not in errors, errors
     assert checkpoint(tmp_path / "full")["step"] == 0
     run("train_stage1.py", *arguments)
     assert same_training(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "full"))
@@ -173,7 +167,7 @@ def test_sigterm_and_ctrl_c_save_and_the_same_command_goes_on(trained, tmp_path,
         if script == "train_prior.py":
             (tmp_path / folder / "stage1.pt").write_bytes((trained / "stage1.pt").read_bytes())
     command = [f"--out_dir={tmp_path / 'stopped'}", *settings, "--save_every=1000000", "--log_every=1000000"]
-    process = start(*command, script=script)
+    process = start(script, *command)
     until((tmp_path / "stopped" / name).exists, process)
     time.sleep(0.2)
     process.send_signal(stop)
@@ -194,7 +188,7 @@ def test_sigterm_and_ctrl_c_save_and_the_same_command_goes_on(trained, tmp_path,
 def test_a_signal_to_several_processes(tmp_path, to, stop):
     """All stop after the same step, with the same exit code, whichever of them has heard the signal."""
     settings = [*TINY, "--total_images=4800", "--save_every=1000000"]
-    process = start(f"--out_dir={tmp_path}", *settings, launcher=[*TORCHRUN, "--nproc_per_node=2"])
+    process = torchrun("--nproc_per_node=2", "train_stage1.py", f"--out_dir={tmp_path}", *settings)
     until((tmp_path / "stage1.pt").exists, process)
     time.sleep(0.5)
     os.kill(process.pid if to == "torchrun" else workers_of(process)[1], stop)
@@ -211,10 +205,9 @@ def test_torchrun_starts_a_killed_worker_again(tmp_path):
     """SIGKILL to one of two, in the middle: the run ends by itself, with the weights of one that nobody disturbed; and
     --overwrite=True does not begin a second time."""
     settings = [*TINY, "--total_images=240", "--save_every=40", "--overwrite=True"]
-    launcher = [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=2"]
-    whole = start(f"--out_dir={tmp_path / 'whole'}", *settings, launcher=launcher)
-    assert "is ready" in whole.communicate(timeout=120)[0]
-    process = start(f"--out_dir={tmp_path / 'killed'}", *settings, launcher=launcher)
+    whole = start_together(2, "train_stage1.py", f"--out_dir={tmp_path / 'whole'}", *settings)
+    assert "is ready" in outputs(whole)[0][0]
+    process = torchrun("--nproc_per_node=2", "--max-restarts=2", "train_stage1.py", f"--out_dir={tmp_path / 'killed'}", *settings)
     until(lambda: step_of(tmp_path / "killed") >= 10, process)
     os.kill(workers_of(process)[1], signal.SIGKILL)
     printed, errors = process.communicate(timeout=180)
@@ -243,18 +236,18 @@ runpy.run_path("train_stage1.py", run_name="__main__")
 print(f"{sum(exchanges)} numbers exchanged")
 """
     (tmp_path / "counted.py").write_text(program)
-    process = start("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--batch_gpu=1", script=tmp_path / "counted.py",
-                    launcher=[*TORCHRUN, "--nproc_per_node=2"])
-    printed, errors = process.communicate(timeout=120)
+    processes = start_together(2, tmp_path / "counted.py", "train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--batch_gpu=1")
+    printed = "".join(out for out, _ in outputs(processes))
     weights = sum(p.numel() for p in checkpoint(tmp_path)["model"].values())
-    assert re.findall(r"(\d+) numbers exchanged", printed) == [str(6 * weights)] * 2, errors  # in six steps
+    assert re.findall(r"(\d+) numbers exchanged", printed) == [str(6 * weights)] * 2  # in six steps
 
 
 def test_a_batch_that_processes_can_not_share(tmp_path):
-    process = start(f"--out_dir={tmp_path}", *TINY, launcher=[*TORCHRUN, "--nproc_per_node=3"])
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode and "error: batch_size 8 can't be shared among 3 processes equally\n" in errors
-    assert "train_stage1.py\", line" not in errors and not list(tmp_path.iterdir())
+    for process in start_together(3, "train_stage1.py", f"--out_dir={tmp_path}", *TINY):
+        _, errors = process.communicate()
+        assert process.returncode and "error: batch_size 8 can't be shared among 3 processes equally\n" in errors
+        assert "train_stage1.py\", line" not in errors
+    assert not list(tmp_path.iterdir())
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -262,15 +255,15 @@ def test_a_batch_that_processes_can_not_share(tmp_path):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("launcher", [[sys.executable], [*TORCHRUN, "--nproc_per_node=2"]])
-def test_twenty_kills(tmp_path, launcher):
+@pytest.mark.parametrize("launch", [start, partial(torchrun, "--nproc_per_node=2")], ids=["alone", "torchrun"])
+def test_twenty_kills(tmp_path, launch):
     """SIGKILL at 20 random moments, the same command each time: never an unreadable checkpoint, and the same weights in the end."""
     settings = [*TINY, "--total_images=6400", "--save_every=8", "--log_every=80"]
-    whole = start(f"--out_dir={tmp_path / 'whole'}", *settings, launcher=launcher)
-    assert "is ready" in whole.communicate()[0]
+    whole = launch("train_stage1.py", f"--out_dir={tmp_path / 'whole'}", *settings)
+    assert "is ready" in whole.communicate(600)[0]
     rng, kills, steps = random.Random(0), 0, []
     while kills < 20:
-        process = start(f"--out_dir={tmp_path / 'killed'}", *settings, launcher=launcher)
+        process = launch("train_stage1.py", f"--out_dir={tmp_path / 'killed'}", *settings)
         before = step_of(tmp_path / "killed")
         until(lambda: step_of(tmp_path / "killed") > before or process.poll() is not None, process)
         time.sleep(rng.random() * 2)
@@ -284,8 +277,8 @@ def test_twenty_kills(tmp_path, launcher):
         state = load_checkpoint(tmp_path / "killed" / "stage1.pt", "train_stage1")
         steps.append(state["step"])
     assert kills == 20 and steps == sorted(steps), steps
-    done = start(f"--out_dir={tmp_path / 'killed'}", *settings, launcher=launcher)
-    assert "is ready" in done.communicate()[0]
+    done = launch("train_stage1.py", f"--out_dir={tmp_path / 'killed'}", *settings)
+    assert "is ready" in done.communicate(600)[0]
     assert same_training(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed"))
 
 
@@ -300,12 +293,12 @@ def test_a_small_disk(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 5 // 2}", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("no tmpfs can be mounted here")
     try:
-        process = start(f"--out_dir={disk / 'run'}", *TINY, "--save_every=16")
+        process = start("train_stage1.py", f"--out_dir={disk / 'run'}", *TINY, "--save_every=16")
         _, errors = process.communicate()
         assert process.returncode == 2 and "No space left on device; the file that was there before is untouched" in errors, errors
         assert {p.name for p in (disk / "run").glob("*.pt*")} == {"stage1.pt", "stage1.previous.pt"} and step_of(disk / "run") > 0
         assert subprocess.run(["mount", "-o", f"remount,size={size * 5}", disk]).returncode == 0
-        assert start(f"--out_dir={disk / 'run'}", *TINY, "--save_every=16").wait() == 0
+        assert start("train_stage1.py", f"--out_dir={disk / 'run'}", *TINY, "--save_every=16").wait() == 0
         assert same_training(checkpoint(tmp_path / "whole"), checkpoint(disk / "run"))
     finally:
         subprocess.run(["umount", disk])

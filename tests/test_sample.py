@@ -3,15 +3,13 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run
+from conftest import ROOT, TINY, outputs, run, start_together, torchrun
 from PIL import Image
 
 import data
@@ -511,16 +509,14 @@ def test_churn_is_seeded_too(trained):
 
 
 def test_two_processes_make_the_same_images(trained, samples):
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "sample.py",
-                    f"--out_dir={trained}", "--name=two", *SAMPLE, "--batch_size=6"], cwd=ROOT, check=True, capture_output=True)
+    outputs(start_together(2, "sample.py", f"--out_dir={trained}", "--name=two", *SAMPLE, "--batch_size=6"))
     assert close(load(trained, "two"), samples)
 
 
 def test_mistakes_are_told_under_torchrun(trained):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "sample.py",
-                           f"--out_dir={trained}", "--name=two", *SAMPLE, "--class_label=11"],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode and "error: class_label 11 is out of range" in done.stderr
+    process = torchrun("--nproc_per_node=2", "sample.py", f"--out_dir={trained}", "--name=two", *SAMPLE, "--class_label=11")
+    _, errors = process.communicate()
+    assert process.returncode and "error: class_label 11 is out of range" in errors
 
 
 def test_png_files_on_a_full_disk(samples, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -501,9 +502,11 @@ def test_a_decoding_process_that_is_killed(tmp_path, root):
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "slow.png").symlink_to(tmp_path / "slow.png")
 
-    program = ("for i in $(seq 300); do for p in $(ps -o pid= --ppid $PPID); do "
-               "[ $p != $$ ] && kill -KILL $p && exit; done; sleep 0.1; done")
-    killer = subprocess.Popen(["sh", "-c", program])
+    program = ("before=$(ps -o pid= --ppid $PPID); touch $0; for i in $(seq 3000); do for p in $(ps -o pid= --ppid $PPID); do "
+               "echo $before $$ | grep -qw $p || { kill -KILL $p && exit; }; done; sleep 0.01; done")
+    killer = subprocess.Popen(["sh", "-c", program, tmp_path / "looks"])
+    while not (tmp_path / "looks").exists():
+        time.sleep(0.001)
     try:
         with pytest.raises(UserError, match="a process that decodes images was killed .*--workers=1"):
             data.prepare("set", str(tmp_path / "f"), workers=2, root=root)

@@ -2,13 +2,12 @@
 import itertools
 import json
 import runpy
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, start
 from PIL import Image
 
 import toy2d
@@ -132,6 +131,6 @@ def test_mistakes_are_one_line(setting, says, tmp_path, monkeypatch, capsys):
 
 
 def test_a_mistake_ends_the_process(tmp_path):
-    command = [sys.executable, ROOT / "toy2d.py", f"--out_dir={tmp_path}", "--steps=3", "--lr=1e30"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and is_one_line(done.stderr, "diverged")
+    process = start("toy2d.py", f"--out_dir={tmp_path}", "--steps=3", "--lr=1e30")
+    _, errors = process.communicate()
+    assert process.returncode == 2 and is_one_line(errors, "diverged")

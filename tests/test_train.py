@@ -2,15 +2,13 @@ import contextlib
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run
+from conftest import PRIOR, TINY, checkpoint, outputs, run, same, same_training, start, start_together
 from PIL import Image
 
 import bench
@@ -22,27 +20,6 @@ from checkpoint import resume
 from compare_priors import distances, shuffled_in_class
 from configurator import UserError
 from trained import load_prior, load_stage1
-
-PRIOR = ["--layers=1", "--dim=16", "--heads=2", "--batch_size=50", "--warmup_images=100", "--device=cpu"]
-
-
-def checkpoint(folder, file="stage1.pt"):
-    return torch.load(folder / file)
-
-
-def same(a, b):
-    """Equal to the bit: numbers, tensors, and dicts and lists of them."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def same_training(a, b):
-    return all(same(a[k], b[k]) for k in a if k != "config")
 
 
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path):
@@ -66,8 +43,8 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path):
 def test_a_killed_run_continues(tmp_path):
     """SIGKILL in the middle, then the same command line."""
     settings = [*TINY, "--total_images=240", "--save_every=16", "--log_every=16"]
-    command = [sys.executable, "train_stage1.py", f"--out_dir={tmp_path / 'killed'}", *settings]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["train_stage1.py", f"--out_dir={tmp_path / 'killed'}", *settings]
+    process = start(*command)
     while not (tmp_path / "killed" / "stage1.previous.pt").exists() or checkpoint(tmp_path / "killed")["step"] == 0:
         assert process.poll() is None
         time.sleep(0.01)
@@ -75,8 +52,7 @@ def test_a_killed_run_continues(tmp_path):
     process.wait()
     stopped = checkpoint(tmp_path / "killed")["step"]
     assert 2 <= stopped < 30
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "is ready" in done.stdout
+    assert "is ready" in outputs([start(*command)])[0][0]
     run("train_stage1.py", f"--out_dir={tmp_path / 'whole'}", *settings)
     assert same_training(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed"))
     logs = [[json.loads(line) for line in open(tmp_path / name / "stage1.jsonl")] for name in ("whole", "killed")]
@@ -273,13 +249,12 @@ def test_what_stage_1_leaves_and_prints(tmp_path):
 
 def test_processes_and_accumulation_change_nothing(tmp_path):
     """One step: Adam's first moment is 0.1 times the gradient of the whole batch. Then the weights after ten, and the logs."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_stage1.py"]
     for images in (8, 80):
         settings = [*TINY, "--log_every=8", f"--total_images={images}", "--overwrite=True"]
+        two = start_together(2, "train_stage1.py", f"--out_dir={tmp_path / 'two'}", *settings, "--batch_gpu=2")
         run("train_stage1.py", f"--out_dir={tmp_path / 'one'}", *settings)
         run("train_stage1.py", f"--out_dir={tmp_path / 'micro'}", *settings, "--batch_gpu=2")
-        subprocess.run([*torchrun, f"--out_dir={tmp_path / 'two'}", *settings, "--batch_gpu=2"], cwd=ROOT, check=True,
-                       capture_output=True)
+        outputs(two)
         if images == 8:
             gradients = {name: [s["exp_avg"] for s in checkpoint(tmp_path / name)["optimizer"]["state"].values()]
                          for name in ("one", "micro", "two")}
@@ -419,14 +394,15 @@ def test_a_data_set_without_labels(tmp_path, monkeypatch):
 
 
 def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path):
-    for script, argument, message in (("train_stage1.py", "--lr=fast", "error: --lr=fast: lr takes a float"),
-                                      ("sample.py", f"--out_dir={tmp_path}", "error: there is no checkpoint"),
-                                      ("train_prior.py", f"--out_dir={tmp_path}", "error: there is no checkpoint"),
-                                      ("data.py", "mnits", "error: mnits is not one of the sets"),
-                                      ("data.py", "pets photos", "error: one name is wanted: `python data.py NAME")):
-        done = subprocess.run([sys.executable, script, *argument.split()], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done
-        assert not done.stdout
+    cases = (("train_stage1.py", "--lr=fast", "error: --lr=fast: lr takes a float"),
+             ("sample.py", f"--out_dir={tmp_path}", "error: there is no checkpoint"),
+             ("train_prior.py", f"--out_dir={tmp_path}", "error: there is no checkpoint"),
+             ("data.py", "mnits", "error: mnits is not one of the sets"),
+             ("data.py", "pets photos", "error: one name is wanted: `python data.py NAME"))
+    for (*_, message), process in zip(cases, [start(script, *argument.split()) for script, argument, _ in cases]):
+        printed, errors = process.communicate()
+        assert process.returncode == 2 and errors.startswith(message) and errors.count("\n") == 1, errors
+        assert not printed
 
 
 def test_help_shows_the_settings():
@@ -438,14 +414,14 @@ def test_help_shows_the_settings():
 
 
 def test_processes_change_nothing_for_the_priors(tmp_path, trained):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_prior.py"]
     for prior in ("ar", "sedd"):
         settings = [*PRIOR, f"--prior={prior}", "--total_images=200"]
         for name in ("one", "two"):
             (tmp_path / name).mkdir(exist_ok=True)
             shutil.copy(trained / "stage1.pt", tmp_path / name)
+        processes = start_together(2, "train_prior.py", f"--out_dir={tmp_path / 'two'}", *settings)
         run("train_prior.py", f"--out_dir={tmp_path / 'one'}", *settings)
-        subprocess.run([*torchrun, f"--out_dir={tmp_path / 'two'}", *settings], cwd=ROOT, check=True, capture_output=True)
+        outputs(processes)
         one, two = (checkpoint(tmp_path / name, f"prior_{prior}.pt") for name in ("one", "two"))
         moved = False
         for name, p in one["model"].items():
