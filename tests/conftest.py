@@ -1,5 +1,6 @@
 """What the tests share: scripts in this process (`run`) and in others (`start`, `torchrun`), a trained folder, comparisons."""
 import functools
+import gc
 import io
 import json
 import math
@@ -103,9 +104,17 @@ def warm():
     return process, tempfile.TemporaryDirectory()
 
 
+@functools.cache
+def quick_toy():
+    """`python toy2d.py --quick=True` -> its process, and the folder that it fills"""
+    folder = Path(warm()[1].name) / "toy"
+    return start("toy2d.py", "--quick=True", f"--out_dir={folder}"), folder
+
+
 def pytest_collection_finish(session):
-    if len(session.items) > 50:  # a run of more than a file or two: it warms up while others are tested
-        warm()
+    gc.freeze()  # PyTorch's objects stay: no need to go through them again and again
+    if len(session.items) > 50:  # more than a file or two: on another core, this begins while others are tested
+        quick_toy() if any(item.name == "test_a_quick_run" for item in session.items) else warm()
 
 
 def pytest_sessionfinish(session):
@@ -127,10 +136,13 @@ class Started:
         self.folder.mkdir()
         request = dict(arguments=[str(a) for a in arguments], cwd=str(cwd), environment=environment, folder=str(self.folder))
         print(json.dumps(request), file=process.stdin, flush=True)
+
+    @functools.cached_property
+    def pid(self):
         while (pid := self.number_in("pid")) is None:
-            assert process.poll() is None
+            assert warm()[0].poll() is None
             time.sleep(0.001)
-        self.pid = pid
+        return pid
 
     def number_in(self, file):
         return int((self.folder / file).read_text()) if (self.folder / file).exists() else None

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, start
+from conftest import ROOT, outputs, quick_toy, run, start
 from PIL import Image
 
 import toy2d
@@ -66,9 +66,10 @@ def test_training_is_repeatable_and_learns_one_code_a_mode(g, monkeypatch):
     assert purity(encoder.sample_codes(points, g)[:, 0], component) > 0.95
 
 
-def test_a_quick_run(tmp_path):
-    printed = run("toy2d.py", "--quick=True", f"--out_dir={tmp_path}")
-    table, results = (tmp_path / "table.txt").read_text(), json.loads((tmp_path / "results.json").read_text())
+def test_a_quick_run():
+    process, folder = quick_toy()
+    (printed, _), = outputs([process])
+    table, results = (folder / "table.txt").read_text(), json.loads((folder / "results.json").read_text())
     assert results["settings"]["quick"] is True and all(line in printed for line in table.splitlines())
     eight, = results["eight Gaussians"]
     models = eight["models"]
@@ -92,9 +93,9 @@ def test_a_quick_run(tmp_path):
     assert learned["purity"] > 0.95 and learned["stray"] < rows[4, 0.1, "unconditional"]["stray"]
 
     for name in ("eight", "curves", "grid", "grid_samples", "fields"):
-        picture = np.array(Image.open(tmp_path / f"{name}.png").convert("L"))
+        picture = np.array(Image.open(folder / f"{name}.png").convert("L"))
         assert min(picture.shape) > 300 and picture.std() > 10
-    with Image.open(tmp_path / "sampling.gif") as gif:
+    with Image.open(folder / "sampling.gif") as gif:
         assert gif.n_frames == toy2d.num_steps + 1
 
 

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import re
 import shutil
 import signal
 import time
@@ -13,6 +14,7 @@ from PIL import Image
 
 import bench
 import data
+import diffusion
 import plot
 import training
 from checkpoint import previous as previous_of
@@ -93,9 +95,8 @@ def a_crash(monkeypatch, step):
         yield saved
 
 
-def test_overwrite_replaces_once_and_then_goes_on(tmp_path, monkeypatch):
+def test_overwrite_replaces_once_and_then_goes_on(trained, tmp_path, monkeypatch):
     """What was there before the command was first given is replaced; the run that it began is continued, and replaced when it has ended."""
-    run("train_stage1.py", f"--out_dir={tmp_path / 'whole'}", *TINY)
     command = [f"--out_dir={tmp_path / 'run'}", *TINY, "--overwrite=True", "--save_every=8"]
     run("train_stage1.py", f"--out_dir={tmp_path / 'run'}", *TINY, "--seed=1", "--keep_every=24")
     assert {p.name for p in (tmp_path / "run").glob("stage1-*")} == {"stage1-000000024.pt", "stage1-000000048.pt"}
@@ -104,7 +105,7 @@ def test_overwrite_replaces_once_and_then_goes_on(tmp_path, monkeypatch):
     assert saved == [0, 1, 2, 3] and not list((tmp_path / "run").glob("stage1-*"))
     with a_crash(monkeypatch, -1) as saved:
         run("train_stage1.py", *command)
-    assert saved == [4, 5, 6] and same_training(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "run"))
+    assert saved == [4, 5, 6] and same_training(checkpoint(trained), checkpoint(tmp_path / "run"))
     with monkeypatch.context() as patched:  # torchrun's second attempt, after a worker died when all was done
         patched.setenv("TORCHELASTIC_RESTART_COUNT", "1")
         assert "is finished: it has seen 48 images" in run("train_stage1.py", *command)
@@ -234,7 +235,8 @@ def test_gradients_are_those_of_the_loss_whatever_its_scale(trained, tmp_path):
         assert same(*found) and any(g.any() for g in found[0][1])
 
 
-def test_what_stage_1_leaves_and_prints(tmp_path):
+def test_what_stage_1_leaves_and_prints(tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusion, "heun", partial(diffusion.heun, num_steps=4))  # of previews
     printed = run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--log_every=24", "--preview_every=24")
     assert {p.name for p in tmp_path.iterdir()} == {"stage1.pt", "stage1.previous.pt", "stage1.jsonl", "stage1_curves.png",
                                                    "preview_000000024.png", "preview_000000048.png"}
@@ -247,14 +249,37 @@ def test_what_stage_1_leaves_and_prints(tmp_path):
     assert [float(line.split()[0]) for line in table] == [0.02, 0.1, 0.3, 1, 3, 10, 30, 80]
 
 
+COUNTED = """
+import runpy, sys, torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+sys.path.insert(0, ".")
+exchanges, init = [], DistributedDataParallel.__init__
+def hooked(self, *arguments, **options):
+    init(self, *arguments, **options)
+    self.register_comm_hook(None, lambda state, bucket: (exchanges.append(bucket.buffer().numel()), allreduce_hook(state, bucket))[1])
+DistributedDataParallel.__init__ = hooked
+sys.argv.pop(0)
+runpy.run_path("train_stage1.py", run_name="__main__")
+print(f"{sum(exchanges)} numbers exchanged")
+"""
+
+
 def test_processes_and_accumulation_change_nothing(tmp_path):
-    """One step: Adam's first moment is 0.1 times the gradient of the whole batch. Then the weights after ten, and the logs."""
+    """One step: Adam's first moment is 0.1 times the gradient of the whole batch. Then the weights after ten, and the logs.
+
+    Two processes take four micro-steps each, and exchange gradients after the last of them alone: counted by a hook that
+    stands for the exchange.
+    """
+    (tmp_path / "counted.py").write_text(COUNTED)
     for images in (8, 80):
         settings = [*TINY, "--log_every=8", f"--total_images={images}", "--overwrite=True"]
-        two = start_together(2, "train_stage1.py", f"--out_dir={tmp_path / 'two'}", *settings, "--batch_gpu=2")
+        two = start_together(2, tmp_path / "counted.py", "train_stage1.py", f"--out_dir={tmp_path / 'two'}", *settings, "--batch_gpu=1")
         run("train_stage1.py", f"--out_dir={tmp_path / 'one'}", *settings)
         run("train_stage1.py", f"--out_dir={tmp_path / 'micro'}", *settings, "--batch_gpu=2")
-        outputs(two)
+        printed = "".join(out for out, _ in outputs(two))
+        weights = sum(p.numel() for p in checkpoint(tmp_path / "two")["model"].values())
+        assert re.findall(r"(\d+) numbers exchanged", printed) == [str(images // 8 * weights)] * 2
         if images == 8:
             gradients = {name: [s["exp_avg"] for s in checkpoint(tmp_path / name)["optimizer"]["state"].values()]
                          for name in ("one", "micro", "two")}
@@ -329,6 +354,7 @@ def test_images_of_ones_own_at_the_first_try(tmp_path, monkeypatch):
     for function in (data.load, data.class_names, data.made_of):
         monkeypatch.setattr(data, function.__name__, partial(function, root=root))
     monkeypatch.setattr(plot, "save_grid", lambda images, path, columns, names=(): titles.append(names))
+    monkeypatch.setattr(diffusion, "heun", partial(diffusion.heun, num_steps=2))  # of previews
     run("train_stage1.py", "--dataset=pets", f"--out_dir={tmp_path / 'out'}", "--total_images=32", "--device=cpu")
     state = checkpoint(tmp_path / "out")
     assert {k: state["config"][k] for k in ("held_out", "attn_resolutions", "encoder_patch")} == dict(

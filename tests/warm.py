@@ -5,6 +5,7 @@ follows), cwd, environment (what is added), folder (where stdout, stderr, pid an
 
 A script ends here as it does anywhere: sys.excepthook, atexit and the end of the interpreter take place.
 """
+import gc
 import json
 import os
 import runpy
@@ -32,6 +33,8 @@ def note_exit_codes(*_):
         write(f"{folders.pop(pid)}/exitcode", os.waitstatus_to_exitcode(status))
 
 
+gc.collect()
+gc.freeze()  # or each process would go through all of PyTorch's objects, and so copy them, when it ends
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGCHLD, note_exit_codes)
 for line in sys.stdin:
