@@ -10,7 +10,7 @@ import data
 from checkpoint import is_of, read_checkpoint
 from configurator import UserError, require, say
 from edm_pickle import read_edm
-from unet import edm_settings
+from unet import edm_settings, from_edm
 
 # of an encoder and its codes; those of the U-Net are read off its weights
 OF_LATENTS = ("num_latents", "codebook_size", "latent_dim", "latent_layers", "latent_heads",
@@ -24,8 +24,9 @@ def start_from(source, model, model_args):
     the source's whatever the codes. A class embedding of another number of classes stays as it is, too, and a line says so.
     Raises UserError where the networks don't fit each other.
     """
-    path, weights, args = read_network(source)
+    path, weights, args, in_our_order = read_network(source)
     try:
+        weights = weights if in_our_order else from_edm(weights)
         there, here = (edm_settings(state) | {name: of.get(name, 0) for name in ("sigma_data", *OF_LATENTS)}
                        for state, of in ((weights, args), (model.state_dict(), model_args)))
         require(here["num_latents"] or not there["num_latents"], f"{path} has discrete latents, which its denoiser counts on: "
@@ -54,7 +55,8 @@ def start_from(source, model, model_args):
 
 
 def read_network(source):
-    """-> path of the file, its averaged weights, and its settings as in `model_args`; of EDM's network sigma_data alone.
+    """-> path of the file, its averaged weights, its settings as in `model_args` (of EDM's network sigma_data alone), and
+    whether the channels of qkv are in our order.
 
     source: a run's folder, its stage1.pt or a snapshot, "pretrained" for the folder that comes with the repository, or EDM's
     pickle. Raises UserError that says what it is where it is none of these.
@@ -69,13 +71,24 @@ def read_network(source):
     require(kind, f"{path} is neither a checkpoint nor one of EDM's networks: {wanted}")
     if kind == "pickle":
         weights, sigma_data = read_edm(path)
-        return path, weights, dict(sigma_data=sigma_data)
+        return path, weights, dict(sigma_data=sigma_data), False
     require(kind != "arrays", f"{path} holds images or other arrays, not a network: {wanted}")
     state = read_checkpoint(path)
     require(state is not None, f"{path} is truncated or damaged: {wanted}")
     require(not is_of("train_prior", state), f"{path} is a prior: {wanted}")
     require(is_of("train_stage1", state), f"{path} is not a checkpoint of train_stage1.py: {wanted}")
-    return path, state["ema"], state["model_args"]
+    return path, state["ema"], state["model_args"], "qkv" in state
+
+
+def sort_older(checkpoint, model):
+    """Puts the channels of qkv into our order in a checkpoint to go on from that has EDM's: weights, their average, and
+    Adam's moments. model: whose parameters, in their order, the optimiser has."""
+    if "qkv" not in checkpoint:
+        for part in ("model", "ema"):
+            checkpoint[part] = from_edm(checkpoint[part])
+        for i, (name, _) in enumerate(model.named_parameters()):
+            moments = checkpoint["optimizer"]["state"].get(i, {})  # none before the first step
+            moments |= {key: from_edm({name: moments[key]})[name] for key in ("exp_avg", "exp_avg_sq") if moments}
 
 
 def kind_of(path):

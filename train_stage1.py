@@ -44,7 +44,7 @@ from noise import gumbel_noise, has_float64, seed_of, seeded_generator
 from plot import save_grid
 from processes import max_over_processes
 from run import can_compile, catch_signals, progress
-from start_from import start_from
+from start_from import sort_older, start_from
 from unet import UNet
 
 # run
@@ -210,7 +210,7 @@ def setup(argv=()):
     run.batches, run.stamp = data.Shuffle(run.train_indices, seed), data.file_stamp(run.images)
     run.classes = data.class_names(dataset)
     config["data_identity"] = data.data_checksum(run.images, run.labels)  # in the checkpoint: a changed data set is noticed
-    run.carries = dict(classes=run.classes, made=data.made_of(dataset))  # for people, and for eval_fid.py
+    run.carries = dict(classes=run.classes, made=data.made_of(dataset), qkv="sorted")  # for people, eval_fid.py, and us
 
     run.model_args = arguments_of(config, DisCoDiff, UNet) | dict(
         img_resolution=run.images.shape[1], img_channels=run.images.shape[3], label_dim=num_classes if class_cond else 0)
@@ -224,7 +224,7 @@ def setup(argv=()):
     parts = (run.model.model, run.model.latents, run.model.encoder) if num_latents else (run.model.model,)
     groups = [dict(params=part.parameters()) for part in parts]
     run.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    if not training.resume_run(run, FREE, CHANGEABLE):
+    if not training.resume_run(run, FREE, CHANGEABLE, upgrade=sort_older):
         if init_from:
             start_from(init_from, run.model, run.model_args)
         run.ema.load_state_dict(run.model.state_dict())

@@ -12,6 +12,7 @@ from configurator import UserError, require
 from model import DisCoDiff
 from prior import Prior
 from sedd import SEDD
+from unet import from_edm
 
 PRIORS = {"ar": Prior, "sedd": SEDD}  # a new prior: its file, and its name here
 
@@ -50,9 +51,10 @@ def load_prior(folder, kind, device, stage1, snapshot=""):
 
 def build(network, checkpoint, device):
     """-> the network of this class with the averaged weights of a checkpoint. Raises UserError where they don't fit."""
+    older = network is DisCoDiff and "qkv" not in checkpoint
     try:
         model = network(**checkpoint["model_args"])
-        model.load_state_dict(checkpoint["ema"])
+        model.load_state_dict(from_edm(checkpoint["ema"]) if older else checkpoint["ema"])
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"the checkpoint is of another architecture than this {network.__name__}: "
                         f"{str(error).splitlines()[-1].strip()}") from None

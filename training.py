@@ -40,11 +40,11 @@ def start(config, name, made_by):
     return run
 
 
-def resume_run(run, free, changeable, **others):
+def resume_run(run, free, changeable, upgrade=None, **others):
     """Keeps other runs from writing run.path, and goes on from the checkpoint that is there, if it can be continued.
 
-    run has model, ema and optimizer, into which the checkpoint goes; free, changeable, others: as in `checkpoint.resume`.
-    -> whether there was a checkpoint
+    run has model, ema and optimizer, into which the checkpoint goes; free, changeable, others: as in `checkpoint.resume`;
+    upgrade(checkpoint, model): brings an older version's to today's form. -> whether there was a checkpoint
     """
     if run.master:
         hold(run.path.removesuffix(".pt"))
@@ -53,6 +53,8 @@ def resume_run(run, free, changeable, **others):
     run.step = 0
     checkpoint = resume(run.path, run.config, run.model_args, free, changeable, run.made_by, **others)
     if checkpoint:
+        if upgrade:
+            upgrade(checkpoint, run.model)
         run.step = checkpoint["step"]
         for part in ("model", "ema", "optimizer"):
             getattr(run, part).load_state_dict(checkpoint[part])

@@ -87,12 +87,8 @@ class UNetBlock(nn.Module):
         return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
 
     def self_attention(self, x):
-        # EDM interleaves q, k and v in the output channels: head, channel within head, then q/k/v. They are sorted here
-        # in the weights, which are small: flash attention can't take interleaved activations
-        weight, bias = (p.unflatten(0, (self.heads, -1, 3)).movedim(2, 0).flatten(0, 2) for p in self.qkv.parameters())
-        qkv = F.conv2d(x, weight, bias).flatten(2).chunk(3, dim=1)
-        q, k, v = (t.unflatten(1, (self.heads, -1)).transpose(2, 3) for t in qkv)  # (B, heads, HW, c)
-        a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        q, k, v = (t.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3) for t in self.qkv(x).chunk(3, dim=1))
+        a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, HW, C)
         return self.proj(a.transpose(1, 2).unflatten(2, x.shape[2:]))  # channels last in memory, as x
 
     def forward(self, x, emb, keys_values=None):
@@ -189,6 +185,16 @@ class UNet(nn.Module):
                 x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, emb, keys_values.get(f"dec.{name}"))
         return self.out_conv(F.silu(self.out_norm(x)))
+
+
+def from_edm(state):
+    """A state dict in EDM's order of channels -> in ours. EDM interleaves the output channels of each qkv: by head,
+    by channel within the head, then q, k, v. Ours are all of q, all of k, all of v."""
+    def is_qkv(name):
+        return name.startswith(("model.enc.", "model.dec.")) and name.endswith((".qkv.weight", ".qkv.bias"))
+
+    return {name: t.unflatten(0, (num_heads(len(t) // 3), -1, 3)).movedim(2, 0).flatten(0, 2) if is_qkv(name) else t
+            for name, t in state.items()}
 
 
 def edm_settings(state):

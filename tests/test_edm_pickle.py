@@ -16,7 +16,7 @@ from edm_pickle import read_edm
 from model import DisCoDiff
 from start_from import start_from
 from trained import load_stage1
-from unet import edm_settings
+from unet import edm_settings, from_edm
 
 REFERENCE = Path(__file__).parent / "reference"
 ADM_TINY = dict(img_resolution=16, img_channels=3, label_dim=10, model_channels=64, channel_mult=(1, 2), num_blocks=1,
@@ -96,9 +96,9 @@ def test_the_network_equals_edms(tmp_path):
         has, labels = torch.from_numpy(f["labels"]).max(1)
     labels[has == 0] = -1
     net = DisCoDiff(num_latents=0, **settings).eval()
-    net.load_state_dict(weights)
+    net.load_state_dict(from_edm(weights))
     disco = DisCoDiff(num_latents=3, codebook_size=5, encoder_dim=24, encoder_heads=2, encoder_layers=1, **settings).eval()
-    disco.load_state_dict(weights, strict=False)
+    disco.load_state_dict(from_edm(weights), strict=False)
     with torch.no_grad():
         assert (net.denoise(x, sigma, labels) - D).abs().max() < 1e-5
         z = torch.tensor([[0, 1, 2], [4, 4, 4], [1, 0, 3], [2, 2, 2]])
@@ -189,7 +189,7 @@ def test_training_goes_on_from_it(tmp_path):
             run("train_stage1.py", f"--out_dir={tmp_path}", *settings, f"--init_from={other}")
     run("train_stage1.py", f"--out_dir={tmp_path / 'a'}", *settings, "--lr=1e-9", "--encoder_lr=1e-9", "--total_images=8")
     trained = torch.load(tmp_path / "a" / "stage1.pt")
-    assert all((trained["ema"][name] - value).abs().max() < 1e-7 for name, value in weights.items())
+    assert all((trained["ema"][name] - value).abs().max() < 1e-7 for name, value in from_edm(weights).items())
     path.unlink()  # a run that goes on does not need the file
     run("train_stage1.py", f"--out_dir={tmp_path / 'a'}", *settings, "--lr=1e-9", "--encoder_lr=1e-9", "--total_images=16")
     assert load_stage1(tmp_path / "a", "cpu")[1]["step"] == 2
@@ -230,7 +230,7 @@ def save(path, net, half=False, **changes):
     """As a checkpoint of stage 1 has it: the network is the average, and the weights are others."""
     ema = {name: value.half() if half else value for name, value in net.state_dict().items()}
     path.parent.mkdir(exist_ok=True)
-    torch.save(dict(made_by="train_stage1", config={}, model_args=small(**changes), step=1, ema=ema,
+    torch.save(dict(made_by="train_stage1", config={}, model_args=small(**changes), step=1, ema=ema, qkv="sorted",
                     model={name: value * 0 for name, value in ema.items()}), path)
     return path
 
