@@ -152,7 +152,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, capsys
     path.write_bytes(path.read_bytes()[:-5000])
     capsys.readouterr()
     run("train_stage1.py", f"--out_dir={tmp_path / 'cut'}", *settings)
-    assert "stage1.pt is truncated or damaged: the one before it is taken" in capsys.readouterr().err
+    assert "stage1.pt is truncated or damaged: using the previous one" in capsys.readouterr().err
     assert same_training(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut"))
 
 
