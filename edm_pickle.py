@@ -135,4 +135,4 @@ def read_edm(path):
         raise UserError(f"{path} is refused: {error}") from None
     except Exception as error:  # a broken file can make the unpickler raise anything
         what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{path} is not one of EDM's networks, or is damaged ({what})") from None
+        raise UserError(f"{path} is not one of EDM's networks, or damaged ({what})") from None

@@ -165,7 +165,7 @@ def test_other_files(tmp_path):
     for content, message in ((b"", "EOFError"), (whole[:1000], "UnpicklingError"), (whole[:-1000], "truncated|UnpicklingError|EOFError"),
                              (b"\x80\x04" + b"(" * 10_000, "EOFError"), (b"PK\x03\x04 a zip", "UnpicklingError")):
         (tmp_path / "bad.pkl").write_bytes(content)
-        with pytest.raises(UserError, match=f"bad.pkl is not one of EDM's networks, or is damaged .*({message})"):
+        with pytest.raises(UserError, match=f"bad.pkl is not one of EDM's networks, or damaged .*({message})"):
             read_edm(tmp_path / "bad.pkl")
     with pytest.raises(UserError, match="can't read .*: No such file"):
         read_edm(tmp_path / "nothing.pkl")
