@@ -145,7 +145,7 @@ FOUR = torch.storage.TypedStorage(wrap_storage=torch.ones(4).untyped_storage(), 
     (lambda saved, ema, unet: saved.pop("ema"), "KeyError: 'ema'"),
     (lambda saved, ema, unet: ema.pop("sigma_data"), "KeyError: 'sigma_data'"),
     (lambda saved, ema, unet: ema["_modules"].update(model=saved["loss_fn"]), "KeyError: '_parameters'"),
-    (lambda saved, ema, unet: unet["_modules"].update(again=unet["_modules"]["map_layer0"]), "a module that is in it twice"),
+    (lambda saved, ema, unet: unet["_modules"].update(again=unet["_modules"]["map_layer0"]), "the same module twice"),
     (lambda saved, ema, unet: unet["_modules"].update(again=5), "a int where a module should be"),
     (lambda saved, ema, unet: unet["_parameters"].update(w=[1, 2]), "a list where a tensor should be"),
     (lambda saved, ema, unet: weight(unet, bytes_of(FOUR), 0, (8,), (1,)), "out of bounds for storage"),
@@ -246,7 +246,7 @@ def test_augmentation_is_left_out(tmp_path, capsys):
         found.append(DisCoDiff(**small()))
         start_from(source, found[-1], small())
         said = capsys.readouterr().err
-        assert said == (f"{path} was trained with augmentation: its map_augment, which adds nothing where there is none, is left out\n"
+        assert said == (f"{path} was trained with augmentation: its map_augment is left out; it adds nothing without augmentation\n"
                         if source == path else "")
     assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in found)))
 
@@ -283,7 +283,7 @@ def test_disco_diff_goes_on(tmp_path, capsys):
 
 def test_networks_of_our_own_that_do_not_fit(tmp_path):
     path, plain = save(tmp_path / "run" / "stage1.pt", filled()), save(tmp_path / "plain.pt", filled(num_latents=0), num_latents=0)
-    for source, changes, message in ((path, dict(num_latents=0), "has discrete latents, which its denoiser counts on: it can't go on with num_latents=0"),
+    for source, changes, message in ((path, dict(num_latents=0), "has discrete latents, which its denoiser relies on: it can't go on with num_latents=0"),
                                      (path, dict(codebook_size=6, latent_heads=1), "of other settings: codebook_size=5 there, 6 here; latent_heads=2 there, 1 here$"),
                                      (plain, dict(sigma_data=0.4), "of other settings: sigma_data=0.5 there, 0.4 here$"),
                                      (plain, dict(model_channels=16), "of other settings: model_channels=8 there, 16 here$")):

@@ -372,10 +372,10 @@ def test_a_folder_of_png_files(trained, tmp_path):
     run(*arguments, "--class_label=3")
     assert (data.open_images(str(folder))[1] == 3).all()
     (folder / "mine.png").write_bytes(b"x")
-    with pytest.raises(UserError, match="samples has other files in it, as mine.png: empty it, or choose another --name"):
+    with pytest.raises(UserError, match="samples has other files in it, such as mine.png: empty it, or choose another --name"):
         run(*arguments)
     (folder / "mine.png").unlink()
-    with pytest.raises(UserError, match="other files in it, as 000007.png"):
+    with pytest.raises(UserError, match="other files in it, such as 000007.png"):
         run(*arguments, "--seed=8")
 
 

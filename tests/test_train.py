@@ -175,7 +175,7 @@ def test_which_checkpoints_are_continued(tmp_path, capsys):
         assert resumed() is None, other
     write(previous := previous_of(path), step=4)
     path.write_bytes(b"damaged")
-    assert resumed()["step"] == 4 and "the one before it is taken" in capsys.readouterr().err
+    assert resumed()["step"] == 4 and "using the previous one" in capsys.readouterr().err
     assert resumed(lr=2.0) is None and not capsys.readouterr().err
     previous.write_bytes(b"damaged")
     assert resumed() is None
