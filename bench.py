@@ -53,7 +53,6 @@ from diffusion import restart
 from model import DisCoDiff, denoiser
 from noise import SeededNoise
 from processes import start_processes
-from run import release
 
 config = ""  # a file, or "default"; "": all
 out_dir = "out/bench"
@@ -120,9 +119,7 @@ def prepared(script, config, folder, device, *settings):
     """-> a training script's globals, and its run with this configuration, ready for the first step."""
     argv = [*([] if config == "default" else [config]), f"--out_dir={folder}", f"--device={device}", *settings]
     scope = runpy.run_path(str(data.HERE / script), run_name="bench")
-    run = scope["setup"](argv)
-    release()  # the folder, for the next run
-    return scope, run
+    return scope, scope["setup"](configure(scope["setup"].__globals__, argv))
 
 
 def training(scope, run, batch, evaluation):

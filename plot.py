@@ -122,33 +122,34 @@ def figure(rows):
 
 
 CURVES = {  # panel: keys of the training log
-    "loss": ("loss",), "bits": ("bits", "held_out_bits"), "codes that each latent uses": ("perplexity",),
+    "loss": ("loss",), "bits": ("bits", "held_out_bits"), "codes in use, of each latent": ("perplexity",),
     "norm of the gradients": ("grad_norm",), "learning rate": ("lr",)}
 
 
 def save_curves(lines, path):
     """Draws a training log as one PNG; fewer than two lines give no picture.
 
-    lines: dicts with "images", the number seen, and keys of `CURVES`
+    lines: dicts with "images", the number seen, and keys of `CURVES`. What is not finite is left out.
     """
     panels = []
     for title, keys in CURVES.items():
-        curves = {key: [(line["images"] / 1000, *np.atleast_1d(line[key])) for line in lines
-                        if key in line and np.isfinite(line[key]).all()] for key in keys}
-        curves = {key: np.array(points) for key, points in curves.items() if len(points) > 1}
+        curves = {}  # key: (N, 1 + number of lines), the images seen and the values
+        for key in keys:
+            rows = [(line["images"] / 1000, *np.atleast_1d(line.get(key, ()))) for line in lines]
+            curve = [row for row in rows if 1 < len(row) == len(rows[-1]) and np.isfinite(np.array(row, float)).all()]
+            if len({row[0] for row in curve}) > 1:
+                curves[key] = np.array(curve)
         if curves:
-            x, y = (np.concatenate([points[:, part].ravel() for points in curves.values()])
-                    for part in (0, slice(1, None)))
-            margin = 0.05 * (y.max() - y.min()) or 0.5 * abs(y.max()) or 1
-            axes = Axes((x.min(), x.max()), (y.min() - margin, y.max() + margin), title, "images, thousands")
-            for key, points in curves.items():
-                for i in range(1, points.shape[1]):
-                    colour = COLOURS[(4 if key in ("loss", "bits") else 0) if points.shape[1] == 2 else (i - 1) % 8]
-                    axes.line(points[:, [0, i]], colour, 1.5, label=key.replace("_", " ") if len(curves) > 1 else "")
+            xs, highest = [x for curve in curves.values() for x in curve[:, 0]], max(c[:, 1:].max() for c in curves.values())
+            axes = Axes((min(xs), max(xs)), (0, (1.4 if len(curves) > 1 else 1.1) * highest or 1), title, "seen, thousands")
+            for curve, key, colour in zip(curves.values(), curves, (COLOURS[4], COLOURS[0])):
+                for i, y in enumerate(curve[:, 1:].T):
+                    axes.line(np.stack([curve[:, 0], y], 1), colour if curve.shape[1] == 2 else COLOURS[i % 8], 1.5,
+                              label=key.replace("_", "-", 1).replace("_", " ") if len(curves) > 1 else "")
             panels.append(axes)
     if panels:
         with atomic(path) as f:
-            figure([panels]).save(f, "png")
+            figure([panels[i:i + 3] for i in range(0, len(panels), 3)]).save(f, "png")
 
 
 def save_grid(images, path, columns, titles=()):

@@ -84,7 +84,7 @@ def read_network(source):
     return path, state["ema"], state["model_args"], "qkv" in state
 
 
-def sort_older(checkpoint, model):
+def sort_older(model, checkpoint):
     """Puts the channels of qkv into our order in a checkpoint that has EDM's: weights, their average, Adam's
     moments. model: the optimiser has its parameters, in their order."""
     if "qkv" not in checkpoint:

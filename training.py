@@ -9,6 +9,7 @@ loop, and calls these functions.
 import json
 import math
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -35,7 +36,7 @@ def start(config, name, made_by):
             f"batch_size {config['batch_size']} can't be shared among {world} processes equally")
     run = SimpleNamespace(
         config=config, made_by=made_by, path=f"{config['out_dir']}/{name}.pt",
-        log=f"{config['out_dir']}/{name}.jsonl", rank=rank, world=world, master=rank == 0, device=device,
+        log=f"{config['out_dir']}/{name}.jsonl", curves=f"{config['out_dir']}/{name}_curves.png", rank=rank, world=world, master=rank == 0, device=device,
         local_batch=config["batch_size"] // world,
         autocast=set_precision(config["precision"], device),
         scale=config["loss_scale"] if config["precision"] == "fp16" and device.type == "cuda" else 1)
@@ -120,6 +121,7 @@ def open_log(run):
         # a full disk shows now; and a restart by torchrun finds this run, not the one it replaces
         save(run)
         previous(run.path).unlink(missing_ok=True)  # else a damaged checkpoint could bring back the older run
+        Path(run.curves).unlink(missing_ok=True)
 
 
 def reset(run):
@@ -189,7 +191,7 @@ def finish(run, stopped, what):
     if run.master and run.step > run.began:
         try:
             lines = [json.loads(line) for line in read_log(run.log, math.inf)]
-            save_curves(lines, f"{run.path.removesuffix('.pt')}_curves.png")
-        except UserError as error:  # a full disk: the checkpoint is safe, and that is what counts
-            say(f"no picture of the curves: {error}")
+            save_curves(lines, run.curves)
+        except (UserError, ValueError, TypeError) as error:  # a full disk, a log that somebody edited: the run is safe
+            say(f"{run.curves} could not be drawn: {error}")
     end(stopped if seen < run.config["total_images"] else 0, f"{seen:,} {what}", run.path)

@@ -384,7 +384,7 @@ def test_images_of_ones_own_at_the_first_try(tmp_path, monkeypatch):
     (["--channel_mult=()"], "channel_mult has a positive number"),
     (["--model_channels=2"], "2 channels can't be shared"),
     (["--encoder_heads=3"], "16 is not by 3"),
-    (["--batch_size=10", "--batch_gpu=4"], "10 images a process can't be taken in 3 equal parts of at most 4"),
+    (["--batch_size=10", "--batch_gpu=4"], "10 images per process can't be split into 3 equal parts of at most 4"),
     (["--device=cuda:99"], "--device=cuda:99 can't be used here"),
     (["--nun_latents=3"], "the nearest is 'num_latents'"),
 ])
