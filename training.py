@@ -36,7 +36,8 @@ def start(config, name, made_by):
             f"batch_size {config['batch_size']} can't be shared among {world} processes equally")
     run = SimpleNamespace(
         config=config, made_by=made_by, path=f"{config['out_dir']}/{name}.pt",
-        log=f"{config['out_dir']}/{name}.jsonl", curves=f"{config['out_dir']}/{name}_curves.png", rank=rank, world=world, master=rank == 0, device=device,
+        log=f"{config['out_dir']}/{name}.jsonl", curves=f"{config['out_dir']}/{name}_curves.png",
+        rank=rank, world=world, master=rank == 0, device=device,
         local_batch=config["batch_size"] // world,
         autocast=set_precision(config["precision"], device),
         scale=config["loss_scale"] if config["precision"] == "fp16" and device.type == "cuda" else 1)
