@@ -63,8 +63,7 @@ num_images = 160
 batch_size = 80  # images that one process makes at once
 seed = 0
 png = False  # also write a folder out_dir/NAME: a PNG file for each image, the labels in EDM's dataset.json
-# conditions: `per_code` consecutive images share one code; as in Fig. 2b, a row of the grid has two
-# codes of a class
+# conditions: `per_code` images in a row share one code; the grid's rows show two codes of a class each (Fig. 2b)
 per_code = 8
 class_label = ""  # one class for all images, by name or number; "": the classes in turn
 random_labels = False  # random classes, as in EDM's protocol; classes in turn are balanced: this flatters FID a little
@@ -281,7 +280,8 @@ def sample(run):
     missing = [(start, file) for start, file in zip(starts, files) if not is_whole_npz(file)]
     barrier()  # until all processes have looked
     if run.rank == 0:
-        print(f"{num_images:,} images, {run.nfe} evaluations each" + ", D(z) and D(null) in one batch" * (guidance != 1))
+        print(f"{num_images:,} images, {run.nfe} evaluations each"
+              + ", D(z) and D(null) in one batch" * (guidance != 1))
         if run.prior:
             steps = run.model.num_latents if sedd_sampler == "first-hitting" else sedd_steps
             print(f"codes of the prior {prior}, {steps} evaluations each"
