@@ -1,20 +1,24 @@
 """
-How fast: a training step and a sampler evaluation of every configuration, and the loader.
+How fast? Times training steps and sampler evaluations of every configuration, and the data loader.
 
     python bench.py                                                   # the default and all of config/
-    python bench.py --config=config/imagenet64.py --batch_size=128    # one of them; the default is "default"
-    python bench.py --config=default --profile=True                   # and its ten most expensive operations
+    python bench.py --config=config/imagenet64.py --batch_size=128    # one configuration
+    python bench.py --config=default --profile=True                   # also the most expensive operations
 
-What is timed is the scripts' own code, on random images where a data set is not there. Seconds differ between machines
-and hours; two ratios hold better, taken in turns in one run. MFU: the FLOP/s achieved over those of a large matrix product
-on the same device. x EDM: the time over that of the same U-Net without latents. Multiplications and additions are counted by
-PyTorch, two FLOPs each, those of attention, convolutions and linear layers alone.
+It times the scripts' own code, on random images in place of CIFAR-10 and ImageNet. Seconds differ
+between machines and hours. Two ratios hold better, since their parts are timed in turns in one run:
 
-config                  a configuration of train_stage1.py or train_prior.py (codes instead of images), or for sample.py,
-                        which is used with the default network
-update                  share of a training step that guard, optimiser and moving average take
-evaluation              one call of the denoiser (of a prior: all calls for one code); of a Restart configuration, all of them
-peak memory             of the process on a CPU, allocated on a GPU, while training
+  MFU     FLOP/s, over the FLOP/s of a large matrix product on the same device
+  x EDM   time, over the time of the same U-Net without latents
+
+PyTorch counts the FLOPs: two per multiplication with addition, in attention, convolutions and linear
+layers alone. The table's other columns:
+
+  config       settings of train_stage1.py, of train_prior.py (codes instead of images), or of
+               sample.py (with the default network)
+  update       share of a training step for guard, optimiser and moving average
+  evaluation   one call of the denoiser; for a prior, all calls for a code; for Restart, for an image
+  peak         memory while training: the process's on a CPU, the allocated memory on a GPU
 
 Writes out_dir/bench.json.
 """
@@ -49,17 +53,16 @@ from diffusion import restart
 from model import DisCoDiff, denoiser
 from noise import SeededNoise
 from processes import start_processes
-from run import release
 
-config = ""  # a file; "": all
+config = ""  # a file, or "default"; "": all
 out_dir = "out/bench"
 device = "auto"
-batch_size = 0  # 0: on a GPU the largest of 256, 128, ... that fits, on a CPU what makes a step of about 1 TFLOP, at most 32
-rounds = 3  # of everything in turns; medians are shown
+batch_size = 0  # 0: on a GPU, the largest of 256, 128, ... that fits; on a CPU, about 1 TFLOP a step, at most 32
+rounds = 3  # each times everything in turns; the table has medians
 profile = False  # also the ten most expensive operations of a training step
 
-LINE = "{:24}{:>6}{:>10}{:>9}{:>6}{:>7}{:>8}{:>12}{:>10}{:>6}{:>7}{:>8}"  # of the table
-SHAPES = {"cifar10": (32, 32, 3, 10), "imagenet64": (64, 64, 3, 1000)}  # random images stand in for these
+LINE = "{:24}{:>6}{:>10}{:>9}{:>6}{:>7}{:>8}{:>12}{:>10}{:>6}{:>7}{:>8}"  # a line of the table
+SHAPES = {"cifar10": (32, 32, 3, 10), "imagenet64": (64, 64, 3, 1000)}  # random images replace these data sets
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -77,26 +80,26 @@ def seconds(function, device):
 
 
 def matrix_product(device):
-    """-> a function that multiplies two large matrices, in bfloat16 on a GPU, and its FLOPs."""
+    """-> a function that multiplies two large matrices (in bfloat16 on a GPU), and its FLOPs."""
     n = 8192 if device.type == "cuda" else 3072
     a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     return lambda: a @ b, 2 * n ** 3
 
 
 def count(function):
-    """FLOPs. Attention is counted as the matrix products that it is: the counter knows no flash attention on a CPU."""
+    """FLOPs of a call. The counter misses flash attention on a CPU, so attention runs as products."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
     return counter.get_total_flops()
 
 
 def in_turns(functions, rounds, device):
-    """-> {name: [seconds of each round]}, after one round that does not count."""
+    """-> {name: [seconds of each round]}, after one round to warm up."""
     times = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
             times[name].append(seconds(function, device))
-    return {name: found[1:] for name, found in times.items()}
+    return {name: taken[1:] for name, taken in times.items()}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -104,7 +107,7 @@ def in_turns(functions, rounds, device):
 
 
 def noise_images(name, load=data.load):
-    """Random images in place of a data set that is large, and perhaps not there; stands in for `data.load`."""
+    """`data.load`, with random images in place of the large data sets."""
     if name not in SHAPES:
         return load(name)
     *shape, classes = SHAPES[name]
@@ -113,12 +116,10 @@ def noise_images(name, load=data.load):
 
 
 def prepared(script, config, folder, device, *settings):
-    """A training script's globals, and its run with this configuration, ready for the first step."""
+    """-> a training script's globals, and its run with this configuration, ready for the first step."""
     argv = [*([] if config == "default" else [config]), f"--out_dir={folder}", f"--device={device}", *settings]
     scope = runpy.run_path(str(data.HERE / script), run_name="bench")
-    run = scope["setup"](argv)
-    release()  # so that another can be prepared in the same folder
-    return scope, run
+    return scope, scope["setup"](configure(scope["setup"].__globals__, argv))
 
 
 def training(scope, run, batch, evaluation):
@@ -129,13 +130,13 @@ def training(scope, run, batch, evaluation):
 
 
 def of_denoiser(run, batch):
-    """The averaged network as sample.py calls it, for codes and classes 0."""
+    """The averaged network as sample.py calls it, with codes and classes 0."""
     z, c = (torch.zeros(batch, *shape, dtype=torch.int64, device=run.device) for shape in ((run.ema.num_latents,), ()))
     return denoiser(run.ema, c if run.ema.label_dim else None, z, autocast=run.autocast)
 
 
 def stage1(config, batch, folder, device, *settings):
-    """Of train_stage1.py, and of the denoiser as sample.py calls it."""
+    """`training` of train_stage1.py; the evaluation is one of the denoiser, as sample.py calls it."""
     batches = (f"--batch_size={batch}", f"--batch_gpu={batch}")
     scope, run = prepared("train_stage1.py", config, folder, device, "--init_from=", *batches, *settings)
     denoise = of_denoiser(run, batch)
@@ -144,14 +145,14 @@ def stage1(config, batch, folder, device, *settings):
 
 
 def prior(config, batch, folder, device):
-    """Of train_prior.py, on codes of an encoder that is as small as can be but for their number."""
+    """`training` of train_prior.py, on full-size codes of a tiny encoder."""
     name = "imagenet64" if "imagenet64" in config else "cifar10"
     images, labels, classes = noise_images(name)
     args = dict(img_resolution=images.shape[1], img_channels=3, label_dim=classes, num_latents=10, codebook_size=100,
                 model_channels=4, channel_mult=(1,), num_blocks=1, attn_resolutions=(), latent_dim=4, latent_heads=1,
                 latent_layers=1, encoder_patch=16, encoder_dim=8, encoder_layers=1, encoder_heads=1)
-    of_data = dict(dataset=name, held_out=0, xflip=False, data_identity=data.data_checksum(images, labels))
-    save_checkpoint(f"{folder}/stage1.pt", dict(made_by="train_stage1", config=of_data, model_args=args, step=0,
+    settings = dict(dataset=name, held_out=0, xflip=False, data_identity=data.data_checksum(images, labels))
+    save_checkpoint(f"{folder}/stage1.pt", dict(made_by="train_stage1", config=settings, model_args=args, step=0,
                                                 ema=DisCoDiff(**args).state_dict()))
     scope, run = prepared("train_prior.py", config, folder, device, f"--batch_size={batch}")
     noise = SeededNoise("bench", range(batch), run.device)
@@ -160,14 +161,15 @@ def prior(config, batch, folder, device):
 
 
 def sampler(config, batch, folder, device):
-    """A configuration of sample.py, with the default network."""
-    s = configure(dict(vars(sample)), [config])
+    """-> as `training`, for a configuration of sample.py, with the default network."""
+    settings = configure(dict(vars(sample)), [config])
+    settings = {key: settings[key] for key in ("num_steps", "restarts", "gamma", "S_min", "S_max", "S_noise")}
     _, run = prepared("train_stage1.py", "default", folder, device)
     denoise = of_denoiser(run, batch)
     noise, evaluations = torch.randn(batch, *run.model.img_shape, device=run.device), []
 
     def sampled(denoise):
-        restart(denoise, noise, **{name: s[name] for name in ("num_steps", "restarts", "gamma", "S_min", "S_max", "S_noise")})
+        restart(denoise, noise, **settings)
 
     sampled(lambda x, sigma: evaluations.append(sigma) or x)
     return run, {"evaluation": lambda: sampled(denoise)}, lambda: {
@@ -175,40 +177,40 @@ def sampler(config, batch, folder, device):
 
 
 def peak_memory(device):
-    """Bytes, at the most, so far."""
+    """The most bytes used so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def largest(build, batch, device):
-    """-> build(batch) for the largest batch that fits, of this and its halves; and that batch."""
+    """-> build(batch) and batch, for the largest of batch, batch / 2, ... that fits."""
     while True:
-        torch.compiler.reset()  # or what is compiled for a second batch size is compiled for any
+        torch.compiler.reset()  # else the second batch size gets code for any size
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:
             return build(batch), batch
         except torch.OutOfMemoryError:
-            require(batch > 1, "not even one image at once fits on this GPU")
+            require(batch > 1, "not even one image fits on this GPU")
         gc.collect()
         torch.cuda.empty_cache()
         batch //= 2
 
 
 def measure(config, device, batch_size, rounds, profile):
-    """-> what the table and bench.json have of one configuration. Runs in a process of its own."""
+    """-> one configuration's row of the table and of bench.json. Runs in its own process."""
     data.load, data.class_names = noise_images, lambda name: []
     torch.set_float32_matmul_precision("high")
     _, _, place = start_processes(device)
     kind = prior if config.endswith("_prior.py") else sampler if Path(config).name.startswith("restart") else stage1
-    eager = ("--compile=False",) if kind is stage1 else ()  # compiled code can't be counted
+    eager = ("--compile=False",) if kind is stage1 else ()  # the counter can't see into compiled code
     with tempfile.TemporaryDirectory() as folder:
         flops = kind(config, 1, folder, device, *eager)[2]()
         gc.collect()
 
         def build(batch):
-            """Functions, all of them called once, and the peak memory without those of plain EDM."""
+            """-> functions, each called once already, and the peak memory without plain EDM's."""
             run, functions, _ = kind(config, batch, folder, device)
             for function in functions.values():
                 function()
@@ -221,45 +223,49 @@ def measure(config, device, batch_size, rounds, profile):
             return functions, memory
 
         if not batch_size:
-            batch_size = 256 if place.type == "cuda" else min(32, 2 ** int(math.log2(max(1, 1e12 / max(flops.values())))))
+            on_cpu = min(32, 2 ** int(math.log2(max(1, 1e12 / max(flops.values())))))
+            batch_size = 256 if place.type == "cuda" else on_cpu
         (functions, memory), batch = largest(build, batch_size, place)
         row = dict(config=Path(config).stem, batch=batch, rounds=rounds, gflop_evaluation=flops["evaluation"] / 1e9)
         multiply, work = matrix_product(place)
         times = in_turns({"product": multiply, **functions}, rounds, place)
         peak = work / np.array(times["product"])  # FLOP/s, in each round
+        evaluation = np.array(times["evaluation"])
         row |= dict(product_tflops=statistics.median(peak) / 1e12,
-                    evaluations_per_second=batch / statistics.median(times["evaluation"]),
-                    mfu_evaluation=statistics.median(flops["evaluation"] * batch / np.array(times["evaluation"]) / peak))
+                    evaluations_per_second=batch / statistics.median(evaluation),
+                    mfu_evaluation=statistics.median(flops["evaluation"] * batch / evaluation / peak))
         if "gradients" in times:
             step = np.array(times["gradients"]) + times["update"]
             row |= dict(images_per_second=batch / statistics.median(step), gflop_training=flops["gradients"] / 1e9,
                         mfu_training=statistics.median(flops["gradients"] * batch / step / peak),
                         update_share=statistics.median(times["update"] / step), peak_gb=memory / 2 ** 30)
         if "plain evaluation" in times:
-            row |= dict(training_x_edm=statistics.median(step / (np.array(times["plain gradients"]) + times["plain update"])),
-                        evaluation_x_edm=statistics.median(np.array(times["evaluation"]) / times["plain evaluation"]))
+            plain_step = np.array(times["plain gradients"]) + times["plain update"]
+            row |= dict(training_x_edm=statistics.median(step / plain_step),
+                        evaluation_x_edm=statistics.median(evaluation / times["plain evaluation"]))
         if profile:
             row["most_expensive"] = most_expensive(functions, place)
     return row
 
 
 def most_expensive(functions, device, number=10):
-    """-> [(operation, share of the time, calls), ...] of a training step, or of an evaluation where there is none."""
-    with torch_profile() as found:
+    """-> [(operation, share of time, calls), ...] of a training step, or of a sampler's evaluation"""
+    with torch_profile() as profiler:
         for name in ("gradients", "update") if "gradients" in functions else ("evaluation",):
             functions[name]()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    if device.type == "cuda":  # kernels, and not the operations that launch them, which have the same time again
-        spent = [(e.key, e.self_device_time_total, e.count) for e in found.key_averages() if e.device_type == DeviceType.CUDA]
+    if device.type == "cuda":  # kernels alone: the operations that launch them count the same time again
+        spent = [(e.key, e.self_device_time_total, e.count) for e in profiler.key_averages()
+                 if e.device_type == DeviceType.CUDA]
     else:
-        spent = [(e.key, e.self_cpu_time_total, e.count) for e in found.key_averages()]
+        spent = [(e.key, e.self_cpu_time_total, e.count) for e in profiler.key_averages()]
     total = sum(time for _, time, _ in spent)
     return [(key, time / total, calls) for key, time, calls in sorted(spent, key=lambda e: -e[1])[:number]]
 
 
 def loader(device, batch=256, count=20_000):
-    """-> 64 x 64 x 3 images a second from a memory map, as they leave the disk's cache, and as floats on the device."""
+    """-> images a second (64 x 64 x 3) from a cached memory map: as uint8, as floats on the device"""
     place = start_processes(device)[2]
     with tempfile.TemporaryDirectory() as folder:
         written = np.lib.format.open_memmap(f"{folder}/images.npy", "w+", np.uint8, (count, 64, 64, 3))
@@ -281,47 +287,50 @@ def line_of(row):
         return format(row[key], form) if key in row else ""
 
     cells = (row["config"], str(row["batch"]), cell("images_per_second", ",.1f"),
-             cell("gflop_training", ",.2f"), cell("mfu_training", ".2f"), cell("training_x_edm", ".3f"), cell("update_share", ".1%"),
-             cell("evaluations_per_second", ",.1f"), cell("gflop_evaluation", ",.2f"), cell("mfu_evaluation", ".2f"),
-             cell("evaluation_x_edm", ".3f"), cell("peak_gb", ".1f"))
+             cell("gflop_training", ",.2f"), cell("mfu_training", ".2f"), cell("training_x_edm", ".3f"),
+             cell("update_share", ".1%"), cell("evaluations_per_second", ",.1f"), cell("gflop_evaluation", ",.2f"),
+             cell("mfu_evaluation", ".2f"), cell("evaluation_x_edm", ".3f"), cell("peak_gb", ".1f"))
     return LINE.format(*cells)
 
 
 def main(argv=()):
     configure(globals(), argv)
-    require(batch_size >= 0 and rounds > 0, f"batch_size {batch_size} can't be negative, rounds {rounds} must be positive")
-    require(not config or config == "default" or Path(config).is_file(), f"there is no file {config}; --config=default is the default")
+    require(batch_size >= 0 and rounds > 0,
+            f"batch_size {batch_size} can't be negative, rounds {rounds} must be positive")
+    require(not config or config == "default" or Path(config).is_file(),
+            f"there is no file {config}; --config=default is the default")
     _, world, place = start_processes(device)
     require(world == 1, "bench.py measures one process: run it without torchrun")
     configs = [config] if config else ["default", *sorted(map(str, (data.HERE / "config").glob("*.py")))]
     on = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{on}, torch {torch.__version__}; GFLOP: of one image; medians of {rounds} rounds")
+    print(f"{on}, torch {torch.__version__}; GFLOP per image; medians of {rounds} rounds")
     print(f"{'':30}{'training: images a second':>40}{'evaluation: images a second':>35}{'peak':>8}")
     print(LINE.format(
         "config", "batch", "images/s", "GFLOP", "MFU", "x EDM", "update", "images/s", "GFLOP", "MFU", "x EDM", "GB"))
-    os.environ["TQDM_DISABLE"] = "1"  # in what is started below
-    found = dict(device=on, torch=torch.__version__, rows=[])
+    os.environ["TQDM_DISABLE"] = "1"  # in the processes started below
+    results = dict(device=on, torch=torch.__version__, rows=[])
 
     def save():
         with atomic(f"{out_dir}/bench.json") as f:
-            f.write(json.dumps(found, indent=1).encode())
+            f.write(json.dumps(results, indent=1).encode())
 
     for name in configs:
-        try:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fresh one: its peak memory is its own
+        try:  # in a new process, which has its own peak memory
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 row = pool.submit(measure, name, device, batch_size, rounds, profile).result()
         except BrokenProcessPool:
-            print(f"{name}: its process was killed. Too little memory? A smaller --batch_size= may help", file=sys.stderr)
+            print(f"{name}: its process was killed. Too little memory? A smaller --batch_size= may help",
+                  file=sys.stderr)
             continue
         print(line_of(row), flush=True)
         for operation, share, calls in row.get("most_expensive", ()):
             print(f"    {share:6.1%}  {calls:6} calls  {operation}")
-        found["rows"].append(row)
+        results["rows"].append(row)
         save()
     if not config:
-        found["loader_images_per_second"] = dict(zip(("gathered", "floats"), loader(device)))
-        print("the loader alone, 64 x 64 x 3 from a memory map: {gathered:,.0f} images a second; {floats:,.0f} as floats on the "
-              "device".format(**found["loader_images_per_second"]))
+        results["loader_images_per_second"] = dict(zip(("gathered", "floats"), loader(device)))
+        print("the loader alone, 64 x 64 x 3 from a memory map: {gathered:,.0f} images a second; "
+              "{floats:,.0f} as floats on the device".format(**results["loader_images_per_second"]))
         save()
     print(f"{out_dir}/bench.json is ready")
 

@@ -1,8 +1,8 @@
 """
-Files that a run leaves and goes on from: written whole or not at all, checked when they are read.
+Checkpoints and logs: written whole or not at all, and checked when read.
 
-A checkpoint is one file in a run's folder, NAME.pt, that carries its settings; NAME.previous.pt is the one before it. A log
-is NAME.jsonl, a JSON object a line. Nothing in a file is executed or unpickled.
+A checkpoint is one file in a run's folder, NAME.pt, with the run's settings. NAME.previous.pt is the
+one before it. A log is NAME.jsonl, one JSON object per line. Reading them executes nothing.
 """
 
 import json
@@ -19,8 +19,10 @@ from processes import on_any_process
 
 
 class atomic:
-    """`with atomic(path) as f`: f becomes `path` when it is complete, and leaves no trace otherwise.
-    Raises UserError where the file can't be written (a full disk); what `path` held before is kept."""
+    """`with atomic(path) as f`: f becomes `path` once complete, and leaves no trace otherwise.
+
+    Raises UserError if the file can't be written (a full disk, say), and keeps what `path` held before.
+    """
 
     def __init__(self, path):
         self.path, self.partial = Path(path), Path(f"{path}.partial")
@@ -48,7 +50,7 @@ class atomic:
             self.partial.unlink(missing_ok=True)
         except OSError:  # the disk has become read-only
             pass
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises its own on top
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises its own error on top
         if isinstance(cause, OSError):
             kept = "; the file that was there before is untouched" if self.path.exists() else ""
             raise UserError(f"can't write {self.path}: {cause.strerror}{kept}") from None
@@ -58,11 +60,15 @@ CHECKPOINT = {"train_stage1": {"config", "model_args", "step", "ema"},
               "train_prior": {"config", "model_args", "step", "ema", "encoder"},
               "eval_fid": {"model", "accuracy"}}
 TO_TRAIN_ON = {"model", "optimizer"}
+RENAMED = {"ema": "ema_decay"}  # settings in older checkpoints, and what they are called now
 
 
 def save_checkpoint(path, state):
-    """Atomically writes a dict of tensors, numbers, strings, and lists, tuples and dicts of these. The one that was there
-    before is kept as NAME.previous.pt, unless it is damaged: at any time, one of the two can be read."""
+    """Atomically writes a dict of tensors, numbers, strings, and lists, tuples and dicts of these.
+
+    The checkpoint before it stays as NAME.previous.pt, unless damaged: one of the two is readable at
+    any time.
+    """
     with atomic(path) as f:
         torch.save(state, f)
         if read_checkpoint(path, check_only=True):
@@ -78,17 +84,17 @@ def previous(path):
 
 
 def read_checkpoint(path, check_only=False):
-    """-> what is in the file, or None where it is missing or damaged; with check_only, whether it is whole.
+    """-> the file's content, or None if it is missing or damaged; with check_only, True if it is whole.
 
-    It is a zip file whose entries have a CRC-32 each, which torch.load does not look at. Nothing in it is executed, nor
-    unpacked: an entry that is compressed is none of ours.
+    A checkpoint is a zip file, each entry with a CRC-32 that torch.load does not check. Its entries are
+    never compressed: a file with a compressed one counts as damaged. Nothing in it is executed.
     """
     try:
         with open(path, "rb"):
             pass
     except FileNotFoundError:
         return None
-    except OSError as error:  # nothing that another copy would help with
+    except OSError as error:  # another copy would not help
         raise UserError(f"can't read {path}: {error.strerror}") from None
     try:
         with zipfile.ZipFile(path) as archive:
@@ -96,17 +102,18 @@ def read_checkpoint(path, check_only=False):
             if not stored or archive.testzip() is not None:
                 return None
         return check_only or torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken file makes the decoders raise
+    except Exception as error:  # a broken file can make the decoders raise anything
         if out_of_memory(error):
             raise
         return None
 
 
 def load_checkpoint(path, made_by, settings=""):
-    """-> the dict that `save_checkpoint` wrote, tensors on the CPU; `made_by`: the script that writes it, with `settings`.
+    """-> the dict that `save_checkpoint` wrote, tensors on the CPU.
 
-    Where it is damaged, the one before it is taken, and a line on stderr says so. Raises UserError where both are, where
-    it is missing, or another script's.
+    made_by, settings: the script that writes this checkpoint, and with which settings. If the file is
+    damaged, the previous checkpoint is used, and a line on stderr says so. Raises UserError if both are
+    damaged, or if the checkpoint is missing or another script's.
     """
     path = Path(path)
     require(os.path.isfile(path),
@@ -116,7 +123,7 @@ def load_checkpoint(path, made_by, settings=""):
         state = read_checkpoint(previous(path))
         require(state is not None, f"{path} is truncated or damaged: put a good copy in its place, or delete it and "
                                    f"run {made_by}.py again")
-        say(f"{path} is truncated or damaged: the one before it is taken, {previous(path)}")
+        say(f"{path} is truncated or damaged: using the previous one, {previous(path)}")
     require(is_of(made_by, state), f"{path} is not a checkpoint of {made_by}.py: was another file copied over it?")
     return state
 
@@ -126,7 +133,7 @@ def is_of(made_by, state):
 
 
 def weights_checksum(state):
-    """CRC-32 over the tensors of a state dict: tells which weights something was made with."""
+    """CRC-32 over the tensors of a state dict, to tell which weights something was made with."""
     crc = 0
     for tensor in state.values():
         crc = zlib.crc32(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
@@ -134,19 +141,20 @@ def weights_checksum(state):
 
 
 def resume(path, config, model_args, free, changeable, made_by, **others):
-    """The checkpoint at `path` to continue from, or None where a new run begins.
+    """The checkpoint at `path` to continue from, or None to begin a new run.
 
-    config, model_args: this run's settings, as the checkpoint carries them; free: names of settings that may always change;
-    changeable: names of settings that may change if --change names them. Settings missing from an older checkpoint are not
-    compared. With --overwrite=True, only an unfinished run of the same command is continued: its settings, and the `others`
-    in its checkpoint, must be the same. Raises UserError, which names the differences.
+    config, model_args: this run's settings, as the checkpoint carries them.
+    free: settings that may always change. changeable: settings that may change if --change names them.
+    Settings that an older checkpoint lacks are not compared. With --overwrite=True, only an unfinished
+    run of the same command continues: its settings, and `others` in its checkpoint, must be the same.
+    Raises UserError, which names the differences.
     """
     change = [name.strip() for name in config["change"].split(",") if name.strip()]
     unknown = [name for name in change if name not in changeable]
     require(not unknown, f"--change={config['change']}: {', '.join(unknown)} can't change during a run; "
                          f"these can: {', '.join(changeable)}")
     require(not (change and config["overwrite"]), "--overwrite=True begins anew, --change goes on: choose one")
-    # by torchrun, after a process died; on several nodes some may not have counted it
+    # torchrun restarts all processes after one died; on several nodes, not all may have counted it
     restarted = on_any_process(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
     if not os.path.exists(path):
         return None
@@ -154,7 +162,7 @@ def resume(path, config, model_args, free, changeable, made_by, **others):
 
     def different(state, *but):
         """-> {setting: (its value there, here)}"""
-        old = {**state["model_args"], **state["config"]}
+        old = {RENAMED.get(name, name): value for name, value in {**state["model_args"], **state["config"]}.items()}
         return {k: (old[k], new[k]) for k in sorted((old.keys() & new.keys()) - {*but}) if old[k] != new[k]}
 
     if config["overwrite"]:
@@ -164,28 +172,29 @@ def resume(path, config, model_args, free, changeable, made_by, **others):
                 break
         else:
             return None
-        ours = TO_TRAIN_ON <= state.keys() and not different(state)
-        ours = ours and all(state[key] == value for key, value in others.items())
-        if not (ours and (restarted or state["step"] * config["batch_size"] < config["total_images"])):
+        same = TO_TRAIN_ON <= state.keys() and not different(state)
+        same = same and all(state[key] == value for key, value in others.items())
+        if not (same and (restarted or state["step"] * config["batch_size"] < config["total_images"])):
             return None
         if file != path:
-            say(f"{path} is truncated or damaged: the one before it is taken, {previous(path)}")
+            say(f"{path} is truncated or damaged: using the previous one, {previous(path)}")
         return state
     state = load_checkpoint(path, made_by)
     have = "weights" if "model" in state else "the averaged weights"
-    require(TO_TRAIN_ON <= state.keys(), f"{path} has {have} alone, to sample from: it can't be trained on. Choose another "
-            f"--out_dir, where stage 1 can start from it by --init_from={path}, or start anew with --overwrite=True")
+    require(TO_TRAIN_ON <= state.keys(),
+            f"{path} has {have} alone, for sampling: training can't continue from it. Choose another --out_dir, "
+            f"where stage 1 can start from it by --init_from={path}, or start anew with --overwrite=True")
     changed = different(state, *free, *change)
     names = ",".join([*change, *changed])
     goes_on = f"say --change={names} to continue with the new values, " if set(changed) <= set(changeable) else ""
     changes = "; ".join(f"{k}={there!r} there, {here!r} here" for k, (there, here) in changed.items())
-    require(not changed, f"{path} is of a run with other settings ({changes}): "
+    require(not changed, f"{path} is from a run with other settings ({changes}): "
                          f"{goes_on}choose another --out_dir, or start anew with --overwrite=True")
     return state
 
 
 def read_log(path, images):
-    """The lines of a training log up to that number of images; what a crash cut off is left out."""
+    """The lines of a training log up to this number of images, without one that a crash cut off."""
     lines = []
     for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []:
         try:
@@ -197,7 +206,7 @@ def read_log(path, images):
 
 
 def write_log(path, lines, mode="a"):
-    """Appends lines to a training log; with mode "w", writes it anew. Raises UserError on a full disk."""
+    """Appends lines to a training log; mode "w" writes it anew. Raises UserError on a full disk."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, mode) as f:

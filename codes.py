@@ -1,8 +1,8 @@
 """
-Where the codes of a picture come from, if not from a prior: given by hand, read off images, or composed of two.
+Codes that no prior draws: given by hand, read off images, or composed of two codes.
 
-A source of codes is a function source(numbers, noise) -> codes int64 (R, m), class labels (R,) or None, for the items
-with these numbers, an int64 array (R,): each item from its number, and its own row of noise, alone.
+A source of codes is a function source(numbers, noise) -> codes int64 (R, m), class labels (R,) or None.
+numbers: int64 array (R,). Each row of the result depends on its number and its row of noise alone.
 """
 
 import torch
@@ -14,7 +14,10 @@ from noise import SeededNoise
 
 
 def by_hand(code, model, setting="code"):
-    """The source of one code for all, a tuple of m numbers in 0 ... k - 1. Raises UserError where it is none."""
+    """-> the source that always gives this code, a tuple of m numbers in 0 ... k - 1.
+
+    Raises UserError for anything else; setting: its name, for the message.
+    """
     m, k = model.num_latents, model.codebook_size
     require(len(code) == m and all(type(c) is int and 0 <= c < k for c in code),
             f"--{setting} takes {m} numbers in 0 ... {k - 1}, not {code}")
@@ -26,9 +29,9 @@ def by_hand(code, model, setting="code"):
 
 
 def of_images(images, labels, order, model):
-    """The source of codes that the encoder draws for images uint8 (N, H, W, C), taken in this order, over and over.
+    """-> the source of codes that the encoder draws for images.
 
-    labels: int64 (N,), or None
+    images: uint8 (N, H, W, C); labels: int64 (N,) or None; order: image of each number, over and over
     """
     def source(numbers, noise):
         chosen = order[numbers % len(order)]
@@ -41,10 +44,10 @@ def of_images(images, labels, order, model):
 
 
 def composed(rows, first, second, device):
-    """Of four rows in turn: the first code, the second, and two mixtures, which take each position from the one code or
-    from the other, by coins (DLC sec. 5.2).
+    """Rows in fours: the first code, the second, and two mixtures of both (DLC sec. 5.2).
 
-    rows: row numbers int64 (R,); first, second: codes (R, m). -> codes (R, m), and bool (R,): rows of the first's class
+    A mixture takes each position from either code, by the toss of a coin. rows: row numbers int64 (R,);
+    first, second: codes (R, m). -> codes (R, m); bool (R,), the rows that have the first's class
     """
     turn = torch.from_numpy(rows % 4).to(first.device)
     coins = SeededNoise("compose", rows, device).rand(first.shape[1]) < 0.5

@@ -1,14 +1,16 @@
 """
-Do codes help? Plain EDM and DisCo-Diff, after equally many images, side by side (DisCo-Diff Table 3).
+Do codes help? Plain EDM and DisCo-Diff side by side, after equally many images (DisCo-Diff Table 3).
 
-    python compare_models.py                                             # two seeds, about two hours on two CPU cores
-    python compare_models.py --seeds="(0,)" --total_images=28_000 --num_images=500            # a first look
+    python compare_models.py                              # two seeds, two hours on two CPU cores
+    python compare_models.py --seeds="(0,)" --total_images=28_000 --num_images=500    # a first look
     python compare_models.py --stage1_config=config/cifar10.py --prior_config=config/cifar10_prior.py \
-        --total_images=20_000_000 --num_images=50_000 --features=inception --out_dir=out/compare-cifar10    # on a GPU
+        --total_images=20_000_000 --num_images=50_000 --features=inception \
+        --out_dir=out/compare-cifar10                     # on a GPU
 
-For each seed it trains both models and a prior, draws samples and measures them, by the other scripts, in folders in
-out_dir. What is there is not done again, so that an interrupted comparison continues. Prints a table, and writes it to
-out_dir/compare_models.txt. NFE: the denoiser's evaluations for an image, of which guidance takes two at a time.
+For each seed, runs the other scripts in folders in out_dir: trains both models and a prior, draws
+samples and measures them. Finished parts are kept, so an interrupted comparison continues. Prints a
+table, and writes it to out_dir/compare_models.txt. NFE: the denoiser's evaluations per image;
+guidance takes two at a time.
 """
 
 import json
@@ -23,11 +25,11 @@ from data import HERE
 
 out_dir = "out/compare"
 seeds = (0, 1)
-total_images = 100_000  # that each model is trained on
-num_images = 2_000  # that are measured in each row
-features = "classifier"  # of eval_fid.py; or "inception"
+total_images = 100_000  # that each model trains on
+num_images = 2_000  # samples measured in each row
+features = "classifier"  # for eval_fid.py; or "inception"
 stage1_config = ""  # a config file for train_stage1.py
-prior_config = ""  # and for train_prior.py
+prior_config = ""  # a config file for train_prior.py
 
 ROWS = {  # title: model, settings of sample.py
     "plain EDM": ("edm", []),
@@ -41,7 +43,7 @@ ROWS = {  # title: model, settings of sample.py
 
 
 def run(script, *arguments):
-    """Runs another script of ours; ends with its exit code if it fails."""
+    """Runs another of our scripts; exits with its exit code if it fails."""
     print("\n$ python", script, *filter(None, arguments), flush=True)
     code = subprocess.run([sys.executable, str(HERE / script), *filter(None, arguments)]).returncode
     if code:
@@ -49,21 +51,23 @@ def run(script, *arguments):
 
 
 def done(result, *made_of):
-    """Whether `result` exists, and is younger than what it was made of."""
+    """Whether `result` exists and is newer than the files it was made of."""
     return result.exists() and result.stat().st_mtime > max(path.stat().st_mtime for path in made_of)
 
 
 def main(argv=()):
     configure(globals(), argv)
-    require(seeds and min(seeds) >= 0 and len(set(seeds)) == len(seeds), f"seeds takes different whole numbers, not {seeds}")
-    require(total_images > 0 and num_images >= 10, f"total_images {total_images} must be positive, num_images {num_images} 10 or more")
+    require(seeds and min(seeds) >= 0 and len(set(seeds)) == len(seeds),
+            f"seeds takes different whole numbers, not {seeds}")
+    require(total_images > 0 and num_images >= 10,
+            f"total_images {total_images} must be positive, num_images {num_images} 10 or more")
     require(features in ("classifier", "inception"), f"--features is classifier or inception, not {features}")
-    found = {title: [] for title in ROWS}
+    measured = {title: [] for title in ROWS}
     for seed in seeds:
         folders = {model: Path(f"{out_dir}/{model}-{total_images}-seed{seed}") for model in ("edm", "disco")}
         for model, folder in folders.items():
-            run("train_stage1.py", stage1_config, f"--seed={seed}", f"--total_images={total_images}", f"--out_dir={folder}",
-                *["--num_latents=0"] * (model == "edm"))
+            run("train_stage1.py", stage1_config, f"--seed={seed}", f"--total_images={total_images}",
+                f"--out_dir={folder}", *["--num_latents=0"] * (model == "edm"))
         run("train_prior.py", prior_config, "--prior=ar", f"--seed={seed}", f"--out_dir={folders['disco']}")
         dataset = load_checkpoint(folders["disco"] / "stage1.pt", "train_stage1")["config"]["dataset"]
         for i, (title, (model, settings)) in enumerate(ROWS.items()):
@@ -74,12 +78,13 @@ def main(argv=()):
                     *(setting.replace("DATASET", dataset) for setting in settings))
             if not done(result, folder / f"{name}.npz"):
                 run("eval_fid.py", f"--images={folder}/{name}.npz", f"--reference={dataset}", f"--features={features}")
-            found[title].append(json.loads(result.read_text()))
+            measured[title].append(json.loads(result.read_text()))
 
-    columns = [key for key, value in found["plain EDM"][0].items() if type(value) is float and key not in ("seconds per image", "KID se")]
-    lines = [f"{dataset}: {total_images:,} training images a model, {num_images:,} samples a row, seeds {seeds}; +-: standard deviation",
-             " " * 32 + "".join(f"{column:>18}" for column in columns)]
-    for title, rows in found.items():
+    columns = [key for key, value in measured["plain EDM"][0].items()
+               if type(value) is float and key not in ("seconds per image", "KID se")]
+    lines = [f"{dataset}: {total_images:,} training images per model, {num_images:,} samples per row, "
+             f"seeds {seeds}; +-: standard deviation", " " * 32 + "".join(f"{column:>18}" for column in columns)]
+    for title, rows in measured.items():
         cells = []
         for column in columns:
             values = [row[column] for row in rows]

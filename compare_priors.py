@@ -1,14 +1,16 @@
 """
-The two priors side by side, on the codes of one encoder: how close to the real codes do they come, and how fast?
+Which prior comes closer to the real codes, and which is faster? Compares both on one encoder's codes.
 
     python train_prior.py && python train_prior.py --prior=sedd && python compare_priors.py
 
-Reads out_dir/stage1.pt, prior_ar.pt and prior_sedd.pt; prints a table, and writes it to out_dir/compare_priors.txt
-and, as bars, to out_dir/compare_priors.png. What is compared is the total-variation distance, 0 ... 1, between the
-distributions of a latent's codes (mean over latents), and of two latents' codes (mean over pairs), in two samples of
-equal size: the prior's, and the encoder's for other training images, whose classes have the same distribution. Two
-samples of real codes are some distance apart, too: that is the floor. +- is the standard deviation over samples, for
-held-out bits the standard error. Seconds are those of drawing codes, seeded noise included.
+Reads out_dir/stage1.pt, prior_ar.pt and prior_sedd.pt. Prints a table, writes it to
+out_dir/compare_priors.txt, and draws it as bars in out_dir/compare_priors.png.
+
+The measure is the total-variation distance, 0 ... 1, between two samples of equal size: the prior's
+codes, and the encoder's codes of other training images with the same distribution of classes. It is
+taken for each latent alone (mean over latents) and for pairs of latents (mean over pairs). Two samples
+of real codes differ too: their distance is the floor. +- is the standard deviation over samples; for
+held-out bits, the standard error. Seconds are for drawing codes, seeded noise included.
 """
 
 import math
@@ -33,9 +35,9 @@ out_dir = "out"
 device = "auto"
 seed = 0
 samples = 3
-num_codes = 2000  # of each sample
+num_codes = 2000  # per sample
 batch_size = 1000
-sedd_steps = 64  # of the samplers that have steps
+sedd_steps = 64  # for the samplers that have steps
 etas = (0.01, 0.02, 0.05, 0.1, 0.3)  # remasking probabilities to try
 
 # ----------------------------------------------------------------------------------------------------
@@ -43,7 +45,7 @@ etas = (0.01, 0.02, 0.05, 0.1, 0.3)  # remasking probabilities to try
 
 
 def distances(a, b, k):
-    """Total variation between the codes of two samples, int64 (N, m): mean over latents, and over pairs of latents."""
+    """Total variation of two samples of codes, int64 (N, m). -> mean over latents, mean over pairs"""
 
     def mean(keys, cells):
         p, q = (np.array([np.bincount(key(z.cpu().numpy()), minlength=cells) / len(z) for key in keys]) for z in (a, b))
@@ -55,17 +57,17 @@ def distances(a, b, k):
 
 
 def shuffled_in_class(codes, labels, g):
-    """Codes whose latents are independent given the class: each from the code of another image of that class."""
+    """Makes latents independent given the class: each comes from another image of that class."""
     result = codes.clone()
     for label in labels.unique():
-        where = (labels == label).nonzero()[:, 0]
+        rows = (labels == label).nonzero()[:, 0]
         for i in range(codes.shape[1]):
-            result[where, i] = codes[where[torch.randperm(len(where), generator=g, device=g.device)], i]
+            result[rows, i] = codes[rows[torch.randperm(len(rows), generator=g, device=g.device)], i]
     return result
 
 
 def generate(prior, labels, first_seed, **how):
-    """Codes of these classes, (N, m)"""
+    """-> codes (N, m) of the prior, for these classes; how: settings of its sampler"""
     codes = []
     for part in torch.arange(len(labels)).split(batch_size):
         noise = SeededNoise("compare", (first_seed + part).tolist(), labels.device)
@@ -74,7 +76,7 @@ def generate(prior, labels, first_seed, **how):
 
 
 def draw_bars(rows, path):
-    """rows: [name, distance of single latents, of pairs]; the first row's are the floor, drawn as lines."""
+    """rows: [name, distance of single latents, of pairs]. The first is the floor, drawn as lines."""
     font, scale, colours = ImageFont.load_default(22), 640 / max(max(row[1:]) for row in rows), ("#78aadc", "#144682")
     canvas = Image.new("RGB", (1280, 80 + 64 * len(rows)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -109,12 +111,12 @@ def main(argv=()):
     stage1, checkpoint = load_stage1(out_dir, place)
     ar, sedd = (load_prior(out_dir, kind, place, checkpoint) for kind in ("ar", "sedd"))
     images, labels, train, held_out = data.load_trained_on(checkpoint["config"], f"{out_dir}/stage1.pt")
-    require(len(held_out), f"{out_dir}/stage1.pt was trained with held_out=0: there are no images to compare the bits on")
+    require(len(held_out), f"{out_dir}/stage1.pt was trained with held_out=0: no images are left to compare bits on")
     m, k, g = stage1.num_latents, stage1.codebook_size, seeded_generator(place, "compare", seed)
 
     @torch.no_grad()
     def encode(indices):
-        """The encoder's logits for these images, and their class labels."""
+        """-> the encoder's logits for these images, and their class labels"""
         parts = np.split(indices, range(500, len(indices), 500))
         logits = torch.cat([stage1.encoder(data.to_float(images[part], place)) for part in parts])
         c = torch.from_numpy(labels[indices]) if stage1.label_dim else torch.full((len(indices),), -1)
@@ -122,13 +124,13 @@ def main(argv=()):
 
     @torch.no_grad()
     def held_out_bits(prior):
-        """As train_prior.py has them: of the same codes for both priors."""
+        """As train_prior.py prints them; both priors get the same codes."""
         generators = [seeded_generator(place, purpose, seed) for purpose in ("held-out", "times")]
         bits = mean_bits(prior, *encode(held_out), 8, *generators)
         return f"{bits.mean():.2f} +- {bits.std(correction=0) / len(bits) ** 0.5:.2f}"
 
     def real_codes():
-        """Of training images, with their labels."""
+        """-> codes of random training images, and their labels"""
         logits, c = encode(train[torch.randint(len(train), (num_codes,), generator=g, device=place).cpu()])
         return draw_codes(logits, gumbel_noise(logits.shape, g)), c
 
@@ -138,29 +140,34 @@ def main(argv=()):
                ("SEDD, first-hitting", sedd, sedd_bits, m, dict(sedd_sampler="first-hitting")),
                (f"SEDD, analytic, {m} steps", sedd, sedd_bits, m, dict(sedd_sampler="analytic", sedd_steps=m)),
                (f"SEDD, analytic, {sedd_steps} steps", sedd, sedd_bits, sedd_steps, stepped),
-               *((f"  and remasking, eta = {eta:g}", sedd, sedd_bits, sedd_steps, stepped | dict(eta=eta)) for eta in etas)]
-    found = np.empty((len(methods) + 2, samples, 2))
+               *((f"  and remasking, eta = {eta:g}", sedd, sedd_bits, sedd_steps, stepped | dict(eta=eta))
+                 for eta in etas)]
+    table = np.empty((len(methods) + 2, samples, 2))
     seconds = np.zeros(len(methods))
     for i in range(samples):
         (real, _), (other, c) = real_codes(), real_codes()
-        found[0, i] = distances(real, other, k)
-        found[1, i] = distances(real, shuffled_in_class(other, c, g), k)
-        for j, (_, prior, _, _, how) in enumerate(progress(methods, desc=f"sample {i + 1} of {samples}", unit="sampler")):
+        table[0, i] = distances(real, other, k)
+        table[1, i] = distances(real, shuffled_in_class(other, c, g), k)
+        bar = progress(methods, desc=f"sample {i + 1} of {samples}", unit="sampler")
+        for j, (_, prior, _, _, how) in enumerate(bar):
             began = time.perf_counter()
             made = generate(prior, c, seed + i * num_codes, **how)
             seconds[j] += (time.perf_counter() - began) / samples / num_codes * 1000
-            found[j + 2, i] = distances(real, made, k)
+            table[j + 2, i] = distances(real, made, k)
 
     rows = [("real codes (the floor)", "", "", ""), ("independent latents given the class", "", "", ""),
             *((name, bits, n, f"{s:.2f}") for (name, _, bits, n, _), s in zip(methods, seconds))]
-    rows = [(*row, *distance) for row, distance in zip(rows, np.stack([found.mean(1), found.std(1)], 2).reshape(len(rows), 4))]
-    table = "\n".join([
-        f"{samples} x {num_codes:,} codes of {m} latents with {k} values; bits per image on {len(held_out)} held-out images (<=: a bound)",
+    columns = np.stack([table.mean(1), table.std(1)], 2).reshape(len(rows), 4)
+    rows = [(*row, *distance) for row, distance in zip(rows, columns)]
+    text = "\n".join([
+        f"{samples} x {num_codes:,} codes of {m} latents with {k} values; "
+        f"bits per image on {len(held_out)} held-out images (<=: a bound)",
         f"{'':36}{'held-out bits':>18}{'evaluations':>12}{'s per 1,000':>12}{'TV single':>18}{'TV pairs':>18}",
-        *(f"{name:36}{bits:>18}{n:>12}{s:>12}{v[0]:9.4f} +- {v[1]:.4f}{v[2]:8.4f} +- {v[3]:.4f}" for name, bits, n, s, *v in rows)])
-    print(table)
+        *(f"{name:36}{bits:>18}{n:>12}{s:>12}{v[0]:9.4f} +- {v[1]:.4f}{v[2]:8.4f} +- {v[3]:.4f}"
+          for name, bits, n, s, *v in rows)])
+    print(text)
     with atomic(f"{out_dir}/compare_priors.txt") as file:
-        file.write(table.encode() + b"\n")
+        file.write(text.encode() + b"\n")
     draw_bars([(row[0], row[4], row[6]) for row in rows], f"{out_dir}/compare_priors.png")
     print(f"{out_dir}/compare_priors.txt and {out_dir}/compare_priors.png are ready")
 

@@ -1,13 +1,13 @@
 """
-Settings from the command line, and errors that a user can mend.
+Settings from the command line, and errors that a user can fix.
 
-The settings of a script are its plain global variables. Config files and --name=value override them, in the
-order of the command line:
+A script's settings are its plain global variables. Config files and --name=value override them, in
+the order of the command line:
 
     python train_stage1.py config/cifar10.py --batch_size=64 --out_dir=out/small-batch
 
-A config file holds `name = value` lines. It and the command line are read as Python literals (numbers,
-strings, True/False, tuples) and never executed.
+A config file holds `name = value` lines. Values, there and on the command line, are Python literals
+(numbers, strings, True/False, tuples). They are never executed.
 """
 
 import ast
@@ -22,24 +22,26 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something that the user can mend. Scripts end with its message in one line, and exit code 2."""
+    """An error that the user can fix. Scripts end with its message on one line, and exit code 2."""
 
 
 def configure(scope, argv):
-    """Overrides the settings in `scope`, a script's globals(), by the command line; returns them as a dict.
+    """Overrides the settings in `scope`, a script's globals(), by the command line. -> them, as a dict
 
-    Settings are the bool, int, float, str and tuple variables, but for _private names and CONSTANTS; a new value must be
-    of the default's type, and ~ at the start of a string is the home folder. What an earlier call overrode is back at
-    its default. Raises UserError for an unknown name (with the nearest valid one), a wrong type, or anything that can't
-    be parsed. --help prints the script's docstring and settings, and exits.
+    Settings are the bool, int, float, str and tuple variables, except _private names and CONSTANTS. A
+    new value must have the default's type. ~ at the start of a string is the home folder. Defaults
+    replace what an earlier call set. Raises UserError for an unknown name (with the nearest valid one),
+    for a wrong type, and for anything that can't be parsed. --help prints the script's docstring and
+    settings, and exits.
     """
     sys.excepthook = partial(_one_line_for_user_errors, scope)
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed, as by 2>&-
+    # a stream may be closed, as by 2>&-
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr: a name that can't be printed ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr: an unprintable name must not end a run
     defaults = {name: value for name, value in scope.items()
                 if not (name.startswith("_") or name.isupper()) and isinstance(value, (bool, int, float, str, tuple))}
-    for name, (default, given) in scope.get("_given", {}).items():  # by an earlier call, as in a notebook
+    for name, (default, given) in scope.get("_given", {}).items():  # set by an earlier call, as in a notebook
         if scope[name] is given:
             defaults[name] = default
     settings = dict(defaults)
@@ -56,10 +58,10 @@ def configure(scope, argv):
             new = _read_config_file(_at_home(argument, argument))
         for name, value, where in new:
             if name not in settings:
-                nearest = difflib.get_close_matches(name, settings, n=1, cutoff=0)
-                raise UserError(f"{where}: there is no setting {name!r}; the nearest is {nearest[0]!r}")
+                near = [s for s in settings if name and name in s] or difflib.get_close_matches(name, settings, n=1, cutoff=0)
+                raise UserError(f"{where}: there is no setting {name!r}; the nearest is {near[0]!r}")
             settings[name] = _checked(name, value, defaults[name], where)
-    require(settings.get("out_dir") != "", "--out_dir= names no folder: --out_dir=. is the one that you are in")
+    require(settings.get("out_dir") != "", "--out_dir= names no folder: --out_dir=. is the current one")
     scope.update(settings, _given={name: (default, settings[name]) for name, default in defaults.items()})
     return settings
 
@@ -71,8 +73,10 @@ def require(condition, message):
 
 
 def require_numbers(config, or_zero=(), but=()):
-    """Raises UserError unless each number among the settings is positive and finite; `or_zero` names those that may
-    be 0, `but` those that other rules apply to."""
+    """Raises UserError unless every number among the settings is positive and finite.
+
+    or_zero: settings that may be 0; but: settings that are not checked here.
+    """
     for name, value in config.items():
         if type(value) in (int, float) and name not in but:
             require(value >= 0 or name not in or_zero, f"{name} can't be negative: it is {value}")
@@ -81,19 +85,20 @@ def require_numbers(config, or_zero=(), but=()):
 
 
 def arguments_of(config, *functions):
-    """The settings that are parameters of these functions (or classes), by name."""
+    """-> {name: value} of the settings that are parameters of these functions or classes"""
     return {name: config[name] for f in functions for name in inspect.signature(f).parameters if name in config}
 
 
 def _at_home(path, where):
-    """With the home folder in place of ~ at its start, or of ~name."""
-    found = os.path.expanduser(path)
-    require(not found.startswith("~"), f"{where}: no home folder is known for {path.partition('/')[0]}; write the path in full")
-    return found
+    """Replaces ~ or ~name at the start of a path by the home folder."""
+    full = os.path.expanduser(path)
+    require(not full.startswith("~"),
+            f"{where}: no home folder is known for {path.partition('/')[0]}; write the path in full")
+    return full
 
 
 def say(line):
-    """Prints a line on stderr, of one process."""
+    """Prints a line on stderr, from process 0 alone."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
 
@@ -102,29 +107,29 @@ def _literal(text):
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return text  # a bare word: right only where a string is wanted, which `_checked` sees
+        return text  # a bare word; `_checked` refuses it unless the setting is a string
 
 
 def _read_config_file(path):
     """-> [(name, value, where)] of the file's `name = literal` lines."""
     try:
-        with open(path, encoding="utf-8-sig") as f:  # Windows' editors put a mark first
+        with open(path, encoding="utf-8-sig") as f:  # editors on Windows may put a byte-order mark first
             tree = ast.parse(f.read())
     except OSError as error:
         raise UserError(f"can't read the config file {path}: {error.strerror}") from None
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise UserError(f"{path} is not a config file: {error}") from None
-    found = []
+    new = []
     for node in tree.body:
         where = f"{path}, line {node.lineno}"
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # its docstring
         try:
             (target,) = node.targets
-            found.append((target.id, ast.literal_eval(node.value), where))
+            new.append((target.id, ast.literal_eval(node.value), where))
         except (AttributeError, ValueError, TypeError):
             raise UserError(f"{where}: only lines of the form `name = literal` are read") from None
-    return found
+    return new
 
 
 def _checked(name, value, default, where):
@@ -155,14 +160,14 @@ def _usage(scope, settings):
 
 
 def out_of_memory(error):
-    """Whether this error means that memory ran out. PyTorch has an exception for the GPU's memory, none for the host's."""
+    """Whether memory ran out. PyTorch has an exception for a GPU's memory, none for the host's."""
     said = str(error) if isinstance(error, RuntimeError) else ""
     return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             or "not enough memory" in said or "can't allocate memory" in said)
 
 
 def _one_line_for_user_errors(scope, kind, error, traceback):
-    """The excepthook of a script with these globals: an error that the user can fix becomes one line."""
+    """A script's excepthook: turns an error that the user can fix into one line. scope: its globals"""
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted: the same command goes on from what has been saved, if anything", file=sys.stderr)
         sys.exit(130)
@@ -178,13 +183,13 @@ def _one_line_for_user_errors(scope, kind, error, traceback):
             line += f". {scope['_checkpoint_path']} is untouched"
     elif isinstance(error, BrokenPipeError) and not error.filename:
         line = "the program that reads this output has ended, as `head` does: write the output to a file instead"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains again when it ends
     elif isinstance(error, OSError) and (error.errno == errno.ENAMETOOLONG
                                          or folder and Path(folder) in Path(str(error.filename), "-").parents):
-        line = f"can't read or write {error.filename}: {error.strerror}"  # the disk went away, or somebody deleted it
+        line = f"can't read or write {error.filename}: {error.strerror}"  # the disk or the file went away
     else:
         sys.__excepthook__(kind, error, traceback)
         return
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(line))  # names may hold line breaks and worse
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(line))  # names may hold line breaks
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(2)

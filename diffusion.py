@@ -1,9 +1,10 @@
 """
-The continuous process: noise levels, the loss weight, guidance, and the samplers (EDM: Karras et al. 2022).
+The continuous process: noise levels, loss weight, guidance and samplers (EDM: Karras et al. 2022).
 
-Everything here is a function of `denoise(x, sigma)`, free of networks and images: the toy and the image model run
-through the same samplers. denoise takes x, float64 of any shape (B, ...), with noise of standard deviation sigma, a
-float64 scalar tensor, and returns D, the expected clean data. (x - D) / sigma is the ODE's dx/dsigma.
+Everything here calls only `denoise(x, sigma)`, and knows nothing of networks or images: the toy and the
+image model share the samplers. x is float64 of any shape (B, ...), with noise of standard deviation
+sigma, a float64 scalar tensor. denoise returns D, the expected clean data, and (x - D) / sigma is the
+ODE's dx/dsigma.
 """
 
 import math
@@ -21,7 +22,7 @@ def loss_weight(sigma, sigma_data):
 def guided(denoise, w):
     """Guidance by the latents, D~ = w D(x; z) + (1 - w) D(x; null) (App. B). -> denoise(x, sigma)
 
-    denoise: of twice as many images, first with codes z, then with null latents. The paper's cfg is w - 1.
+    denoise: takes 2B images, first with codes z, then with null latents. The paper's cfg is w - 1.
     """
     def denoise_guided(x, sigma):
         D, D_null = denoise(torch.cat([x, x]), sigma).chunk(2)
@@ -56,12 +57,12 @@ def heun_step(denoise, x, t, t_next, gamma=0, S_noise=1, randn_like=torch.randn_
 
 def heun(denoise, latents, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7,
          S_churn=0, S_min=0, S_max=math.inf, S_noise=1, randn_like=torch.randn_like, steps=None):
-    """EDM's sampler with stochastic churn (Karras et al. 2022, Alg. 2); S_churn = 0 is Heun's method (Alg. 1).
+    """EDM's sampler with stochastic churn (EDM, Alg. 2); S_churn = 0 is Heun's method (Alg. 1).
 
     denoise(x, sigma): D; x is float64 and shaped like latents, sigma a float64 scalar tensor.
     latents: N(0, 1) noise of any shape. num_steps: N >= 1; 2 N - 1 evaluations.
-    S_churn, S_min, S_max, S_noise: amount of churn, its range of sigma, and the scale of its noise, which
-    randn_like(x) draws. steps: a list that gets (t, x) at the start of each step, and at the end, t = 0.
+    S_churn, S_min, S_max, S_noise: amount of churn, its range of sigma, and the scale of its noise,
+    which randn_like(x) draws. steps: a list, gets (t, x) at the start of each step and at t = 0.
     -> the sample, float64, shaped like latents
     """
     t = torch.cat([noise_levels(num_steps, sigma_min, sigma_max, rho), torch.zeros(1)]).to(latents.device)  # t_N = 0
@@ -77,9 +78,10 @@ def heun(denoise, latents, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7,
 
 
 def restart_loops(num_steps, restarts, sigma_min=0.002, sigma_max=80, rho=7):
-    """When `restart` goes back up: on arrival at noise level i, for each s in list i, from s[-1] to s[0] and down again.
+    """Where `restart` goes back up: at noise level i, for each s in list i, from s[-1] to s[0].
 
-    -> num_steps + 1 lists of noise levels s. Raises UserError for restarts that have no place among the levels.
+    -> num_steps + 1 lists of noise levels s, to come down again. Raises UserError for restarts that
+    don't fit the levels.
     """
     t = noise_levels(num_steps, sigma_min, sigma_max, rho)
     loops = [[] for _ in range(num_steps + 1)]
@@ -92,7 +94,8 @@ def restart_loops(num_steps, restarts, sigma_min=0.002, sigma_max=80, rho=7):
                 f"restarts has {interval}: N_restart and num_steps are 2 or more, K is 1 or more, and "
                 f"sigma_min {sigma_min} <= t_min < t_max <= sigma_max {sigma_max}")
         i = int((t[1:] - t_min).abs().argmin()) + 1
-        require(t[i] < t_max, f"restarts has {interval}: {t[i]:.3g} is the noise level nearest to t_min, and not below t_max")
+        require(t[i] < t_max,
+                f"restarts has {interval}: {t[i]:.3g} is the noise level nearest to t_min, and not below t_max")
         # in float32, as in the authors' program, so that the results are the same to 1e-9
         loops[i] += [noise_levels(n, t[i].item(), t_max, rho, torch.float32)] * K
     return loops
@@ -100,12 +103,13 @@ def restart_loops(num_steps, restarts, sigma_min=0.002, sigma_max=80, rho=7):
 
 def restart(denoise, latents, num_steps, restarts, sigma_min=0.002, sigma_max=80, rho=7,
             gamma=0, S_min=0, S_max=math.inf, S_noise=1, randn_like=torch.randn_like):
-    """Restart sampling (Xu et al. 2023a, Alg. 1; DisCo-Diff App. D.2): Heun's method that goes back up, and down again.
+    """Restart sampling (Xu et al. 2023a, Alg. 1; DisCo-Diff App. D.2): Heun's method that goes back up.
 
-    restarts: (N_restart, K, t_min, t_max), ...: on arrival at the noise level nearest to t_min, K times, noise takes
-    x up to t_max, and Heun's method takes x down again on N_restart noise levels. gamma, for levels in [S_min, S_max],
-    is the churn of these steps (the main steps have none); S_noise scales the noise of churn and of the way up. All
-    else as in `heun`. 2 N - 1 + sum of 2 K (N_restart - 1) evaluations. Raises UserError as `restart_loops` does.
+    restarts: (N_restart, K, t_min, t_max), ...: at the noise level nearest to t_min, K times, noise
+    takes x up to t_max, and Heun's method takes it down again on N_restart noise levels.
+    gamma: churn of these steps, for levels in [S_min, S_max]; the main steps have none.
+    S_noise: scale of the noise, in churn and on the way up. All else is as in `heun`.
+    2 N - 1 + sum of 2 K (N_restart - 1) evaluations. Raises UserError as `restart_loops` does.
     """
     t = torch.cat([noise_levels(num_steps, sigma_min, sigma_max, rho), torch.zeros(1)]).to(latents.device)
     x = latents.double() * t[0]

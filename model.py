@@ -1,15 +1,16 @@
 """
-The network of DisCo-Diff (Xu et al. 2024): what stage 1 trains, each part readable beside its paragraph of the paper.
+The network of DisCo-Diff (Xu et al. 2024), to be read beside the paper.
 
-  gumbel_softmax  relaxed codes, through which the encoder gets its gradient; `draw_codes`: hard ones   (App. D.2)
-  LatentTokens    codes -> codebook embeddings -> 6-layer Transformer -> tokens for the U-Net           (App. D.1)
-  Encoder         ViT with a class token for each latent                                      (sec. 3.3, App. D.1)
-  DisCoDiff       denoiser and encoder together, in EDM's preconditioning                            (Eq. 3, Alg. 1)
-  denoiser        a trained DisCoDiff as the function denoise(x, sigma) that samplers take      (Alg. 3, App. B)
+  gumbel_softmax  relaxed codes, through which the encoder gets its gradient                (App. D.2)
+  draw_codes      hard codes                                                                (App. D.2)
+  LatentTokens    codes -> codebook embeddings -> 6-layer Transformer -> tokens             (App. D.1)
+  Encoder         ViT with a class token for each latent                          (sec. 3.3, App. D.1)
+  DisCoDiff       denoiser and encoder together, in EDM's preconditioning             (Eq. 3, Alg. 1)
+  denoiser        a trained DisCoDiff as denoise(x, sigma), for the samplers         (Alg. 3, App. B)
 
-The U-Net is in unet.py. This file knows tensors and no files. Shapes: B images, C channels, H = W pixels, m latents
-with k codes each. Images are float (B, C, H, W) in [-1, 1], class labels int64 (B,) with -1 for "no class", hard codes
-int64 (B, m), soft codes float (B, m, k) with rows that sum to 1.
+The U-Net is in unet.py. This file knows tensors, not files. Shapes: B images, C channels, H = W pixels,
+m latents with k codes each. Images are float (B, C, H, W) in [-1, 1], class labels int64 (B,) with -1
+for "no class", hard codes int64 (B, m), soft codes float (B, m, k) with rows that sum to 1.
 """
 
 import contextlib
@@ -28,8 +29,8 @@ def gumbel_softmax(logits, tau, gumbel):
     """Relaxed one-hot sample of the categorical with these logits (Jang et al. 2016; App. D.2).
 
     logits: (..., k); tau > 0: its smoothness; gumbel: Gumbel(0, 1) noise of the logits' shape.
-    -> (..., k), rows sum to 1. As tau -> 0 it becomes one-hot at argmax(logits + gumbel), an exact sample:
-    that limit is `draw_codes`.
+    -> (..., k), rows sum to 1. As tau -> 0 it becomes one-hot at argmax(logits + gumbel), an exact
+    sample: `draw_codes` is that limit.
     """
     return torch.softmax((logits + gumbel) / tau, dim=-1)
 
@@ -37,7 +38,7 @@ def gumbel_softmax(logits, tau, gumbel):
 def draw_codes(logits, gumbel):
     """Hard sample of the categorical with these logits: `gumbel_softmax` at tau -> 0. -> int64 (...)
 
-    App. D.2 extracts codes with tau = 0.01, which is one-hot but for rounding: a sample, not argmax(logits).
+    App. D.2 extracts codes with tau = 0.01, which is one-hot to rounding: a sample, not argmax(logits).
     """
     return (logits + gumbel).argmax(dim=-1)
 
@@ -45,7 +46,7 @@ def draw_codes(logits, gumbel):
 class LatentTokens(nn.Module):
     """Codes -> codebook embeddings -> Transformer (App. D.1: 6 layers, width 192). -> (B, m, dim)
 
-    The tokens depend on neither x nor sigma: at sampling time this runs once an image.
+    The tokens depend on neither x nor sigma: sampling computes them once per image.
     """
 
     def __init__(self, num_latents, codebook_size, dim=192, layers=6, heads=3):
@@ -56,7 +57,7 @@ class LatentTokens(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, z, drop=None):
-        """z: (B, m, k) relaxed or one-hot; drop: (B,) bool, images that get the null embedding (sec. 3.1)."""
+        """z: (B, m, k) relaxed or one-hot; drop: (B,) bool, True for the null embedding (sec. 3.1)."""
         x = torch.einsum("bmk,mkd->bmd", z.to(self.codebook.dtype), self.codebook).float()
         if drop is not None:
             x = torch.where(drop[:, None, None], self.null, x)
@@ -66,7 +67,7 @@ class LatentTokens(nn.Module):
 
 
 class Encoder(nn.Module):
-    """ViT that gives each discrete latent a class token and a linear head of its own (sec. 3.3, App. D.1).
+    """ViT with a class token and a linear head for each discrete latent (sec. 3.3, App. D.1).
 
     (B, C, H, W) clean images in [-1, 1] -> logits (B, m, k)
     """
@@ -80,8 +81,8 @@ class Encoder(nn.Module):
         self.class_tokens = nn.Parameter(0.02 * torch.randn(num_latents, dim))
         self.blocks = transformer(layers, dim, heads)
         self.norm = nn.LayerNorm(dim)
-        # logits of standard deviation 2: the codes tell images apart from the first step on, and the denoiser can learn
-        # to use them before the encoder learns that noise in its codes does harm, and collapses
+        # logits start with standard deviation 2: the codes tell images apart from the first step on,
+        # and the denoiser learns to use them before the encoder finds noise in them harmful and collapses
         self.head = nn.Parameter(2 * torch.randn(num_latents, dim, codebook_size) / math.sqrt(dim))
 
     def forward(self, y):
@@ -94,7 +95,7 @@ class Encoder(nn.Module):
 
 
 class DisCoDiff(nn.Module):
-    """Denoiser D(x, sigma, z, c) in EDM's preconditioning, and encoder E(y): what stage 1 trains together.
+    """Denoiser D(x, sigma, z, c) in EDM's preconditioning, and encoder E(y): stage 1 trains both.
 
     num_latents = 0 leaves plain EDM: no encoder, no cross-attention.
     """
@@ -113,10 +114,11 @@ class DisCoDiff(nn.Module):
                                    encoder_patch, encoder_dim, encoder_layers, encoder_heads)
 
     def condition(self, z, drop=None):
-        """What the U-Net reads of the codes z; it depends on neither x nor sigma: once an image, not once an evaluation.
+        """What the U-Net reads of the codes z. -> the `keys_values` of `denoise`; {} without latents
 
-        z: (B, m, k) relaxed, or (B, m) int64 hard codes in 0 ... k - 1; drop: (B,) bool, null latents where True.
-        -> the `keys_values` of `denoise`; {} without latents
+        It depends on neither x nor sigma: compute it once per image, not once per evaluation.
+        z: (B, m, k) relaxed, or (B, m) int64 hard codes in 0 ... k - 1.
+        drop: (B,) bool, True for null latents.
         """
         if not self.num_latents:
             return {}
@@ -137,7 +139,7 @@ class DisCoDiff(nn.Module):
         return c_skip * x + c_out * self.model(c_in * x, c_noise, labels, keys_values).float()
 
     def forward(self, y, noise, sigma, labels=None, gumbel=None, drop=None, tau=1.0):
-        """Alg. 1: infer z from the clean images y, denoise y + noise with it.
+        """Alg. 1: infers z from the clean images y, and denoises y + noise with it.
 
         y, noise: (B, C, H, W), noise already scaled by sigma (B,); gumbel: (B, m, k); drop: (B,) bool.
         -> D (B, C, H, W) and the encoder's logits (B, m, k), None without latents
@@ -151,10 +153,12 @@ class DisCoDiff(nn.Module):
 
 
 def denoiser(model, labels=None, codes=None, guidance=1.0, autocast=contextlib.nullcontext()):
-    """-> denoise(x, sigma) for the samplers: `model`, a DisCoDiff, with class labels (B,) and hard codes (B, m).
+    """-> denoise(x, sigma), for the samplers
 
-    The network runs under `autocast`, x comes and goes on whatever device (the CPU where the network's has no float64).
-    guidance: w of App. B, for which each call evaluates 2B images; 1 is the plain conditional model, B images.
+    model: a DisCoDiff; labels: (B,) class labels; codes: (B, m) hard codes.
+    guidance: w of App. B, which evaluates 2B images per call; 1 is the plain conditional model.
+    The network runs under `autocast`. x may be on another device (the CPU, if the network's device
+    has no float64).
     """
     keys_values = model.condition(codes) if model.num_latents else {}
     if guidance != 1:  # 2B images: with their codes, with null latents

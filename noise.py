@@ -1,5 +1,5 @@
 """
-Randomness that depends on seeds alone: the same whatever the device, the batch size and the number of processes.
+Randomness that depends on seeds alone, not on the device, the batch size or the number of processes.
 """
 
 import zlib
@@ -10,13 +10,13 @@ import torch
 
 def seed_of(purpose, *key):
     """A 64-bit seed that depends on the word `purpose` and these non-negative integers alone."""
-    # the key's length goes in since numpy takes (1,) and (1, 0) for the same
+    # the key's length goes in, since numpy treats (1,) and (1, 0) alike
     words = np.random.SeedSequence((zlib.crc32(purpose.encode()), len(key), *key)).generate_state(2, np.uint32)
     return int(words[0]) << 32 | int(words[1])
 
 
 def seeded_generator(device, purpose, *key):
-    """A torch generator with that seed (of which torch uses 32 bits on a CPU)."""
+    """A torch generator with the seed `seed_of(purpose, *key)` (torch uses 32 bits of it on a CPU)."""
     return torch.Generator(device).manual_seed(seed_of(purpose, *key))
 
 
@@ -26,15 +26,15 @@ def gumbel_noise(shape, generator):
 
 
 def has_float64(device):
-    """Whether tensors can be float64 on this device: on Apple's GPUs they can't."""
+    """Whether this device has float64 tensors: Apple's GPUs don't."""
     return torch.device(device).type != "mps"
 
 
 class SeededNoise:
     """Noise for a batch of B images or codes; row i depends on the purpose and seeds[i] alone.
 
-    Each method takes the shape of one row, and returns (B, *shape) in float64. NumPy draws it on the CPU, so
-    that all machines agree. Where `device` has no float64, noise and samplers stay on the CPU.
+    Each method takes the shape of one row, and returns (B, *shape) in float64. NumPy draws it on
+    the CPU, so all machines agree. If `device` has no float64, noise and samplers stay on the CPU.
     """
 
     def __init__(self, purpose, seeds, device="cpu"):

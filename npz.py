@@ -1,5 +1,5 @@
 """
-Images in .npz files, which may be larger than memory: read in slices, written in parts, and as PNG files.
+Images in .npz files that may be larger than memory: read in slices, written in parts, saved as PNG.
 """
 
 import json
@@ -16,7 +16,7 @@ from sources import LARGEST
 
 
 def open_npz(path, large=()):
-    """np.load of an .npz. Raises ValueError where an array but for those named `large` unpacks to more than LARGEST."""
+    """np.load, for an .npz. Raises ValueError for an array, not in `large`, of more than LARGEST bytes."""
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             if info.file_size > LARGEST and info.filename not in large:
@@ -25,8 +25,10 @@ def open_npz(path, large=()):
 
 
 class NpzImages:
-    """The images (N, H, W, C) inside an .npz that may be larger than memory: len(), .shape, and slices of step 1, which are
-    fastest in order."""
+    """The images (N, H, W, C) in an .npz that may be larger than memory.
+
+    It has len(), .shape, and slices of step 1, which are fastest in order.
+    """
 
     def __init__(self, path):
         self.path, archive = path, zipfile.ZipFile(path)
@@ -39,7 +41,7 @@ class NpzImages:
         self.shape, fortran, dtype = read_header(self.file)
         self.start, self.size = self.file.tell(), math.prod(self.shape[1:])
         if len(self.shape) != 4 or dtype != np.uint8 or fortran:
-            raise ValueError(f"its images are {dtype} {self.shape}; wanted are uint8, 0 ... 255, (N, H, W, C)")
+            raise ValueError(f"its images are {dtype} {self.shape}, not uint8, 0 ... 255, (N, H, W, C)")
         if archive.getinfo(names[0]).file_size != self.start + self.shape[0] * self.size:
             raise ValueError(f"its images are cut off: there should be {self.shape[0]:,}")
 
@@ -57,16 +59,19 @@ class NpzImages:
 
 
 def is_whole_npz(path):
-    """Whether the file is there, and the checksums of all its arrays are right."""
+    """Whether the file exists, with the right checksum for every array."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except Exception:  # whatever a broken file makes the decoders raise
+    except Exception:  # a broken file can make the decoders raise anything
         return False
 
 
 def merge_npz(files, path, **once):
-    """Joins .npz files with the same keys along their arrays' first axis, one file in memory at a time; `once`: more arrays."""
+    """Joins .npz files with the same keys along the first axis, with one array in memory at a time.
+
+    once: arrays to add.
+    """
     with np.load(files[0]) as first:
         keys = {key: (first[key].dtype, first[key].shape[1:]) for key in first.files}
     with atomic(path) as f, zipfile.ZipFile(f, "w") as archive:
@@ -82,29 +87,30 @@ def merge_npz(files, path, **once):
 
 
 def require_pngs_alone(folder, seeds):
-    """Raises UserError where this folder has other files than `save_pngs` writes for these seeds: they would be taken for
-    images of the same run."""
-    ours = {"dataset.json", *map("{:06d}.png".format, seeds)}
-    others = {path.name for path in folder.iterdir()} - ours if folder.exists() else ()
-    require(not others, f"{folder} has other files in it, as {min(others, default='')}: empty it, or choose another --name")
+    """Raises UserError if the folder has files that `save_pngs` does not write for these seeds: they
+    would pass for images of this run."""
+    expected = {"dataset.json", *map("{:06d}.png".format, seeds)}
+    others = {path.name for path in folder.iterdir()} - expected if folder.exists() else ()
+    require(not others, f"{folder} has other files in it, such as {min(others, default='')}: "
+                        "empty it, or choose another --name")
 
 
 def save_pngs(files, folder):
-    """Writes the images of .npz files of sample.py as PNG files, SEED.png, and the labels as EDM does, dataset.json."""
-    found = []
+    """Writes sample.py's .npz files as PNG files, SEED.png, with the labels in EDM's dataset.json."""
+    labels = []
     try:
         folder.mkdir(exist_ok=True)
         for file in files:
             with np.load(file) as part:
                 for image, seed, label in zip(part["images"], part["seeds"], part["labels"].tolist()):
                     Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(folder / f"{seed:06d}.png")
-                    found.append([f"{seed:06d}.png", label])
+                    labels.append([f"{seed:06d}.png", label])
     except OSError as error:
         raise UserError(f"can't write {folder}: {error.strerror}") from None
     with atomic(folder / "dataset.json") as f:
-        f.write(json.dumps({"labels": found if all(label >= 0 for _, label in found) else None}).encode())
+        f.write(json.dumps({"labels": labels if all(label >= 0 for _, label in labels) else None}).encode())
 
 
 def write_npy_header(f, dtype, shape):
-    """It is as long for any length of the first axis, so that it can be written over when that is known."""
+    """The header's length does not depend on N, so it can be overwritten once N is known."""
     np.lib.format.write_array_header_1_0(f, dict(descr=np.dtype(dtype).str, fortran_order=False, shape=shape))

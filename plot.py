@@ -1,5 +1,6 @@
 """
-Pictures with Pillow alone: plots (`Axes`, `figure`), grids of images (`save_grid`), training curves (`save_curves`).
+Pictures with Pillow alone: plots (`Axes`, `figure`), image grids (`save_grid`), training curves
+(`save_curves`).
 """
 
 import math
@@ -9,29 +10,34 @@ from PIL import Image, ImageDraw, ImageFont
 
 from checkpoint import atomic
 
-# eight colours that most people can tell apart; take an index modulo 8
+# eight colours that most people can tell apart; take indices modulo 8
 COLOURS = np.array([(230, 90, 0), (60, 160, 225), (0, 140, 100), (200, 60, 145),
                     (0, 80, 165), (205, 165, 0), (120, 60, 160), (90, 90, 90)], np.uint8)
-SCALE = 2  # everything is drawn at twice its size and then reduced, which smooths edges
+SCALE = 2  # drawn at twice the size, then reduced: this smooths edges
 
 
 def ticks(low, high, log=False):
-    """Round numbers in low ... high, as (value, text): a distance of 1, 2 or 5 times a power of ten apart; on a log scale of
-    several decades, 1, 2 and 5 times the powers of ten, or these alone."""
+    """-> [(value, text)] of round numbers in low ... high
+
+    Their distance is 1, 2 or 5 times a power of ten. A log scale of a decade or more has 1, 2 and 5
+    times the powers of ten; a long one has powers of ten alone.
+    """
     if log and high / low >= 10:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        values = [f * 10.0 ** e for e in decades[::math.ceil(len(decades) / 8)] for f in ((1, 2, 5) if len(decades) < 5 else (1,))]
+        factors = (1, 2, 5) if len(decades) < 5 else (1,)
+        values = [f * 10.0 ** e for e in decades[::math.ceil(len(decades) / 8)] for f in factors]
     else:
         power = 10 ** math.floor(math.log10((high - low) / 5))
         step = power * next(f for f in (1, 2, 5, 10) if 5 * f * power >= (high - low) * (1 - 1e-9))
         values = [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
     low, high = (edge + sign * 1e-9 * (edge if log else high - low) for edge, sign in ((low, -1), (high, 1)))
-    texts = [f"{v:.0e}".replace("e+0", "e").replace("e-0", "e-") if log and not 1e-3 <= v < 1e5 else f"{v:.9g}" for v in values]
+    texts = [f"{v:.0e}".replace("e+0", "e").replace("e-0", "e-") if log and not 1e-3 <= v < 1e5 else f"{v:.9g}"
+             for v in values]
     return [(v, text) for v, text in zip(values, texts) if low <= v <= high]
 
 
 class Axes:
-    """One plot. Limits are (low, high); what is drawn outside of them is cut off. size: of the frame, in pixels."""
+    """One plot. Limits are (low, high); what lies outside is cut off. size: of the frame, in pixels."""
 
     def __init__(self, xlim, ylim, title="", xlabel="", ylabel="", log_x=False, log_y=False, size=(320, 320)):
         self.limits, self.logs = (xlim, ylim), (log_x, log_y)
@@ -43,7 +49,8 @@ class Axes:
     def at(self, points):
         """Data (N, 2) -> pixels (N, 2) of the frame."""
         pixels = []
-        for values, (low, high), log, size in zip(np.asarray(points, float).T, self.limits, self.logs, self.inside.size):
+        axes = zip(np.asarray(points, float).T, self.limits, self.logs, self.inside.size)
+        for values, (low, high), log, size in axes:
             if log:
                 values, low, high = np.log(np.maximum(values, 1e-300)), math.log(low), math.log(high)
             pixels.append(np.clip((values - low) / (high - low), -9, 9) * size)
@@ -56,7 +63,7 @@ class Axes:
             self.draw.ellipse((x - r, y - r, x + r, y + r), tuple(colour))
 
     def line(self, points, colour, width=2.0, dots=False, label=""):
-        """Through points (N, 2); with dots, a circle at each."""
+        """A line through points (N, 2); dots: a circle at each point."""
         pixels = self.at(points)
         self.draw.line([tuple(p) for p in pixels], tuple(colour), round(SCALE * width), joint="curve")
         if dots:
@@ -65,7 +72,7 @@ class Axes:
             self.legend.append((label, tuple(colour)))
 
     def arrows(self, points, vectors, colour, width=1.0):
-        """From points (N, 2) to points + vectors."""
+        """Arrows from points (N, 2) to points + vectors."""
         for start, end in zip(self.at(points), self.at(np.asarray(points) + np.asarray(vectors))):
             back = (start - end) * 0.3
             side = np.array([-back[1], back[0]]) * 0.5
@@ -104,7 +111,7 @@ class Axes:
 
 
 def figure(rows):
-    """One image of rows of Axes."""
+    """Rows of Axes -> one image."""
     images = [[axes.image() for axes in row] for row in rows]
     heights = [max(image.height for image in row) for row in images]
     canvas = Image.new("RGB", (max(sum(image.width for image in row) for row in images), sum(heights)), "white")
@@ -114,35 +121,39 @@ def figure(rows):
     return canvas
 
 
-CURVES = {  # what a training log has: panel, keys
-    "loss": ("loss",), "bits": ("bits", "held_out_bits"), "codes that each latent uses": ("perplexity",),
+CURVES = {  # panel: keys of the training log
+    "loss": ("loss",), "bits": ("bits", "held_out_bits"), "codes in use, of each latent": ("perplexity",),
     "norm of the gradients": ("grad_norm",), "learning rate": ("lr",)}
 
 
 def save_curves(lines, path):
-    """Draws a training log, dicts with images (the number seen) and what `CURVES` names, as one PNG; fewer than two lines
-    leave no picture."""
+    """Draws a training log as one PNG; fewer than two lines give no picture.
+
+    lines: dicts with "images", the number seen, and keys of `CURVES`. What is not finite is left out.
+    """
     panels = []
     for title, keys in CURVES.items():
-        found = {key: [(line["images"] / 1000, *np.atleast_1d(line[key])) for line in lines
-                       if key in line and np.isfinite(line[key]).all()] for key in keys}
-        found = {key: np.array(points) for key, points in found.items() if len(points) > 1}
-        if found:
-            x, y = (np.concatenate([points[:, part].ravel() for points in found.values()]) for part in (0, slice(1, None)))
-            margin = 0.05 * (y.max() - y.min()) or 0.5 * abs(y.max()) or 1
-            axes = Axes((x.min(), x.max()), (y.min() - margin, y.max() + margin), title, "images, thousands")
-            for key, points in found.items():
-                for i in range(1, points.shape[1]):
-                    colour = COLOURS[(4 if key in ("loss", "bits") else 0) if points.shape[1] == 2 else (i - 1) % 8]
-                    axes.line(points[:, [0, i]], colour, 1.5, label=key.replace("_", " ") if len(found) > 1 else "")
+        curves = {}  # key: (N, 1 + number of lines), the images seen and the values
+        for key in keys:
+            rows = [(line["images"] / 1000, *np.atleast_1d(line.get(key, ()))) for line in lines]
+            curve = [row for row in rows if 1 < len(row) == len(rows[-1]) and np.isfinite(np.array(row, float)).all()]
+            if len({row[0] for row in curve}) > 1:
+                curves[key] = np.array(curve)
+        if curves:
+            xs, highest = [x for curve in curves.values() for x in curve[:, 0]], max(c[:, 1:].max() for c in curves.values())
+            axes = Axes((min(xs), max(xs)), (0, (1.4 if len(curves) > 1 else 1.1) * highest or 1), title, "seen, thousands")
+            for curve, key, colour in zip(curves.values(), curves, (COLOURS[4], COLOURS[0])):
+                for i, y in enumerate(curve[:, 1:].T):
+                    axes.line(np.stack([curve[:, 0], y], 1), colour if curve.shape[1] == 2 else COLOURS[i % 8], 1.5,
+                              label=key.replace("_", "-", 1).replace("_", " ") if len(curves) > 1 else "")
             panels.append(axes)
     if panels:
         with atomic(path) as f:
-            figure([panels]).save(f, "png")
+            figure([panels[i:i + 3] for i in range(0, len(panels), 3)]).save(f, "png")
 
 
 def save_grid(images, path, columns, titles=()):
-    """Writes uint8 images (N, H, W, C) as one PNG, row by row; small images are enlarged. titles: of the rows."""
+    """Writes uint8 images (N, H, W, C) as one PNG, row by row, small ones enlarged. titles: of rows."""
     n, h, w, c = images.shape
     images = np.concatenate([images, np.full((-n % columns, h, w, c), 255, np.uint8)])
     images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
@@ -152,7 +163,8 @@ def save_grid(images, path, columns, titles=()):
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
     if titles:
         font = ImageFont.load_default(14)
-        titles = [" ".join(title.encode(errors="replace").decode().split())[:24] for title in titles]  # folders may have any name
+        # class names come from folders, which may have any name
+        titles = [" ".join(title.encode(errors="replace").decode().split())[:24] for title in titles]
         margin = 8 + max(math.ceil(font.getlength(title)) for title in titles)
         titled = Image.new(picture.mode, (margin + picture.width, picture.height), "white")
         titled.paste(picture, (margin, 0))

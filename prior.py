@@ -1,9 +1,10 @@
 """
-The autoregressive prior over codes, p(z | c) = prod_i p(z_i | z_<i, c): what stage 2 of DisCo-Diff trains (Eq. 4, Alg. 2).
+The autoregressive prior over codes, p(z | c) = prod_i p(z_i | z_<i, c), of DisCo-Diff (Eq. 4, Alg. 2).
 
-Every prior is an nn.Module over codes int64 (B, m) with k values each and class labels int64 (B,), -1 for "no class",
-and has three methods: `loss`, what training minimises; `nats`, -ln p(z | c) or a bound on it; and `sample`.
-The other prior is in sedd.py; trained.py lists both. A third one is one new file, and its name in that list.
+Every prior is an nn.Module over codes int64 (B, m) with k values each, and class labels int64 (B,), -1
+for "no class". It has three methods: `loss`, which training minimises; `nats`, -ln p(z | c) or a bound
+on it; and `sample`. The other prior is in sedd.py; trained.py lists both. A third prior needs one new
+file, and its name in that list.
 """
 
 import math
@@ -20,7 +21,7 @@ from transformer import float32, transformer, zero
 def class_rows(table, labels, batch):
     """Embeddings (B, dim) of labels (B,), from a table (classes + 1, dim) whose last row is "no class".
 
-    labels = None, or a table without classes: "no class" for all of the batch.
+    The whole batch gets "no class" if labels is None or the table has no classes.
     """
     if labels is None or len(table) == 1:
         labels = torch.full((batch,), -1, device=table.device)
@@ -28,7 +29,7 @@ def class_rows(table, labels, batch):
 
 
 def mean_bits(prior, logits, labels, draws, g_codes, g_noise):
-    """`prior.nats` in bits, of codes drawn from the encoder's logits (B, m, k): the mean over draws, (B,)."""
+    """`prior.nats` in bits, (B,): the mean over draws of codes from the encoder's logits (B, m, k)."""
     nats = 0
     for _ in range(draws):
         nats += prior.nats(draw_codes(logits, gumbel_noise(logits.shape, g_codes)), labels, g_noise)
@@ -36,7 +37,7 @@ def mean_bits(prior, logits, labels, draws, g_codes, g_noise):
 
 
 class Prior(nn.Module):
-    """Causal Transformer (App. D.1); its first token is the class, or "no class". label_dim = 0: no classes."""
+    """Causal Transformer (App. D.1) whose first token is the class. label_dim = 0: no classes."""
 
     nats_is_a_bound = False
 
@@ -54,7 +55,7 @@ class Prior(nn.Module):
         return class_rows(self.class_token, labels, batch)[:, None]  # (B, 1, dim)
 
     def forward(self, codes, labels=None):
-        """-> logits (B, m, k); row i sees the codes before i alone."""
+        """-> logits (B, m, k); row i sees only the codes before i"""
         x = torch.cat([self.first_token(labels, len(codes)), self.codebook[codes[:, :-1]]], dim=1) + self.position
         for block in self.blocks:
             x = block(x)
@@ -63,8 +64,8 @@ class Prior(nn.Module):
     def loss(self, codes, labels=None, t=None, u=None, network=None):
         """Cross-entropy, -ln p(codes | labels), (B,) (Eq. 4).
 
-        t (B,), u (B, m): noise that `SEDD.loss` needs, of no use here. network: what stands in for this module, as
-        DistributedDataParallel does.
+        t (B,), u (B, m): noise for `SEDD.loss`, unused here. network: a wrapper to call in place of
+        this module, such as DistributedDataParallel.
         """
         logits = (network or self)(codes, labels)
         return F.cross_entropy(logits.transpose(1, 2), codes, reduction="none").sum(1)
@@ -77,8 +78,9 @@ class Prior(nn.Module):
     def sample(self, noise, labels=None, temperature=1.0):
         """Ancestral sampling (Alg. 3, lines 3-5). -> codes int64 (B, m), on the noise's device
 
-        noise: a `SeededNoise`, or another object with gumbel(m, k) -> (B, m, k), which decides the draws. temperature
-        divides the logits; 0 takes the mode. With a key-value cache, this equals the plain loop
+        noise: a `SeededNoise`, or another object with gumbel(m, k) -> (B, m, k), which decides the
+        draws. temperature: divides the logits; 0 takes the mode. With a key-value cache, this equals
+        the plain loop
 
             codes = zeros(B, m)
             for i in range(m):

@@ -1,5 +1,5 @@
 """
-What surrounds a run of any script: one run at a time in a place, Ctrl-C and SIGTERM, progress, precision.
+What every script's run needs: locks against a second run, Ctrl-C and SIGTERM, progress, precision.
 """
 
 import atexit
@@ -30,9 +30,9 @@ held = {}  # {path of a lock: its open file}
 
 
 def hold(product):
-    """Keeps other runs from writing `product`, a path without its suffix, until this process ends, however it ends.
+    """Keeps other runs from writing `product`, a path without its suffix, until this process ends.
 
-    Raises UserError where another run holds it. Where a platform or file system has no locks, nothing is held.
+    Raises UserError if another run holds it. Does nothing on a platform or file system without locks.
     """
     if fcntl is None:
         return
@@ -44,16 +44,16 @@ def hold(product):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held[path] = file
             if os.fstat(file.fileno()).st_nlink:
-                break  # else its last holder has removed it since we opened it
+                break  # else its last holder removed the file after we opened it
     except BlockingIOError:
         raise UserError(f"another run is writing {product}: wait until it has ended, or write elsewhere") from None
     except OSError:
-        pass  # what can't be written is said when it is to be written
+        pass  # a place that can't be written is reported at the first write
 
 
 @atexit.register
 def release(product=None):
-    """Lets others write this product; without a name, all that is held."""
+    """Lets other runs write this product; without a name, every product held."""
     for path in [f"{product}.lock"] if product else [*held]:
         if file := held.pop(path, None):
             with contextlib.suppress(OSError):
@@ -61,14 +61,26 @@ def release(product=None):
             file.close()
 
 
+@contextlib.contextmanager
+def alone(product):
+    """Process 0 holds `product` while the block runs, however it ends."""
+    if os.environ.get("RANK", "0") == "0":
+        hold(product)
+    try:
+        yield
+    finally:
+        release(product)
+
+
 # ----------------------------------------------------------------------------------------------------
 # being stopped
 
 
 def catch_signals():
-    """-> a list to which SIGTERM (pre-emption on a cluster) and Ctrl-C add their numbers, instead of ending the process.
+    """-> a list to which SIGTERM (pre-emption on a cluster) and Ctrl-C add their numbers.
 
-    A second Ctrl-C ends the process, unless it comes within a second: torchrun may deliver one Ctrl-C twice.
+    They no longer end the process. A second Ctrl-C does, unless it comes within a second: torchrun may
+    deliver one Ctrl-C twice.
     """
     came, pressed = [], []
 
@@ -86,21 +98,35 @@ def catch_signals():
     return came
 
 
-def end(stopped, seen, checkpoint_path):
-    """How all processes of a training run end, once process 0 has saved.
+@contextlib.contextmanager
+def running(product):
+    """A training run: `alone`, and as the list of `catch_signals`. Afterwards the signals' handlers are as before."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with alone(product):
+        try:
+            yield catch_signals()
+        finally:
+            for number, handler in handlers.items():
+                if handler is not None and signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, handler)
 
-    stopped: the signal's number, or 0 where the run is finished; seen: the progress, as "8,000 images". After a signal,
-    all exit with 128 + its number.
+
+def end(stopped, seen, checkpoint_path):
+    """Ends all processes of a training run, once process 0 has saved.
+
+    stopped: the signal's number, 0 if the run is finished; seen: the progress, such as "8,000 images".
+    After a signal, every process exits with 128 + its number.
     """
     barrier()
     if stopped and os.environ.get("RANK", "0") == "0":
         by = "Ctrl-C" if stopped == signal.SIGINT else "SIGTERM"
-        print(f"stopped by {by} after {seen}, which {checkpoint_path} has: the same command goes on from there", flush=True)
+        print(f"stopped by {by} after {seen}, which {checkpoint_path} has: the same command goes on from there",
+              flush=True)
     leave_processes()
-    release()
     if stopped:
-        for number in (signal.SIGTERM, signal.SIGINT):  # by torchrun, to the others, as soon as one has ended
-            signal.signal(number, signal.SIG_IGN)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun signals the others when the first has ended
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
         sys.exit(128 + stopped)
 
 
@@ -109,8 +135,8 @@ def end(stopped, seen, checkpoint_path):
 
 
 def progress(items=None, **options):
-    """tqdm(items, **options), whose bar is for a terminal. Elsewhere, as in a log file, the same figures come as plain
-    lines, at most one a minute, and one at the end (none with leave=False).
+    """tqdm(items, **options) on a terminal. Elsewhere, as in a log file, the figures come as plain
+    lines: at most one a minute, and one at the end (not with leave=False).
     """
     if sys.stderr.isatty():
         return tqdm(items, **options)
@@ -126,12 +152,12 @@ class Lines(tqdm):
         self.close()
 
     def __del__(self):
-        pass  # tqdm closes itself here: after an error, its one line is the last
+        pass  # tqdm closes itself here, which would print after an error's one line
 
-    def display(self, msg=None, pos=None):  # which tqdm calls to draw its bar, or to clear it by msg=""
+    def display(self, msg=None, pos=None):  # tqdm calls it to draw its bar, or with msg="" to clear it
         now = time.monotonic()
         self.shown = getattr(self, "shown", now)
-        if msg is None and (now - self.shown >= 60 or self.disable):  # set by `close`
+        if msg is None and (now - self.shown >= 60 or self.disable):  # `close` sets `disable`
             self.shown = now
             print(self, file=sys.stderr, flush=True)
 
@@ -141,8 +167,8 @@ class Lines(tqdm):
 
 
 def set_precision(precision, device):
-    """-> the context manager to run networks in: on a GPU bf16 and fp16 by autocast, tf32 (float32 with a shorter
-    mantissa in products) and fp32; elsewhere everything is float32.
+    """-> the context manager to run networks in. On a GPU, bf16 and fp16 are autocast, and tf32 is
+    float32 with a shorter mantissa in products; elsewhere everything is float32.
     """
     require(precision in ("bf16", "fp16", "tf32", "fp32"), f"--precision is bf16, fp16, tf32 or fp32, not {precision}")
     if device.type != "cuda":
@@ -157,7 +183,7 @@ def set_precision(precision, device):
 
 
 def can_compile(device):
-    """Whether torch.compile works on this device; a line says why it does not on a GPU."""
+    """Whether torch.compile works on this device. If a GPU lacks it, a line says why."""
     if device.type != "cuda":
         return False
     triton, new = importlib.util.find_spec("triton"), torch.cuda.get_device_capability(device) >= (7, 0)

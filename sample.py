@@ -1,23 +1,29 @@
 """
-Samples of a trained DisCo-Diff (Alg. 3): codes from the prior, then the denoiser's ODE.
+Samples from a trained DisCo-Diff (Alg. 3): codes from the prior, then the denoiser's ODE.
 
     python sample.py                                   # out/samples.png and out/samples.npz
     python sample.py --init_from=pretrained            # the same without training
-    python sample.py --checkpoint=out/stage1-000100000.pt --encode=fashion-mnist-10k    # of an earlier stage 1
-    python sample.py --guidance=2 --class_label=Bag    # stronger latents (App. B), one class, by its name or number
-    python sample.py --png=True                        # and a folder of PNG files, out/samples/
-    python sample.py --encode=fashion-mnist-10k        # the codes of these images, by the encoder
+    python sample.py --checkpoint=out/stage1-000100000.pt --encode=fashion-mnist-10k    # a snapshot
+    python sample.py --guidance=2 --class_label=Bag    # stronger latents (App. B), one class
+    python sample.py --png=True                        # also a folder of PNG files, out/samples/
+    python sample.py --encode=fashion-mnist-10k        # codes of these images, from the encoder
     python sample.py --code=3,1,4,1,5,9,2,6            # a code by hand
-    python sample.py --encode=a.png --compose=b.png --class_label=4   # codes of both, mixed
+    python sample.py --encode=a.png --compose=b.png --class_label=4   # the codes of both, mixed
     python sample.py --prior=sedd --sedd_sampler=analytic --eta=0.02  # the other prior, remasking
     python sample.py config/restart39.py               # the Restart sampler
     torchrun --nproc_per_node=8 sample.py --num_images=50000 --per_code=1 --batch_size=256
 
-Image i comes from the seed `seed + i` alone, whatever the batch size and the number of processes (to rounding). Writes
-out_dir/NAME.png, a grid, and out_dir/NAME.npz with images uint8 (N, H, W, C), labels int64 (N,) (-1: none), codes
-int64 (N, m), seeds int64 (N,), nfe int64 (N,), the denoiser's evaluations for the image (guidance's D(z) and D(null)
-are two), and seconds float32 (N,), the image's share of its batch's time. An interrupted run continues when it is
-started again.
+Writes out_dir/NAME.png, a grid, and out_dir/NAME.npz:
+
+    images      uint8 (N, H, W, C)
+    labels      int64 (N,), -1 without classes
+    codes       int64 (N, m)
+    seeds       int64 (N,): image i comes from the seed `seed + i` alone
+    nfe         int64 (N,), the denoiser's evaluations; guidance's D(z) and D(null) are two
+    seconds     float32 (N,), the image's share of its batch's time
+
+The batch size and the number of processes change images only by rounding. An interrupted run
+continues when it is started again.
 """
 
 import json
@@ -43,35 +49,35 @@ from noise import SeededNoise
 from npz import is_whole_npz, merge_npz, require_pngs_alone, save_pngs
 from plot import save_grid
 from processes import barrier, leave_processes, start_processes
-from run import hold, progress, release, set_precision
+from run import alone, progress, set_precision
 from trained import PRIORS, load_prior, load_stage1
 
 # run
-out_dir = "out"  # where the samples go, and the checkpoints are
-init_from = ""  # another folder with checkpoints; "pretrained": the one that comes with the repository
-checkpoint = ""  # a file in place of that folder's stage1.pt: a snapshot, such as out/stage1-000100000.pt
+out_dir = "out"  # folder of the checkpoints, and for the samples
+init_from = ""  # another folder with checkpoints; "pretrained": the repository's
+checkpoint = ""  # a snapshot in place of that folder's stage1.pt, such as out/stage1-000100000.pt
 name = "samples"  # NAME.png and NAME.npz
-device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; auto: a GPU of NVIDIA's if there is one
-precision = "bf16"  # of images on a GPU: "bf16", "fp16", "tf32", "fp32"; elsewhere always float32
+device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; auto: an NVIDIA GPU if there is one
+precision = "bf16"  # for images on a GPU: "bf16", "fp16", "tf32", "fp32"; elsewhere always float32
 num_images = 160
 batch_size = 80  # images that one process makes at once
 seed = 0
-png = False  # also a folder out_dir/NAME with a PNG file for each image, and the labels in EDM's form, dataset.json
-# conditions: `per_code` images in a row share one code; as in Fig. 2b, two codes stand side by side for a class
+png = False  # also write a folder out_dir/NAME: a PNG file for each image, the labels in EDM's dataset.json
+# conditions: `per_code` images in a row share one code; the grid's rows show two codes of a class each (Fig. 2b)
 per_code = 8
-class_label = ""  # one class for all, its name or number; "": the classes in turn
-random_labels = False  # classes at random, as in EDM's protocol; classes in turn are balanced, which flatters FID a little
+class_label = ""  # one class for all images, by name or number; "": the classes in turn
+random_labels = False  # random classes, as in EDM's protocol; classes in turn are balanced: this flatters FID a little
 code = ()  # a code by hand, m numbers in 0 ... k - 1
-encode = ""  # codes of images: an image file, a folder, an .npz, or a prepared data set, whose training images come first
-exif = False  # turn image files for --encode and --compose as their EXIF orientation says: photographs
-compose = ""  # a second code, or images: of four rows in turn, one has each code, and two are mixtures of both
+encode = ""  # codes of images: an image file, a folder, an .npz, or a data set (its training images come first)
+exif = False  # turn image files for --encode and --compose by their EXIF orientation, as photographs need
+compose = ""  # a second code, or images: of every four codes, one is the first, one the second, two are mixtures
 guidance = 1.0  # w in D~ = w D(z) + (1 - w) D(null), App. B; Table 3 counts cfg = w - 1
 # codes: which prior, and its sampler
 prior = "ar"  # or "sedd"
-temperature = 1.0  # of "ar"
+temperature = 1.0  # for "ar"
 sedd_sampler = "first-hitting"  # m evaluations; "analytic" or "euler" (the same for this noise) take sedd_steps
 sedd_steps = 128
-eta = 0.0  # remasking: probability of masking a token again, in each step from time t1 to t0 (DLC Eq. 4; 0.01, 0.02)
+eta = 0.0  # remasking: probability of masking a token again, per step from time t1 to t0 (DLC Eq. 4; 0.01, 0.02)
 t0 = 0.3
 t1 = 0.55
 # images: EDM's sampler
@@ -84,14 +90,14 @@ S_min = 0.0
 S_max = math.inf
 S_noise = 1.0
 restarts = ()  # (N_restart, K, t_min, t_max), ...: Restart sampling, as in config/restart*.py
-gamma = 0.0  # churn of the restarts' steps: from t by way of t (1 + gamma)
+gamma = 0.0  # churn of the restarts' steps, which go from t by way of t (1 + gamma)
 
 # ----------------------------------------------------------------------------------------------------
-# Alg. 3: class labels, codes, then the ODE. `rows` are numbers of codes: `per_code` images in a row share one code.
+# Alg. 3: class labels, codes, then the ODE. `rows` number the codes: `per_code` images share one.
 
 
 def labels_of(run, rows):
-    """-> class labels (R,): the class that was asked for, classes at random, or in turn; -1 without classes"""
+    """-> class labels (R,): the chosen class, random classes, or classes in turn; -1 without classes"""
     number = rows // 4 if compose else rows  # four rows belong to one composition
     if not run.model.label_dim or run.class_label >= 0:
         return torch.full((len(rows),), run.class_label)
@@ -101,7 +107,7 @@ def labels_of(run, rows):
 
 
 def codes_of(run, rows):
-    """-> codes (R, m), labels (R,), each row from its number alone; lines 3-5"""
+    """Alg. 3, lines 3-5. -> codes (R, m), labels (R,); each row depends on its number alone"""
     number = rows // 4 if compose else rows
     noise = SeededNoise("codes", number, run.device)
     labels = labels_of(run, rows).to(noise.device)
@@ -118,12 +124,13 @@ def codes_of(run, rows):
 
 
 def images_of(run, seeds, codes, labels):
-    """-> images uint8 (B, H, W, C) of these codes (B, m) and labels (B,); line 6"""
+    """Alg. 3, lines 7-15. -> images uint8 (B, H, W, C) of these codes (B, m) and labels (B,)"""
     noise = SeededNoise("images", seeds, run.device)
     denoise = denoiser(run.model, labels if run.model.label_dim else None, codes, guidance, run.autocast)
     sampler = partial(restart, restarts=restarts, gamma=gamma) if restarts else partial(heun, S_churn=S_churn)
-    x = sampler(denoise, noise.randn(*run.model.img_shape), num_steps=num_steps, sigma_min=sigma_min, sigma_max=sigma_max,
-                rho=rho, S_min=S_min, S_max=S_max, S_noise=S_noise, randn_like=noise.randn_like)
+    x = sampler(denoise, noise.randn(*run.model.img_shape), num_steps=num_steps, sigma_min=sigma_min,
+                sigma_max=sigma_max, rho=rho, S_min=S_min, S_max=S_max, S_noise=S_noise,
+                randn_like=noise.randn_like)
     require(x.isfinite().all(), "the images are not finite: is a setting of the sampler, or guidance, far too large?")
     return data.to_uint8(x)
 
@@ -133,30 +140,33 @@ def images_of(run, seeds, codes, labels):
 
 
 def check(config):
-    """Raises UserError where settings can't be, or contradict each other."""
+    """Raises UserError for impossible settings, and for settings that contradict each other."""
     for setting in ("num_images", "batch_size", "per_code", "sedd_steps", "num_steps", "sigma_min", "sigma_max", "rho"):
         require(0 < config[setting] < math.inf, f"{setting} must be positive and finite, not {config[setting]}")
     require(min(temperature, S_churn, gamma, seed) >= 0, "temperature, S_churn, gamma and seed can't be negative")
     require(sigma_min < sigma_max, f"sigma_min {sigma_min} must be below sigma_max {sigma_max}")
     require(math.isfinite(guidance) and math.isfinite(temperature), "guidance and temperature must be finite")
-    require(Path(name).name == name and name.strip("."), f"--name={name} names the two files in out_dir: it can't have folders")
+    require(Path(name).name == name and name.strip("."),
+            f"--name={name} names the two files in out_dir: it can't have folders")
     require(not (code and encode), "--code and --encode both give codes: choose one")
     require(code or encode or not compose, "--compose mixes two codes: give the first by --code or --encode")
     require(prior in PRIORS, f"--prior is {' or '.join(PRIORS)}, not {prior}")
-    require(sedd_sampler in ("first-hitting", "analytic", "euler"), "--sedd_sampler is first-hitting, analytic or euler")
+    require(sedd_sampler in ("first-hitting", "analytic", "euler"),
+            "--sedd_sampler is first-hitting, analytic or euler")
     require(0 <= eta < 1, f"eta is a probability below 1, not {eta}")
     require(0 <= t0 < t1 <= 1, f"remasking goes from t1 {t1} down to t0 {t0}: 0 <= t0 < t1 <= 1 is wanted")
-    require(prior == "sedd" or (sedd_sampler == "first-hitting" and eta == 0), "sedd_sampler and eta are of --prior=sedd")
-    require(eta == 0 or sedd_sampler != "first-hitting", "eta > 0 masks tokens again at every step: "
-            "say --sedd_sampler=analytic, since first-hitting has no steps")
-    require(prior == "ar" or temperature == 1, "temperature is of --prior=ar")
+    require(prior == "sedd" or (sedd_sampler == "first-hitting" and eta == 0),
+            "sedd_sampler and eta are for --prior=sedd")
+    require(eta == 0 or sedd_sampler != "first-hitting",
+            "eta > 0 masks tokens again at every step: say --sedd_sampler=analytic, since first-hitting has no steps")
+    require(prior == "ar" or temperature == 1, "temperature is for --prior=ar")
     require(not (restarts and S_churn), "S_churn is Heun's churn: the churn of restarts is gamma")
     require(restarts or not gamma, "gamma is the churn of restarts: there are none")
     require(not checkpoint or Path(checkpoint).is_file(), f"--checkpoint={checkpoint}: there is no such file")
 
 
 def class_number(label, names):
-    """A class by its name or number -> its number, -1 for "". Raises UserError where there is no such class."""
+    """A class's name or number -> its number, -1 for "". Raises UserError if there is no such class."""
     if label in names:
         return names.index(label)
     require(names or label in ("", "-1"), f"class_label {label}: this model was trained without classes")
@@ -169,50 +179,55 @@ def class_number(label, names):
 
 
 def source_of(setting, given, run, stage1):
-    """What --code, --encode or --compose gives -> a source, as in codes.py, and what identifies it: a code, or a checksum."""
+    """A value of --code, --encode or --compose -> a source, as in codes.py; its code or checksum"""
     if setting == "compose" and re.fullmatch(r"\(?[\d\s,]+\)?", given):
         given = tuple(map(int, re.findall(r"\d+", given)))
     if isinstance(given, tuple):
         return by_hand(given, run.model, setting), given
-    made = stage1.get("made") or {}  # image files are prepared as the images that the encoder was trained on
+    made = stage1.get("made") or {}  # prepare image files in the way of the encoder's training images
     images, labels, order = data.read_images(given, run.model.img_shape, exif=exif or made.get("exif", False),
                                              transform=made.get("transform") or "center-crop")
     if given == stage1["config"]["dataset"]:
         order = np.concatenate(data.split(len(images), stage1["config"]["held_out"]))  # training images first
     if setting == "compose" and given == encode:
-        order = np.roll(order, 1)  # so that the two images of a pair differ
+        order = np.roll(order, 1)  # the same images: shift by one so that the pairs differ
     if not run.model.label_dim or run.class_label >= 0:
         labels = None
     else:
         classes = run.model.label_dim
-        require(labels is not None, f"{given} has no class labels: say --class_label=, a class for all images (a prepared "
-                "data set has labels, and so has dataset.json)")
-        require(0 <= labels.min() and labels.max() < classes, f"{given} has classes {labels.min()} ... {labels.max()}: this "
-                f"model has {classes}, 0 ... {classes - 1}")
+        require(labels is not None, f"{given} has no class labels: say --class_label=, a class for all images "
+                                    "(a prepared data set has labels, and so has dataset.json)")
+        require(0 <= labels.min() and labels.max() < classes,
+                f"{given} has classes {labels.min()} ... {labels.max()}: this model has {classes}, 0 ... {classes - 1}")
     return of_images(images, labels, order, run.model), data.data_checksum(images, labels)
 
 
-def setup(argv=()):
-    """Settings from the command line, and the networks -> run, a namespace of what the functions above need"""
-    config = configure(globals(), argv)
+def setup(config):
+    """The networks, and where codes come from -> run, a namespace of what the functions above need
+
+    config: the settings, as `configure` returns them. Raises UserError for settings that don't fit.
+    """
     check(config)
     loops = restart_loops(num_steps, restarts, sigma_min, sigma_max, rho)
     rank, world, device = start_processes(config["device"])
-    run = SimpleNamespace(config=config, rank=rank, world=world, device=device, autocast=set_precision(precision, device))
+    run = SimpleNamespace(config=config, rank=rank, world=world, device=device,
+                          autocast=set_precision(precision, device))
     folder = str(data.HERE / "pretrained") if init_from == "pretrained" else init_from or out_dir
     run.model, stage1 = load_stage1(folder, device, checkpoint)
     run.made = stage1.get("made")  # how the training images were made
     run.class_label = class_number(class_label, data.classes_of(stage1))
-    require(run.class_label < 0 or not random_labels, "--class_label asks for one class, --random_labels for all: choose one")
+    require(run.class_label < 0 or not random_labels,
+            "--class_label asks for one class, --random_labels for all: choose one")
     require(run.model.num_latents or not (code or encode or guidance != 1),
             "this model has no discrete latents (num_latents=0): --code, --encode and --guidance need them")
-    found = [source_of(setting, given, run, stage1)
-             for setting, given in (("code", code), ("encode", encode), ("compose", compose)) if given]
-    run.sources, given = [source for source, _ in found], [identity for _, identity in found]
-    run.prior = load_prior(folder, prior, device, stage1, checkpoint) if run.model.num_latents and not found else None
-    # all that the images depend on: an interrupted run goes on only if it is the same
-    run.made_with = json.dumps({**config, "out_dir": "", "init_from": "", "checkpoint": "", "device": "", "given": given,
-                                "stage1": weights_checksum(stage1["ema"]),
+    sources = [source_of(setting, value, run, stage1)
+               for setting, value in (("code", code), ("encode", encode), ("compose", compose)) if value]
+    run.sources, identities = [source for source, _ in sources], [identity for _, identity in sources]
+    needs_prior = run.model.num_latents and not sources
+    run.prior = load_prior(folder, prior, device, stage1, checkpoint) if needs_prior else None
+    # all that the images depend on: an interrupted run continues only if this is the same
+    run.made_with = json.dumps({**config, "out_dir": "", "init_from": "", "checkpoint": "", "device": "",
+                                "given": identities, "stage1": weights_checksum(stage1["ema"]),
                                 "prior_net": run.prior and weights_checksum(run.prior.state_dict())})
     run.nfe = 2 * num_steps - 1 + sum(2 * (len(s) - 1) for levels in loops for s in levels)
     run.nfe *= 2 if guidance != 1 else 1
@@ -224,30 +239,37 @@ def setup(argv=()):
 
 
 def open_parts(run, parts):
-    """The folder for the batches, a file each, so that a run that was interrupted finds what it has. By process 0."""
-    hold(f"{out_dir}/{name}")
+    """Process 0 makes the folder for the batches, one file each, or checks an interrupted run's."""
     settings = parts / "settings.json"
     if not any(parts.glob("*.npz")):
         with atomic(settings) as f:
             f.write(run.made_with.encode())
-    require(settings.is_file() and settings.read_bytes() == run.made_with.encode(), f"{parts} holds an unfinished run with "
-            "other settings: delete it, start that run again to finish it, or choose another --name")
+    require(settings.is_file() and settings.read_bytes() == run.made_with.encode(),
+            f"{parts} holds an unfinished run with other settings: delete it, start that run again to finish it, "
+            "or choose another --name")
 
 
 def join_parts(run, parts, files, target):
-    """Makes the .npz, the grid, and the folder of PNG files of the batches, and removes these."""
+    """Turns the batches into the .npz, the grid and the folder of PNG files, and removes them."""
     shown = np.concatenate([np.load(file)["images"] for file in files[:-(-256 // batch_size)]])[:256]
     merge_npz(files, f"{target}.npz", **{"made": json.dumps(run.made)} if run.made else {})
     if png:
         save_pngs(files, target)
     save_grid(shown, f"{target}.png", 2 * per_code if 1 < per_code <= 16 else math.isqrt(len(shown)))
-    for file in files:  # settings.json last: what is left after a power cut can be gone on with
+    for file in files:  # settings.json goes last: after a power cut, the run can continue from what is left
         file.unlink()
     shutil.rmtree(parts)
 
 
 def main(argv=()):
-    run = setup(argv)
+    run = setup(configure(globals(), argv))
+    with alone(f"{out_dir}/{name}"):
+        sample(run)
+    leave_processes()
+
+
+def sample(run):
+    """Alg. 3 for all images, a batch at a time, in each process its share of the batches."""
     target, parts = Path(f"{out_dir}/{name}"), Path(f"{out_dir}/{name}.parts")
     if run.rank == 0:
         open_parts(run, parts)
@@ -256,12 +278,14 @@ def main(argv=()):
     starts = range(0, num_images, batch_size)
     files = [parts / f"{start:09d}.npz" for start in starts]
     missing = [(start, file) for start, file in zip(starts, files) if not is_whole_npz(file)]
-    barrier()  # all have looked
+    barrier()  # until all processes have looked
     if run.rank == 0:
-        print(f"{num_images:,} images, {run.nfe} evaluations each" + ", D(z) and D(null) in one batch" * (guidance != 1))
+        print(f"{num_images:,} images, {run.nfe} evaluations each"
+              + ", D(z) and D(null) in one batch" * (guidance != 1))
         if run.prior:
             steps = run.model.num_latents if sedd_sampler == "first-hitting" else sedd_steps
-            print(f"codes of the prior {prior}, {steps} evaluations each" + f", by {sedd_sampler}" * (prior == "sedd"))
+            print(f"codes of the prior {prior}, {steps} evaluations each"
+                  + f", by {sedd_sampler}" * (prior == "sedd"))
     seconds, made = {"codes": 0.0, "images": 0.0}, np.zeros(2, int)
     for start, file in progress(missing[run.rank::run.world], unit="batch", disable=run.rank > 0):
         seeds = seed + np.arange(start, min(start + batch_size, num_images))
@@ -283,8 +307,6 @@ def main(argv=()):
         print(f"{made[0]:,} codes in {seconds['codes']:.2f} s, {made[1]:,} images in {seconds['images']:.2f} s"
               + " (the share of process 0)" * (run.world > 1))
         print(f"{target}.png and {target}.npz are ready" + f", and {target}/ with a PNG file for each image" * png)
-    leave_processes()
-    release()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """
-The other prior over codes, SEDD-absorb: discrete diffusion that masks tokens (Lou et al. 2024), as Discrete Latent
-Codes uses it (Lavoie et al. 2025, sec. 4), with remasking (DLC Eq. 4) and first-hitting (Zheng et al. 2024).
+The other prior over codes, SEDD-absorb: discrete diffusion that masks tokens (Lou et al. 2024), as
+Discrete Latent Codes uses it (Lavoie et al. 2025, sec. 4). It includes remasking (DLC Eq. 4) and
+first-hitting (Zheng et al. 2024).
 
-Tokens are 0 ... V - 1, with V = k, and the mask, V. Time t runs from 0, the codes, to 1, where the share 1 - EPS is
-masked; samplers go from t = 1, all mask, to 0. Log-scores are (B, m, V + 1); the last column, the mask's, means nothing.
-The true score of token y at a masked position is p(x0 = y | what is unmasked) / (e^sigma - 1).
+Tokens are 0 ... V - 1, with V = k; the mask is V. Time t runs from 0, the codes, to 1, where the share
+1 - EPS is masked; samplers go from t = 1, all masks, to 0. Log-scores are (B, m, V + 1); the last
+column, the mask's, means nothing. The true score of token y at a masked position is
+p(x0 = y | unmasked tokens) / (e^sigma - 1).
 """
 
 import math
@@ -30,12 +32,15 @@ def log_linear(t):
 
 
 def absorb(codes, t, u, mask):
-    """Codes (B, m) at times t (B,): each token is `mask` with probability (1 - EPS) t; u: (B, m) uniform on [0, 1)."""
+    """Codes (B, m) at times t (B,): each token is `mask` with probability (1 - EPS) t.
+
+    u: (B, m), uniform on [0, 1)
+    """
     return torch.where(u < (1 - EPS) * t[:, None], mask, codes)
 
 
 def score_entropy(log_score, sigma, x, x0):
-    """How far these scores are from the scores that x0 has (Lou et al. 2024): at least 0; 0 where x is no mask.
+    """How far these scores are from x0's scores (Lou et al. 2024): at least 0; 0 where x is not masked.
 
     log_score: (B, m, V + 1); sigma: (B,); x: (B, m) noisy tokens; x0: (B, m) the codes.
     -> (B, m) nats, in float32 or better
@@ -50,19 +55,20 @@ def score_entropy(log_score, sigma, x, x0):
 def sedd_loss(log_score, t, x, x0):
     """Denoising score entropy, weighted by dsigma/dt. -> (B,) nats
 
-    On average over t and x a bound on -ln p(x0), but for terms of order EPS. (`SEDD.nats` leaves nothing out.)
+    Its mean over t and x bounds -ln p(x0), up to terms of order EPS. (`SEDD.nats` leaves nothing out.)
     """
     sigma, dsigma = log_linear(t)
     return dsigma * score_entropy(log_score, sigma, x, x0).sum(1)
 
 
 # ----------------------------------------------------------------------------------------------------
-# samplers: functions of score(x, t) -> log-scores (B, m, V + 1), for x int64 (B, m) and times t float64 (B,). They start
-# from x, all mask; gumbel(*shape) draws Gumbel(0, 1), rand(*shape) U(0, 1] noise (B, *shape).
+# samplers: functions of score(x, t) -> log-scores (B, m, V + 1), for x int64 (B, m) and times t float64
+# (B,). They start from x, all masks. gumbel(*shape) draws Gumbel(0, 1) noise (B, *shape), rand(*shape)
+# U(0, 1] noise.
 
 
 def step_probs(rate, log_score, x):
-    """A masked position becomes y with probability rate s_y, or stays masked; other positions stay as they are."""
+    """A masked position becomes y with probability rate s_y, or stays masked; other positions stay."""
     p = F.pad(rate[:, None, None] * log_score[..., :-1].exp(), (0, 1))
     p[..., -1] = 1 - p.sum(2)
     return torch.where(x[..., None] == p.shape[2] - 1, p, F.one_hot(x, p.shape[2]).to(p.dtype))
@@ -77,21 +83,22 @@ def analytic_probs(log_score, x, t, s):
 
 
 def euler_probs(log_score, x, t, s):
-    """An Euler step from t to s. For the log-linear noise it is the analytic step: both rates are the same number."""
+    """An Euler step from t to s. For log-linear noise it is the analytic step: the rates are equal."""
     return step_probs((t - s) * log_linear(t)[1], log_score, x)
 
 
 def denoise_probs(log_score, x, t):
-    """The last step, to t = 0: without the mask. -> (B, m, V), in proportion to the probabilities"""
+    """The last step, to t = 0, without the mask. -> (B, m, V), proportional to the probabilities"""
     return analytic_probs(log_score, x, t, torch.zeros_like(t))[..., :-1]
 
 
 @torch.no_grad()
 def tau_leaping(score, x, num_steps, gumbel, probs=analytic_probs, eta=0.0, t0=0.3, t1=0.55):
-    """From t = 1 to 0 in num_steps >= 1 evaluations, of which the last leaves no mask. -> codes (B, m)
+    """From t = 1 to 0 in num_steps >= 1 evaluations; the last leaves no mask. -> codes (B, m)
 
-    probs: of a step, `analytic_probs` or `euler_probs`. eta > 0 adds remasking (DLC Eq. 4): at times t0 < t < t1, a
-    token that is there is masked again with probability eta, or as much of it as the schedule has room for.
+    probs: of a step, `analytic_probs` or `euler_probs`. eta > 0 adds remasking (DLC Eq. 4): at times
+    t0 < t < t1, an unmasked token is masked again with probability eta, or less if the schedule has
+    no room.
     """
     def times(t):
         return torch.full((len(x),), t, dtype=torch.float64, device=x.device)
@@ -99,8 +106,8 @@ def tau_leaping(score, x, num_steps, gumbel, probs=analytic_probs, eta=0.0, t0=0
     for i in reversed(range(1, num_steps)):
         t, s = (i + 1) / num_steps, i / num_steps
         log_score = score(x, times(t))
-        # P(masked at t) = t. The share a of the unmasked is masked again, so the masked go further than s, to
-        # s - a (1 - t): afterwards P(masked) = [s - a (1 - t)] + a (1 - t) = s, as the schedule wants
+        # P(masked at t) = t. The share a of the unmasked is masked again, so the masked go beyond s, to
+        # s - a (1 - t): then P(masked) = [s - a (1 - t)] + a (1 - t) = s, as scheduled
         a = min(eta, s / (1 - t)) if t0 < t < t1 else 0
         p = probs(log_score, x, times(t), times(s - a * (1 - t)))
         if a:
@@ -115,11 +122,11 @@ def tau_leaping(score, x, num_steps, gumbel, probs=analytic_probs, eta=0.0, t0=0
 
 @torch.no_grad()
 def first_hitting(score, x, rand, gumbel):
-    """The limit of `tau_leaping` for infinitely many steps, in m evaluations (Zheng et al. 2024). -> codes (B, m)
+    """The limit of `tau_leaping` for infinitely many steps, in m evaluations. -> codes (B, m)
 
-    P(masked at t) = t: each token unmasks at a time of its own, uniform on (0, 1), the latest time first. (To go from
-    one time to the next is the same as t <- t u^(1/n) for n masked tokens, and a position at random.) Only ratios of
-    scores are used; their sum, the rate, is ignored.
+    As P(masked at t) = t, each token unmasks at its own time, uniform on (0, 1), the latest time first
+    (Zheng et al. 2024). The same: t <- t u^(1/n) for n masked tokens, then a random position. Only
+    ratios of scores are used; their sum (the rate) is ignored.
     """
     x, rows = x.clone(), torch.arange(len(x), device=x.device)
     times, order = rand(x.shape[1]).sort(dim=1, descending=True)
@@ -134,9 +141,9 @@ def first_hitting(score, x, rand, gumbel):
 
 
 class SEDD(nn.Module):
-    """Log-scores by a bidirectional Transformer that time and class modulate: DiT's blocks. label_dim = 0: no classes.
+    """Log-scores from a bidirectional Transformer of DiT's blocks, which time and class modulate.
 
-    (Lou et al. have rotary positions, and no class.)
+    label_dim = 0: no classes. (Lou et al. have rotary positions, and no class.)
     """
 
     nats_is_a_bound = True
@@ -156,7 +163,7 @@ class SEDD(nn.Module):
         self.head = zero(nn.Linear(dim, codebook_size))  # starts uniform
 
     def forward(self, x, t, labels=None):
-        """x: (B, m) int64, mask = k; t: (B,) in (0, 1]; labels: (B,), -1 for none -> log-scores (B, m, k + 1)"""
+        """-> log-scores (B, m, k + 1); x: (B, m) int64, mask = k; t: (B,) in (0, 1]; labels: (B,)"""
         emb = float32(self.time, sinusoids(1000 * t, self.position.shape[1])) + class_rows(self.label, labels, len(x))
         emb = F.silu(emb)
         h = self.codebook[x] + self.position
@@ -166,20 +173,21 @@ class SEDD(nn.Module):
         logits = float32(self.head, torch.addcmul(shift, self.norm(h), scale + 1))
         sigma = log_linear(t.float())[0][:, None, None]
         log_score = F.pad(logits - torch.expm1(sigma).log() - math.log(self.codebook_size), (0, 1))
-        return log_score.scatter(2, x[..., None], 0)  # the score of the token that is there is 1
+        return log_score.scatter(2, x[..., None], 0)  # the score of the present token is 1
 
     def loss(self, codes, labels, t, u, network=None):
-        """Score entropy of the codes at times t (B,), masked by u (B, m) uniform on [0, 1): `sedd_loss`, (B,).
+        """`sedd_loss` (B,) of the codes at times t (B,), masked by u (B, m), uniform on [0, 1).
 
-        network: what stands in for this module, as DistributedDataParallel does.
+        network: a wrapper to call in place of this module, such as DistributedDataParallel.
         """
         x = absorb(codes, t, u, mask=self.codebook_size)
         return sedd_loss((network or self)(x, t, labels), t, x, codes)
 
     def nats(self, codes, labels=None, generator=None):
-        """At least -ln p(codes | labels) of `first_hitting`, on average over the generator: (B,), m evaluations.
+        """A bound on -ln p(codes | labels) of `first_hitting`: at least that, on average. -> (B,)
 
-        The negative ELBO of first-hitting, whose latent variables are the times in (0, 1] at which tokens unmask.
+        This is the negative ELBO of first-hitting, whose latent variables are the times in (0, 1] at
+        which tokens unmask; the generator draws them. m evaluations.
         """
         nats, rows = 0, torch.arange(len(codes), device=codes.device)
         unmasked_at = 1 - torch.rand(codes.shape, generator=generator, device=codes.device)
@@ -193,8 +201,8 @@ class SEDD(nn.Module):
     def sample(self, noise, labels=None, sedd_sampler="first-hitting", sedd_steps=128, eta=0.0, t0=0.3, t1=0.55):
         """-> codes int64 (B, m), on the noise's device
 
-        noise: a `SeededNoise` for B codes. sedd_sampler: "first-hitting", m evaluations; "analytic" or "euler" take
-        sedd_steps, and eta, t0, t1 of `tau_leaping`.
+        noise: a `SeededNoise` for B codes. sedd_sampler: "first-hitting", in m evaluations;
+        "analytic" or "euler", in sedd_steps evaluations, with eta, t0, t1 of `tau_leaping`.
         """
         place = self.position.device
         wide = torch.float64 if has_float64(place) else torch.float32

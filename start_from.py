@@ -1,5 +1,5 @@
 """
-Where stage 1 starts: the weights of a network that is trained already, EDM's or one of our own.
+Starts stage 1 from the weights of a trained network, EDM's or our own.
 """
 
 import os
@@ -10,36 +10,40 @@ import data
 from checkpoint import is_of, read_checkpoint
 from configurator import UserError, require, say
 from edm_pickle import read_edm
-from unet import edm_settings
+from unet import edm_settings, from_edm
 
-# of an encoder and its codes; those of the U-Net are read off its weights
+# settings of the encoder and its codes; the U-Net's are read off its weights
 OF_LATENTS = ("num_latents", "codebook_size", "latent_dim", "latent_layers", "latent_heads",
               "encoder_patch", "encoder_dim", "encoder_layers", "encoder_heads")
 
 
 def start_from(source, model, model_args):
-    """Gives `model`, a DisCoDiff of these settings, the weights at `source`; see `read_network`.
+    """Loads the weights at `source` (see `read_network`) into `model`, a DisCoDiff of these model_args.
 
-    Layers that plain EDM does not have stay as they are: the cross-attentions begin as the identity (sec. 4.1), so that D is
-    the source's whatever the codes. A class embedding of another number of classes stays as it is, too, and a line says so.
-    Raises UserError where the networks don't fit each other.
+    Layers that plain EDM lacks keep their initial weights: the cross-attentions start as the identity
+    (sec. 4.1), so D is the source's for any codes. With another number of classes, the class embedding
+    keeps its initial weights too, and a line says so. Raises UserError if the networks don't fit.
     """
-    path, weights, args = read_network(source)
+    path, weights, args, in_our_order = read_network(source)
     try:
+        weights = weights if in_our_order else from_edm(weights)
         there, here = (edm_settings(state) | {name: of.get(name, 0) for name in ("sigma_data", *OF_LATENTS)}
                        for state, of in ((weights, args), (model.state_dict(), model_args)))
-        require(here["num_latents"] or not there["num_latents"], f"{path} has discrete latents, which its denoiser counts on: "
-                "it can't go on with num_latents=0. Start from plain EDM, or keep the latents")
+        require(here["num_latents"] or not there["num_latents"],
+                f"{path} has discrete latents, which its denoiser relies on: it can't go on with num_latents=0. "
+                "Start from plain EDM, or keep the latents")
         classes, wanted = there.pop("label_dim"), here.pop("label_dim")
         different = [f"{name}={there[name]!r} there, {here[name]!r} here" for name in here
                      if there[name] != here[name] and (there["num_latents"] or name not in OF_LATENTS)]
-        require(not different, f"give the settings of the network to start from, or another --init_from: {path} is a network "
+        require(not different,
+                f"give the settings of the network to start from, or another --init_from: {path} is a network "
                 f"of other settings: {'; '.join(different)}")
         if classes != wanted:
             weights.pop("model.map_label.weight", None)
             say(f"{path} has {classes} classes, this run {wanted}: a new class embedding starts afresh")
         if weights.pop("model.map_augment.weight", None) is not None:
-            say(f"{path} was trained with augmentation: its map_augment, which adds nothing where there is none, is left out")
+            say(f"{path} was trained with augmentation: its map_augment is left out; "
+                "it adds nothing without augmentation")
 
         def starts_afresh(name):
             of_latents = not name.startswith("model.") or ".cross." in name
@@ -48,16 +52,18 @@ def start_from(source, model, model_args):
         missing, unexpected = model.load_state_dict(weights, strict=False)
         missing = [name for name in missing if not starts_afresh(name)]
         if missing or unexpected:
-            raise ValueError(f"it has no {missing[0]}" if missing else f"it has {unexpected[0]}, which ours has not")
+            raise ValueError(f"it has no {missing[0]}" if missing else f"it has {unexpected[0]}, which ours lacks")
     except (LookupError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} is not a network of ADM's architecture: {' '.join(str(error).split())[:200]}") from None
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is not a network of ADM's architecture: {why}") from None
 
 
 def read_network(source):
-    """-> path of the file, its averaged weights, and its settings as in `model_args`; of EDM's network sigma_data alone.
+    """-> path of the file, its averaged weights, its settings as in `model_args` (EDM's network: sigma_data
+    alone), and whether the channels of qkv are in our order.
 
-    source: a run's folder, its stage1.pt or a snapshot, "pretrained" for the folder that comes with the repository, or EDM's
-    pickle. Raises UserError that says what it is where it is none of these.
+    source: a run's folder, its stage1.pt or a snapshot, "pretrained" (the repository's folder), or
+    EDM's pickle. For anything else raises UserError, which says what the file is.
     """
     path = data.HERE / "pretrained" if source == "pretrained" else Path(source)
     require(os.path.exists(path), f"there is no file or folder {path} to start from")
@@ -69,17 +75,28 @@ def read_network(source):
     require(kind, f"{path} is neither a checkpoint nor one of EDM's networks: {wanted}")
     if kind == "pickle":
         weights, sigma_data = read_edm(path)
-        return path, weights, dict(sigma_data=sigma_data)
+        return path, weights, dict(sigma_data=sigma_data), False
     require(kind != "arrays", f"{path} holds images or other arrays, not a network: {wanted}")
     state = read_checkpoint(path)
     require(state is not None, f"{path} is truncated or damaged: {wanted}")
     require(not is_of("train_prior", state), f"{path} is a prior: {wanted}")
     require(is_of("train_stage1", state), f"{path} is not a checkpoint of train_stage1.py: {wanted}")
-    return path, state["ema"], state["model_args"]
+    return path, state["ema"], state["model_args"], "qkv" in state
+
+
+def sort_older(model, checkpoint):
+    """Puts the channels of qkv into our order in a checkpoint that has EDM's: weights, their average, Adam's
+    moments. model: the optimiser has its parameters, in their order."""
+    if "qkv" not in checkpoint:
+        for part in ("model", "ema"):
+            checkpoint[part] = from_edm(checkpoint[part])
+        for i, (name, _) in enumerate(model.named_parameters()):
+            moments = checkpoint["optimizer"]["state"].get(i, {})  # none before the first step
+            moments |= {key: from_edm({name: moments[key]})[name] for key in ("exp_avg", "exp_avg_sq") if moments}
 
 
 def kind_of(path):
-    """-> "pickle", "checkpoint" (or what is left of one), "arrays" (an .npz, or images in a .zip), or "" for others."""
+    """-> "pickle", "checkpoint" (perhaps truncated), "arrays" (an .npz, or a .zip of images), or ""."""
     try:
         with open(path, "rb") as file:
             start = file.read(4)

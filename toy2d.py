@@ -37,7 +37,7 @@ from diffusion import heun
 from model import draw_codes, gumbel_softmax
 from noise import gumbel_noise, seeded_generator
 from processes import start_processes
-from run import hold, progress
+from run import alone, progress
 from toy_grids import KINDS, gaussian_grid
 from toy_measures import around, curvature, even_parts, exact_denoiser, jacobian_norms, purity, stray, wasserstein2
 from toy_pictures import (
@@ -289,7 +289,12 @@ def main(argv=()):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out_dir={out_dir} can't be used: {error.strerror}") from None
-    hold(f"{out_dir}/results")
+    with alone(f"{out_dir}/results"):
+        both_parts(config)
+
+
+def both_parts(config):
+    """Trains, measures and draws all; what has been found so far is always in out_dir."""
     began = time.time()
     lines, eight, grids = [], [], []  # of table.txt; results of part 1 and part 2
 

@@ -1,16 +1,18 @@
 """
-Stage 2 of DisCo-Diff: trains a prior on the codes of stage 1's encoder (Alg. 2): the autoregressive one, or
-SEDD-absorb, as Discrete Latent Codes has it (sec. 4).
+Stage 2 of DisCo-Diff: trains a prior on the codes of stage 1's encoder (Alg. 2). The prior is
+autoregressive, or SEDD-absorb as in Discrete Latent Codes (sec. 4).
 
     python train_prior.py
     python train_prior.py --prior=sedd
     python train_prior.py config/cifar10_prior.py
     torchrun --nproc_per_node=8 train_prior.py config/imagenet64_prior.py
 
-Reads out_dir/stage1.pt, which says on which images, split and classes. Leaves out_dir/prior_ar.pt or prior_sedd.pt,
-with a log and its curves, as stage 1 does. Codes are drawn afresh each time an image is visited; the encoder itself
-runs once an image, and its logits are kept in half precision in out_dir/logits-*.npy (for ImageNet-64, m = 10 and
-k = 100: 2.6 GB). The same command again continues a run, after Ctrl-C and SIGTERM too; all as in train_stage1.py.
+Reads out_dir/stage1.pt, which names the images, their split and classes. Writes out_dir/prior_ar.pt
+or prior_sedd.pt, a log and its curves.
+
+Each visit to an image draws its codes anew. The encoder runs only once per image: its logits are kept
+in half precision in out_dir/logits-*.npy (2.6 GB for ImageNet-64 with m = 10 and k = 100). The same
+command again continues a run, as in train_stage1.py.
 """
 
 import copy
@@ -31,13 +33,13 @@ from noise import gumbel_noise, seeded_generator
 from npz import write_npy_header
 from prior import mean_bits
 from processes import barrier, max_over_processes
-from run import catch_signals, hold, progress, release
+from run import alone, progress, running
 from trained import PRIORS, load_stage1
 
 # run
 out_dir = "out"
-overwrite = False  # replace an older or finished prior in out_dir; an unfinished run of this very command continues
-change = ""  # "lr,ema_decay": settings that may differ from those of the run that continues
+overwrite = False  # replace an older or finished prior in out_dir; an unfinished run of the same command continues
+change = ""  # "lr,ema_decay": settings that may change when a run continues
 seed = 0
 device = "auto"
 precision = "bf16"  # as in train_stage1.py
@@ -53,15 +55,15 @@ batch_size = 250  # over all processes
 lr = 1e-3
 warmup_images = 10_000
 label_drop = 0.1  # probability of training without the class
-grad_clip = 1.0  # this and the next: SEDD's
-ema_decay = 0.9999  # of the weights' average, per step; at step n no more than (1 + n) / (10 + n)
+grad_clip = 1.0  # as in SEDD, like ema_decay
+ema_decay = 0.9999  # of the weights' average, per step; at step n at most (1 + n) / (10 + n)
 # memory and reports
-cache_gb = 16.0  # beyond this, logits are not kept: the encoder runs on every batch
-log_every = 10_000  # images; held-out bits
+cache_gb = 16.0  # if the logits need more, they are not kept: the encoder runs on every batch
+log_every = 10_000  # images; also computes held-out bits
 save_every = 50_000
 
 # ----------------------------------------------------------------------------------------------------
-# Alg. 2. Each step's randomness has a seed of its own, and is drawn for the whole batch, as in stage 1.
+# Alg. 2. Each step has its own seed, and draws for the whole batch, as in stage 1.
 
 
 def gradients(run, step):
@@ -90,7 +92,7 @@ def gradients(run, step):
 
 
 def update(run, step):
-    """Clipping, Adam, moving average. -> the norm of the gradients; where it is not finite, Adam changes nothing"""
+    """Clipping, Adam, moving average. -> gradient norm; if it is not finite, Adam changes nothing"""
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, grad_clip)
     for group in run.optimizer.param_groups:
         group["lr"] = lr * min(step * batch_size / max(warmup_images, 1), 1)
@@ -100,12 +102,12 @@ def update(run, step):
 
 
 def labels_of(run, indices):
-    """-> class labels of these images (B,), None without"""
+    """-> class labels (B,) of these images, None without classes"""
     return torch.from_numpy(run.labels[indices]).to(run.device, non_blocking=True) if run.stage1.label_dim else None
 
 
 def logits_of(run, indices, flip):
-    """-> the encoder's logits of these images (B, m, k), of their mirror images where flip (B,) says so"""
+    """-> the encoder's logits (B, m, k) for these images, mirrored where flip (B,) is true"""
     if run.kept is None:
         return encode(run, indices, flip)
     kept = torch.from_numpy(run.kept[np.asarray(flip, dtype=np.int64), indices])
@@ -114,7 +116,7 @@ def logits_of(run, indices, flip):
 
 @torch.no_grad()
 def encode(run, indices, flip):
-    """As `logits_of`, by the encoder."""
+    """`logits_of`, computed by the encoder."""
     y = data.to_float(run.images[indices], run.device)
     return run.stage1.encoder(torch.where(torch.as_tensor(flip, device=run.device)[:, None, None, None], y.flip(3), y))
 
@@ -127,25 +129,27 @@ FREE = ("out_dir", "overwrite", "change", "device", "total_images", "cache_gb", 
 CHANGEABLE = ("lr", "warmup_images", "label_drop", "grad_clip", "ema_decay", "precision", "loss_scale")
 
 
-def setup(argv=()):
-    """Settings from the command line, stage 1 and its codes, the prior, a checkpoint -> run, as in training.py"""
-    global _checkpoint_path  # for the line that is printed where memory runs out
-    config = configure(globals(), argv)
+def setup(config):
+    """Stage 1, the prior, and perhaps a checkpoint to continue -> run, as in training.py
+
+    config: the settings, as `configure` returns them. Raises UserError for settings that don't fit.
+    """
+    global _checkpoint_path  # for the line printed when memory runs out
     require(prior in PRIORS, f"--prior is {' or '.join(PRIORS)}, not {prior}")
     require(seed >= 0 and warmup_images >= 0 and cache_gb >= 0, "seed, warmup_images and cache_gb can't be negative")
-    require(0 <= label_drop <= 1 and 0 <= ema_decay < 1, "label_drop must be in 0 ... 1, and ema_decay in 0 ... below 1; "
-                                                         f"they are {label_drop} and {ema_decay}")
+    require(0 <= label_drop <= 1 and 0 <= ema_decay < 1,
+            "label_drop must be in 0 ... 1, and ema_decay at least 0 and below 1; "
+            f"they are {label_drop} and {ema_decay}")
     require_numbers(config, or_zero=("seed", "warmup_images", "label_drop", "ema_decay"), but=("cache_gb",))
     run = training.start(config, f"prior_{prior}", "train_prior")
     run.lower, _checkpoint_path = "--lr", run.path
     run.stage1, stage1 = load_stage1(out_dir, run.device)
-    require(run.stage1.num_latents, f"{out_dir}/stage1.pt has no discrete latents (num_latents=0): there is nothing to train "
-                                    "a prior on")
+    require(run.stage1.num_latents,
+            f"{out_dir}/stage1.pt has no discrete latents (num_latents=0): there is nothing to train a prior on")
     trained_on = data.load_trained_on(stage1["config"], f"{out_dir}/stage1.pt")
     run.images, run.labels, run.train_indices, run.held_out_indices = trained_on
     run.batches, run.flips = data.Shuffle(run.train_indices, seed), 2 if stage1["config"]["xflip"] else 1
     run.carries = dict(encoder=weights_checksum(stage1["ema"]))
-    keep_logits(run)
 
     of_codes = {name: getattr(run.stage1, name) for name in ("num_latents", "codebook_size", "label_dim")}
     run.model_args = of_codes | arguments_of(config, PRIORS[prior])
@@ -156,15 +160,21 @@ def setup(argv=()):
         raise UserError(error) from None
     run.ema = copy.deepcopy(run.model).eval().requires_grad_(False)
     run.optimizer = torch.optim.Adam(run.model.parameters(), lr=lr, fused=True)
-    training.resume_run(run, FREE, CHANGEABLE, **run.carries)
+
+    def require_same_encoder(checkpoint):
+        require(checkpoint["encoder"] == run.carries["encoder"], f"{run.path} is of another stage 1 than "
+                                                                 f"{out_dir}/stage1.pt: start anew with --overwrite=True")
+
+    training.resume_run(run, FREE, CHANGEABLE, prepare=require_same_encoder, **run.carries)
     run.forward = training.distributed(run, run.model)
+    keep_logits(run)
     return run
 
 
 def keep_logits(run):
-    """Sets run.kept, the encoder's logits (flips, N, m, k), mapped from a file that process 0 writes; None if too large.
+    """Sets run.kept to the encoder's logits (flips, N, m, k), mapped from a file that process 0 writes.
 
-    flips is 2 where stage 1 mirrored images.
+    None if they are too large. flips is 2 if stage 1 mirrored images, else 1.
     """
     shape = (run.flips, len(run.images), run.stage1.num_latents, run.stage1.codebook_size)
     run.kept = None
@@ -172,15 +182,14 @@ def keep_logits(run):
         return
     path = Path(f"{out_dir}/logits-{run.carries['encoder']:08x}.npy")
     if run.master and not path.exists():
-        hold(f"{out_dir}/logits")
-        for old in Path(out_dir).glob("logits-*.npy"):
-            old.unlink()
-        with atomic(path) as file:
-            write_npy_header(file, np.float16, shape)
-            for flip in range(run.flips):
-                for part in progress(np.split(np.arange(shape[1]), range(500, shape[1], 500)), desc="encoding"):
-                    file.write(encode(run, part, np.full(len(part), bool(flip))).half().cpu().numpy().tobytes())
-        release(f"{out_dir}/logits")
+        with alone(f"{out_dir}/logits"):
+            for old in Path(out_dir).glob("logits-*.npy"):
+                old.unlink()
+            with atomic(path) as file:
+                write_npy_header(file, np.float16, shape)
+                for flip in range(run.flips):
+                    for part in progress(np.split(np.arange(shape[1]), range(500, shape[1], 500)), desc="encoding"):
+                        file.write(encode(run, part, np.full(len(part), bool(flip))).half().cpu().numpy().tobytes())
     barrier()
     try:
         run.kept = np.load(path, mmap_mode="r")
@@ -200,11 +209,12 @@ def parts_of(indices):
 
 @torch.no_grad()
 def held_out_bits(run, draws=1, with_class=True):
-    """-log2 p(z | c), or the prior's bound on it, of codes drawn for held-out images -> mean over images, standard error"""
+    """-log2 p(z | c), or the prior's bound on it, of held-out images' codes -> mean, standard error"""
     generators = [seeded_generator(run.device, purpose, seed) for purpose in ("held-out", "times")]
     bits = []
     for part in parts_of(run.held_out_indices):
-        logits, c = logits_of(run, part, np.zeros(len(part), bool)), labels_of(run, part) if with_class else None
+        logits = logits_of(run, part, np.zeros(len(part), bool))
+        c = labels_of(run, part) if with_class else None
         with run.autocast:
             bits.append(mean_bits(run.ema, logits, c, draws, *generators))
     bits = torch.cat(bits)
@@ -213,12 +223,14 @@ def held_out_bits(run, draws=1, with_class=True):
 
 @torch.no_grad()
 def independent_bits(run):
-    """Bits per held-out image of the best priors without dependence between latents, without and with the class: their
-    p(z_i) and p(z_i | c) are the latents' distributions over the training images."""
+    """Bits per held-out image of the best priors with independent latents, without and with the class.
+
+    Their p(z_i) and p(z_i | c) are the latents' distributions over the training images.
+    """
     m, k, classes = run.stage1.num_latents, run.stage1.codebook_size, max(run.stage1.label_dim, 1)
 
     def distributions(indices):
-        """-> the encoder's p(z | y) of some images at a time (B, m, k), and their classes (B,), 0 without"""
+        """Yields, in parts, the encoder's p(z | y) (B, m, k), and classes (B,), 0 if there are none."""
         for part in parts_of(indices):
             c = labels_of(run, part)
             no_classes = torch.zeros(len(part), dtype=torch.int64, device=run.device)
@@ -237,10 +249,11 @@ def independent_bits(run):
 
 
 def print_bits(run):
-    """How much the prior knows of the codes of held-out images."""
+    """Prints how well the prior predicts the codes of held-out images."""
     label_dim = run.stage1.label_dim
     without, given_class = independent_bits(run)
-    print(f"bits per image on {len(run.held_out_indices)} held-out images" + ", this prior's at most" * run.model.nats_is_a_bound)
+    print(f"bits per image on {len(run.held_out_indices)} held-out images"
+          + ", this prior's at most" * run.model.nats_is_a_bound)
     print(f"  uniform codes, m log2 k            {run.stage1.num_latents * math.log2(run.stage1.codebook_size):7.2f}")
     print(f"  independent latents                {without:7.2f}")
     if label_drop or not label_dim:
@@ -266,12 +279,18 @@ def report(run, seen, bar):
 
 
 def main(argv=()):
-    run = setup(argv)
-    signals, stopped, seen = catch_signals(), 0, run.step * batch_size
-    if run.master:
-        if seen >= total_images:
-            print(f"{run.path} is finished: it has seen {seen:,} codes. "
-                  "A larger --total_images trains on, --overwrite=True starts anew")
+    config = configure(globals(), argv)
+    with running(f"{out_dir}/prior_{prior}") as signals:
+        train(setup(config), signals)
+
+
+def train(run, signals):
+    """Alg. 2, over and over, until total_images are seen or a signal comes."""
+    stopped, seen = 0, run.step * batch_size
+    if run.master and seen >= total_images:
+        print(f"{run.path} is finished: it has seen {seen:,} codes. "
+              "A larger --total_images continues it, --overwrite=True starts anew")
+    elif run.master:
         training.open_log(run)
     bar = progress(total=total_images, initial=seen, unit="img", disable=not run.master, mininterval=1)
     run.model.train()
@@ -290,7 +309,8 @@ def main(argv=()):
     if run.master and seen >= total_images:
         if len(run.held_out_indices):
             print_bits(run)
-        print(f"{run.path} is ready; next: python sample.py --out_dir={out_dir}" + f" --prior={prior}" * (prior != "ar"))
+        print(f"{run.path} is ready; next: python sample.py --out_dir={out_dir}"
+              + f" --prior={prior}" * (prior != "ar"))
     training.finish(run, stopped, "codes")
 
 

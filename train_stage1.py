@@ -6,28 +6,33 @@ On the embedded data, on a laptop or one GPU:
 One GPU, eight GPUs, two nodes of eight GPUs (the same line on each):
     python train_stage1.py config/cifar10.py
     torchrun --nproc_per_node=8 train_stage1.py config/imagenet64.py
-    torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500 --rdzv-id=1 --nproc_per_node=8 train_stage1.py config/imagenet64.py
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500 \
+        --rdzv-id=1 train_stage1.py config/imagenet64.py
     (out_dir on a file system that both share; docs/running.md has what to add for restarts)
 Plain EDM, the baseline:
     python train_stage1.py --num_latents=0 --out_dir=out/edm
-
 From EDM's trained network, the paper's recipe for ImageNet-64:
     torchrun --nproc_per_node=8 train_stage1.py config/imagenet64_finetune.py
-
 From a network of our own, on another data set or with codes added to plain EDM:
     python train_stage1.py --init_from=out/edm --out_dir=out/finetuned
 
-Leaves in out_dir: stage1.pt (weights, their moving average, optimiser, settings), the checkpoint before it
-(stage1.previous.pt), preview_*.png, the log stage1.jsonl, and its curves, stage1_curves.png. The same command again,
-with --overwrite=True or without, continues after a crash, Ctrl-C or SIGTERM; the last two save first, and end the
-process with exit code 130 or 143. A larger --total_images trains a finished run on; --change=lr continues with
-another --lr.
+Writes to out_dir:
+
+    stage1.pt              weights, their moving average, optimiser, settings
+    stage1.previous.pt     the checkpoint before
+    stage1.jsonl           the log; stage1_curves.png draws it
+    preview_*.png          samples along the way
+
+The same command again, with --overwrite=True or without, continues after a crash, Ctrl-C or SIGTERM.
+The last two save first, and end the process with exit code 130 or 143. A larger --total_images
+continues a finished run; --change=lr continues with another --lr.
 """
 
 import contextlib
 import math
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,23 +48,23 @@ from model import DisCoDiff, denoiser, draw_codes
 from noise import gumbel_noise, has_float64, seed_of, seeded_generator
 from plot import save_grid
 from processes import max_over_processes
-from run import can_compile, catch_signals, progress
-from start_from import start_from
+from run import can_compile, progress, running
+from start_from import sort_older, start_from
 from unet import UNet
 
 # run
 out_dir = "out"
-init_from = ""  # weights to start from: a run's folder or stage1.pt, "pretrained", or EDM's edm-imagenet-64x64-cond-adm.pkl
-overwrite = False  # replace an older or finished run in out_dir; an unfinished run of this very command continues
-change = ""  # "lr,tau": settings that may differ from those of the run that continues
+init_from = ""  # initial weights: a run's folder or stage1.pt, "pretrained", or EDM's edm-imagenet-64x64-cond-adm.pkl
+overwrite = False  # replace an older or finished run in out_dir; an unfinished run of the same command continues
+change = ""  # "lr,tau": settings that may change when a run continues
 seed = 0
-device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; auto: a GPU of NVIDIA's if there is one
+device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; auto: an NVIDIA GPU if there is one
 precision = "bf16"  # on a GPU: "bf16", "fp16", "tf32", "fp32"; elsewhere always float32
-loss_scale = 1.0  # in fp16, so that small gradients don't vanish; EDM has 100 for ImageNet-64
+loss_scale = 1.0  # in fp16, keeps small gradients from vanishing; EDM has 100 for ImageNet-64
 compile = True  # torch.compile, on a GPU
 # data
 dataset = "fashion-mnist-10k"
-held_out = -1  # images that neither stage trains on; -1: 500, or a tenth of a data set of fewer than 5,000
+held_out = -1  # images that neither stage trains on; -1: 500, or a tenth of a data set with fewer than 5,000
 class_cond = True  # class labels condition the denoiser (and, in stage 2, the prior)
 xflip = False  # mirror half of the images
 # denoiser: ADM's U-Net
@@ -67,49 +72,49 @@ model_channels = 16
 channel_mult = (1, 1, 4)
 channel_mult_emb = 4
 num_blocks = 1
-attn_resolutions = (0,)  # feature maps with self- and cross-attention, by their pixels a side; (0,): the smallest
+attn_resolutions = (0,)  # feature maps with self- and cross-attention, in pixels per side; (0,): the smallest map
 dropout = 0.0
 # discrete latents
 num_latents = 8  # m; 0: plain EDM
 codebook_size = 16  # k
 tau = 1.0  # Gumbel-Softmax temperature, constant (App. D.2)
-null_prob = 0.1  # of replacing an image's latents by the null embedding (sec. 3.1)
+null_prob = 0.1  # probability that the null embedding replaces an image's latents (sec. 3.1)
 latent_dim = 64
 latent_layers = 6
 latent_heads = 2
 # encoder: ViT
-encoder_patch = 0  # pixels a side; 0: a quarter of the image
+encoder_patch = 0  # pixels per side; 0: a quarter of the image
 encoder_dim = 128
 encoder_layers = 3
 encoder_heads = 4
 # optimisation: EDM's
 total_images = 28_000  # to train on, in all
-batch_size = 32  # over all processes, whatever their number
-batch_gpu = 512  # the most that one process takes at once; beyond it gradients are accumulated
+batch_size = 32  # over all processes
+batch_gpu = 512  # the most images in one process at once; a larger share accumulates gradients
 lr = 2e-3
 encoder_lr = 5e-5  # beside an untrained denoiser, a fast encoder collapses to one code (bits go to 0)
 warmup_images = 2_000  # linear learning-rate warm-up
 ema_halflife_images = 500_000
 ema_rampup = 0.05  # the half-life is at most this share of the images seen so far
-P_mean = -0.4  # ln(sigma) ~ N(P_mean, P_std^2); EDM has -1.2 and 1.2, but so short a run needs more
+P_mean = -0.4  # ln(sigma) ~ N(P_mean, P_std^2); EDM has -1.2 and 1.2, but a run this short needs more
 P_std = 1.4  # of the high noise levels, where the latents help
 sigma_data = 0.5
 # reports, all in images
 log_every = 1_000
 save_every = 7_000
-keep_every = 0  # checkpoints that stay, stage1-000100000.pt and so on; 0: none
+keep_every = 0  # snapshots to keep, stage1-000100000.pt and so on; 0: none
 preview_every = 14_000  # 0: no previews
 
 # ----------------------------------------------------------------------------------------------------
-# Alg. 1. Each step's randomness has a seed of its own, so that a resumed run equals an undisturbed one.
+# Alg. 1. Each step has its own seed, so a resumed run equals an uninterrupted one.
 
 
 def draw_step(run, step):
-    """All random numbers of one step, for the whole batch: each process takes its rows, so that the result does not
-    depend on the number of processes. (Dropout's masks do.)
+    """All random numbers of one step, for the whole batch. Each process takes its rows, so the result
+    does not depend on the number of processes. (Dropout's masks do.)
 
-    -> noise n (B, C, H, W), sigma (B, 1, 1, 1), Gumbel noise (B, m, k), which images get null latents (B,), which are
-    mirrored (B,)
+    -> noise n (B, C, H, W), sigma (B, 1, 1, 1), Gumbel noise (B, m, k), which images get null latents
+    (B,), which are mirrored (B,)
     """
     g = seeded_generator(run.device, "step", seed, step)
     normal = torch.randn(batch_size, 1, 1, 1, device=run.device, generator=g)
@@ -124,7 +129,7 @@ def draw_step(run, step):
 def gradients(run, step):
     """Leaves the gradients of one step, of the whole batch over all processes, in the parameters.
 
-    -> of this process's images, on the device: mean loss per pixel; sums of code distributions (m, k), of entropies
+    -> of this process's images: mean loss per pixel; sum of code distributions (m, k); sum of entropies
     """
     noise, sigma, gumbel, drop, flip = draw_step(run, step)
     loss_sum, code_sum, entropy_sum = 0, 0, 0
@@ -132,7 +137,7 @@ def gradients(run, step):
         y, c = fetch(run, step * batch_size + rows.start, rows.stop - rows.start)
         y = torch.where(flip[rows, None, None, None], y.flip(3), y)
         torch.manual_seed(seed_of("dropout", seed, step, rows.start))
-        exchange = run.world == 1 or rows is run.micro_batches[-1]  # gradients meet once a step
+        exchange = run.world == 1 or rows is run.micro_batches[-1]  # processes exchange gradients once a step
         with contextlib.nullcontext() if exchange else run.forward.no_sync():
             with run.autocast:
                 # z ~ E(y), then D(y + n, sigma, z, c)
@@ -150,9 +155,10 @@ def gradients(run, step):
 
 
 def update(run, seen):
-    """Adam and the moving average of the weights after so many images. -> the norm of the gradients
+    """Adam, then the moving average of the weights. seen: images before this step. -> gradient norm
 
-    Where it is not finite, Adam leaves the weights as they are. (EDM puts 0 for NaN and 1e5 for infinity, and goes on.)
+    If the norm is not finite, Adam leaves the weights as they are. (EDM replaces NaN by 0 and infinity
+    by 1e5, and goes on.)
     """
     for group, peak in zip(run.optimizer.param_groups, (lr, lr, encoder_lr)):  # U-Net, latent tokens, encoder
         group["lr"] = peak * min(seen / max(warmup_images, 1), 1)
@@ -165,9 +171,10 @@ def update(run, seen):
 
 
 def fetch(run, position, count):
-    """-> y (count, C, H, W) in [-1, 1], class labels (count,) or None: the next images of the endless shuffle."""
-    require(data.file_stamp(run.images) == run.stamp, f"{dataset} changed while it was being trained on: prepare it as it was, "
-            f"and give the same command again. {run.path} is from before that, or nearly so")
+    """The next images of the endless shuffle -> y (count, C, H, W) in [-1, 1], labels (count,) or None"""
+    require(data.file_stamp(run.images) == run.stamp,
+            f"{dataset} changed while it was being trained on: prepare it as it was, and give the same command again. "
+            f"{run.path} is from before the change, or nearly so")
     indices = run.batches.take(position, count)
     c = torch.from_numpy(run.labels[indices]).to(run.device, non_blocking=True) if class_cond else None
     return data.to_float(run.images[indices], run.device), c
@@ -176,30 +183,34 @@ def fetch(run, position, count):
 # ----------------------------------------------------------------------------------------------------
 # from the settings to a run
 
-# may change when a run continues: its course stays the same (batch_gpu: but for dropout's masks)
+# may change when a run continues: the run's course stays the same (batch_gpu changes dropout's masks)
 FREE = ("out_dir", "overwrite", "change", "device", "compile", "batch_gpu", "total_images", "log_every", "save_every",
         "keep_every", "preview_every")
-# may change if --change names them: they act step by step. Others can't: the prior relies on xflip, and batch_size and
-# seed decide which image comes when
+# may change if --change names them: they act step by step. Others can't: the prior relies on xflip,
+# and batch_size and seed decide which image comes when
 CHANGEABLE = ("lr", "encoder_lr", "warmup_images", "ema_halflife_images", "ema_rampup", "P_mean", "P_std", "null_prob",
               "tau", "dropout", "precision", "loss_scale")
 
 
-def setup(argv=()):
-    """Settings from the command line, data, networks, an earlier run's checkpoint -> run, as in training.py"""
-    global _checkpoint_path, _micro_batch  # for the line that is printed where memory runs out
-    config = configure(globals(), argv)
+def setup(config):
+    """Data, networks, and perhaps a checkpoint to continue -> run, as in training.py
+
+    config: the settings, as `configure` returns them, which this completes. Raises UserError for settings that don't fit.
+    """
+    global _checkpoint_path, _micro_batch  # for the line printed when memory runs out
     require_numbers(config, but=("held_out", "P_mean"), or_zero=(
         "seed", "num_latents", "latent_layers", "encoder_layers", "encoder_patch", "warmup_images", "ema_rampup",
         "ema_halflife_images", "P_std", "keep_every", "preview_every", "null_prob", "dropout"))
     require(math.isfinite(P_mean), f"P_mean must be finite, not {P_mean}")
     require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
-    require(channel_mult and min(channel_mult) > 0, f"channel_mult has a positive number for each level, not {channel_mult}")
+    require(channel_mult and min(channel_mult) > 0,
+            f"channel_mult has a positive number for each level, not {channel_mult}")
     run = training.start(config, "stage1", "train_stage1")
     run.lower = "--lr or --encoder_lr"  # what may help a run that diverges
     micro_steps = -(-run.local_batch // batch_gpu)
-    require(run.local_batch % micro_steps == 0, f"{run.local_batch} images a process can't be taken in {micro_steps} equal "
-                                                f"parts of at most {batch_gpu}: change batch_size or batch_gpu")
+    require(run.local_batch % micro_steps == 0,
+            f"{run.local_batch} images per process can't be split into {micro_steps} equal parts of at most "
+            f"{batch_gpu}: change batch_size or batch_gpu")
     first, _micro_batch, _checkpoint_path = run.rank * run.local_batch, run.local_batch // micro_steps, run.path
     run.micro_batches = [slice(i, i + _micro_batch) for i in range(first, first + run.local_batch, _micro_batch)]
 
@@ -209,11 +220,12 @@ def setup(argv=()):
     run.to_show = run.held_out_indices if len(run.held_out_indices) else run.train_indices
     run.batches, run.stamp = data.Shuffle(run.train_indices, seed), data.file_stamp(run.images)
     run.classes = data.class_names(dataset)
-    config["data_identity"] = data.data_checksum(run.images, run.labels)  # in the checkpoint: a changed data set is noticed
-    run.carries = dict(classes=run.classes, made=data.made_of(dataset))  # for people, and for eval_fid.py
+    config["data_identity"] = data.data_checksum(run.images, run.labels)  # the checkpoint has it, to notice a change
+    run.carries = dict(classes=run.classes, made=data.made_of(dataset), qkv="sorted")  # for later steps, and for people
 
     run.model_args = arguments_of(config, DisCoDiff, UNet) | dict(
-        img_resolution=run.images.shape[1], img_channels=run.images.shape[3], label_dim=num_classes if class_cond else 0)
+        img_resolution=run.images.shape[1], img_channels=run.images.shape[3],
+        label_dim=num_classes if class_cond else 0)
     torch.manual_seed(seed)
     try:
         run.model, run.ema = (DisCoDiff(**run.model_args).to(run.device, memory_format=torch.channels_last)
@@ -224,18 +236,21 @@ def setup(argv=()):
     parts = (run.model.model, run.model.latents, run.model.encoder) if num_latents else (run.model.model,)
     groups = [dict(params=part.parameters()) for part in parts]
     run.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    if not training.resume_run(run, FREE, CHANGEABLE):
+    if not training.resume_run(run, FREE, CHANGEABLE, prepare=partial(sort_older, run.model)):
         if init_from:
             start_from(init_from, run.model, run.model_args)
         run.ema.load_state_dict(run.model.state_dict())
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP's, of 1 x 1 convolutions, where it means nothing
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP's; harmless for 1 x 1 convolutions
     network = torch.compile(run.model) if compile and can_compile(run.device) else run.model
     run.forward = training.distributed(run, network)
     return run
 
 
 def fit_to_images(config, shape, num_classes):
-    """Replaces adaptive settings by what fits images (N, H, W, C). Raises UserError for settings that don't fit."""
+    """Replaces adaptive settings by what fits images of this shape, (N, H, W, C).
+
+    Raises UserError for settings that don't fit.
+    """
     count, height, width, _ = shape
     require(height == width, f"images must be square, not {height} x {width}: prepare them with "
                              f"--resolution={min(height, width)}")
@@ -247,13 +262,13 @@ def fit_to_images(config, shape, num_classes):
     if not encoder_patch:
         config["encoder_patch"] = max(p for p in range(1, 1 + max(1, height // 4)) if height % p == 0)
     held, at, patch = (config[name] for name in ("held_out", "attn_resolutions", "encoder_patch"))
-    misfits = [misfit for misfit, found in (  # in one message, each with what fits
+    misfits = [misfit for misfit, wrong in (  # all in one message, each with what fits
         (f"the data set {dataset} has no class labels: train with --class_cond=False", class_cond and not num_classes),
         (f"held_out is {held}: the data set has {count} images, -1 takes a tenth", not 0 <= held < count),
         (f"attn_resolutions has {sorted({*at} - {*maps})}: the feature maps are {maps}, (0,) takes the last",
          {*at} - {*maps}),
         (f"encoder_patch {patch} does not divide images of {height} pixels, 0 takes a quarter",
-         num_latents and height % patch)) if found]
+         num_latents and height % patch)) if wrong]
     require(not misfits, "; ".join(misfits))
 
 
@@ -262,14 +277,14 @@ def fit_to_images(config, shape, num_classes):
 
 
 def codes_of(run, y, g):
-    """Hard codes of clean images, drawn from the averaged encoder: (B, m)"""
+    """Hard codes (B, m) of clean images, drawn from the averaged encoder."""
     logits = run.ema.encoder(y)
     return draw_codes(logits, gumbel_noise(logits.shape, g))
 
 
 @torch.no_grad()
 def save_preview(run, path, rows=8, columns=8):
-    """Each row: a held-out image, then samples that share its code (and class), as in Fig. 2b."""
+    """Draws rows of a held-out image, then samples that share its code (and class), as in Fig. 2b."""
     shown = run.to_show[:rows]
     y = data.to_float(run.images[shown], run.device)
     c = torch.from_numpy(run.labels[shown]).to(run.device).repeat_interleave(columns) if class_cond else None
@@ -279,13 +294,16 @@ def save_preview(run, path, rows=8, columns=8):
     latents = latents if has_float64(run.device) else latents.cpu()
     x = heun(denoiser(run.ema, c, z, autocast=run.autocast), latents).float().to(run.device)
     grid = torch.cat([y[:, None], x.unflatten(0, (len(shown), columns))], dim=1).flatten(0, 1)
-    save_grid(data.to_uint8(grid), path, columns + 1, [run.classes[i] for i in run.labels[shown]] if class_cond else ())
+    titles = [run.classes[i] for i in run.labels[shown]] if class_cond else ()
+    save_grid(data.to_uint8(grid), path, columns + 1, titles)
 
 
 @torch.no_grad()
 def print_losses(run, count=256, sigmas=(0.02, 0.1, 0.3, 1, 3, 10, 30, 80)):
-    """The weighted loss per pixel on held-out images, per noise level, with their own codes and with null latents: at
-    which noise levels the codes help (Fig. 7, left)."""
+    """The weighted loss per pixel on held-out images, per noise level (Fig. 7, left).
+
+    It is computed with the images' own codes and with null latents: where they differ, the codes help.
+    """
     shown = run.to_show[:count]
     g = seeded_generator(run.device, "losses", seed)
     kind = "held-out" if len(run.held_out_indices) else "training"
@@ -330,16 +348,24 @@ def report(run, seen, bar):
 
 
 def main(argv=()):
-    run = setup(argv)
-    signals, stopped, seen = catch_signals(), 0, run.step * batch_size
+    config = configure(globals(), argv)
+    with running(f"{out_dir}/stage1") as signals:
+        train(setup(config), signals)
+
+
+def train(run, signals):
+    """Alg. 1, over and over, until total_images are seen or a signal comes."""
+    stopped, seen = 0, run.step * batch_size
     if run.master:
         of_unet, in_all = (sum(p.numel() for p in part.parameters()) for part in (run.model.model, run.model))
-        print(f"{dataset}: {len(run.train_indices):,} images to train on, {' x '.join(map(str, run.images.shape[1:]))}, "
-              f"{len(run.classes)} classes; U-Net {of_unet:,} parameters, latents {in_all - of_unet:,}; on {run.device}")
-        training.open_log(run)
+        shape = " x ".join(map(str, run.images.shape[1:]))
+        print(f"{dataset}: {len(run.train_indices):,} images to train on, {shape}, {len(run.classes)} classes; "
+              f"U-Net {of_unet:,} parameters, latents {in_all - of_unet:,}; on {run.device}")
         if seen >= total_images:
             print(f"{run.path} is finished: it has seen {seen:,} images. "
-                  "A larger --total_images trains on, --overwrite=True starts anew")
+                  "A larger --total_images continues it, --overwrite=True starts anew")
+        else:
+            training.open_log(run)
         for snapshot in Path(out_dir).glob("stage1-*.pt") if overwrite and not run.step else ():
             snapshot.unlink()  # of the run that this one replaces
     bar = progress(total=total_images, initial=seen, unit="img", disable=not run.master, mininterval=1)

@@ -1,5 +1,5 @@
 """
-The trained networks in a run's folder: a later step needs only the folder.
+Loads the trained networks in a run's folder. Later steps need only the folder.
 """
 
 import math
@@ -12,30 +12,31 @@ from configurator import UserError, require
 from model import DisCoDiff
 from prior import Prior
 from sedd import SEDD
+from unet import from_edm
 
-PRIORS = {"ar": Prior, "sedd": SEDD}  # a new prior: its file, and its name here
+PRIORS = {"ar": Prior, "sedd": SEDD}  # a new prior needs a file of its own, and a name here
 
 
 def load_stage1(folder, device="cpu", snapshot=""):
-    """-> the trained DisCoDiff of a run's folder, or of the file `snapshot`, and its checkpoint, a dict.
+    """-> the trained DisCoDiff of a run's folder, or of the file `snapshot`; its checkpoint, a dict
 
-    It is the moving average of the weights, in eval mode. Raises UserError where there is none.
+    The weights are the moving average, in eval mode. Raises UserError if there are none.
     """
     checkpoint = load_checkpoint(snapshot or f"{folder}/stage1.pt", "train_stage1")
     return build(DisCoDiff, checkpoint, device), checkpoint
 
 
 def load_prior(folder, kind, device, stage1, snapshot=""):
-    """-> the trained prior, of a kind in PRIORS, of a run's folder: its moving average, in eval mode.
+    """-> the trained prior of a run's folder: the moving average of its weights, in eval mode
 
-    stage1: the checkpoint that `load_stage1` returned, perhaps that of a snapshot. Raises UserError where the prior is
-    missing, of another kind, or of other codes.
+    kind: its name in PRIORS. stage1: the checkpoint from `load_stage1`, which may be the `snapshot`.
+    Raises UserError if the prior is missing, of another kind, or for other codes.
     """
     path = f"{folder}/prior_{kind}.pt"
     mend = f"run `python train_prior.py --prior={kind} --out_dir={folder} --overwrite=True`"
     if snapshot:
-        mend = (f"give codes by --code or --encode, which need no prior; or copy {snapshot} into a folder of its own as "
-                "stage1.pt, and train a prior there")
+        mend = (f"give codes by --code or --encode, which need no prior; or copy {snapshot} into a folder of its own "
+                "as stage1.pt, and train a prior there")
         require(Path(path).is_file(), f"there is no prior {path}: {mend}")
     checkpoint = load_checkpoint(path, "train_prior", f" --prior={kind}")
     have = checkpoint["config"].get("prior")
@@ -49,10 +50,11 @@ def load_prior(folder, kind, device, stage1, snapshot=""):
 
 
 def build(network, checkpoint, device):
-    """-> the network of this class with the averaged weights of a checkpoint. Raises UserError where they don't fit."""
+    """-> a network of this class with a checkpoint's averaged weights; UserError if they don't fit"""
+    older = network is DisCoDiff and "qkv" not in checkpoint
     try:
         model = network(**checkpoint["model_args"])
-        model.load_state_dict(checkpoint["ema"])
+        model.load_state_dict(from_edm(checkpoint["ema"]) if older else checkpoint["ema"])
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"the checkpoint is of another architecture than this {network.__name__}: "
                         f"{str(error).splitlines()[-1].strip()}") from None
@@ -60,16 +62,22 @@ def build(network, checkpoint, device):
 
 
 def ship(source, target):
-    """Copies what sampling needs of a trained run's folder to another: the averaged weights of stage 1 and of the
-    autoregressive prior in half precision, their settings, and the training log. Raises UserError where a checkpoint is
-    missing, or the prior is of another stage 1.
+    """Copies what sampling needs from a trained run's folder to another.
+
+    This is the averaged weights of stage 1 and of the autoregressive prior, in half precision, their
+    settings, and the training log. Raises UserError if a checkpoint is missing, or if the prior was
+    trained on another stage 1.
     """
-    stage1, prior = load_checkpoint(f"{source}/stage1.pt", "train_stage1"), load_checkpoint(f"{source}/prior_ar.pt", "train_prior")
-    require(prior["encoder"] == weights_checksum(stage1["ema"]), f"{source}/prior_ar.pt was trained on codes of another stage 1")
-    require(Path(source).resolve() != Path(target).resolve(), f"{target} would lose what training needs: name another folder")
+    stage1 = load_checkpoint(f"{source}/stage1.pt", "train_stage1")
+    prior = load_checkpoint(f"{source}/prior_ar.pt", "train_prior")
+    require(prior["encoder"] == weights_checksum(stage1["ema"]),
+            f"{source}/prior_ar.pt was trained on codes of another stage 1")
+    require(Path(source).resolve() != Path(target).resolve(),
+            f"{target} would lose what training needs: name another folder")
     for state in (stage1, prior):
-        state["ema"] = {key: value.half() if value.is_floating_point() else value for key, value in state["ema"].items()}
-        state["config"] = state["config"] | dict(out_dir="")  # a path of the machine that trained it
+        state["ema"] = {key: value.half() if value.is_floating_point() else value
+                        for key, value in state["ema"].items()}
+        state["config"] = state["config"] | dict(out_dir="")  # it is a path on the machine that trained it
         for key in ("model", "optimizer"):
             state.pop(key, None)
     prior["encoder"] = weights_checksum(stage1["ema"])

@@ -1,13 +1,15 @@
 """
-What both training scripts do besides their method: share a batch among processes, resume, skip bad steps, log, save.
+What both training scripts do besides their method: share a batch among processes, resume, skip bad
+steps, log, save.
 
-A script's `setup` makes `run`, a plain namespace: what is known of the run, its networks and its data. The script owns
-the loop, and calls these functions.
+A script's `setup` makes `run`, a plain namespace of settings, networks and data. The script owns the
+loop, and calls these functions.
 """
 
 import json
 import math
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -15,56 +17,59 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from checkpoint import atomic, previous, read_log, resume, save_checkpoint, write_log
-from configurator import require
+from configurator import UserError, require, say
 from plot import save_curves
 from processes import mean_over_processes, same_on_all, start_processes
-from run import end, hold, set_precision
+from run import end, set_precision
 
-SKIPPED_IN_A_ROW = 20  # steps without finite gradients that end a run
+SKIPPED_IN_A_ROW = 20  # a run ends after this many consecutive steps without finite gradients
 
 
 def start(config, name, made_by):
-    """Joins the processes. -> run, as far as it is known yet
+    """Joins the processes. -> run, with all that is known so far
 
-    config: the script's settings; name: of the checkpoint, out_dir/NAME.pt; made_by: the script, for the checkpoint. Raises
-    UserError where this machine or this number of processes won't do.
+    config: the script's settings; name: of the checkpoint, out_dir/NAME.pt; made_by: the script's name,
+    for the checkpoint. Raises UserError if this machine or this number of processes won't do.
     """
     rank, world, device = start_processes(config["device"])
     require(config["batch_size"] % world == 0,
             f"batch_size {config['batch_size']} can't be shared among {world} processes equally")
     run = SimpleNamespace(
-        config=config, made_by=made_by, path=f"{config['out_dir']}/{name}.pt", log=f"{config['out_dir']}/{name}.jsonl",
-        rank=rank, world=world, master=rank == 0, device=device, local_batch=config["batch_size"] // world,
+        config=config, made_by=made_by, path=f"{config['out_dir']}/{name}.pt",
+        log=f"{config['out_dir']}/{name}.jsonl", curves=f"{config['out_dir']}/{name}_curves.png",
+        rank=rank, world=world, master=rank == 0, device=device,
+        local_batch=config["batch_size"] // world,
         autocast=set_precision(config["precision"], device),
         scale=config["loss_scale"] if config["precision"] == "fp16" and device.type == "cuda" else 1)
     return run
 
 
-def resume_run(run, free, changeable, **others):
-    """Keeps other runs from writing run.path, and goes on from the checkpoint that is there, if it can be continued.
+def resume_run(run, free, changeable, prepare=None, **others):
+    """Continues from the checkpoint at run.path, if any. -> whether there was one
 
-    run has model, ema and optimizer, into which the checkpoint goes; free, changeable, others: as in `checkpoint.resume`.
-    -> whether there was a checkpoint
+    run.model, run.ema and run.optimizer take the checkpoint's state. free, changeable, others: as in
+    `checkpoint.resume`; prepare(checkpoint) looks at it, or changes it, first.
     """
-    if run.master:
-        hold(run.path.removesuffix(".pt"))
     run.parameters, run.ema_parameters = list(run.model.parameters()), list(run.ema.parameters())
-    run.skipped = torch.zeros(2, device=run.device)  # steps whose gradients were not finite: in a row, in all
+    run.skipped = torch.zeros(2, device=run.device)  # steps without finite gradients: in a row, in all
     run.step = 0
     checkpoint = resume(run.path, run.config, run.model_args, free, changeable, run.made_by, **others)
     if checkpoint:
+        if prepare:
+            prepare(checkpoint)
         run.step = checkpoint["step"]
         for part in ("model", "ema", "optimizer"):
             getattr(run, part).load_state_dict(checkpoint[part])
         run.skipped.copy_(checkpoint["skipped"])
-    require(same_on_all(run.step), f"the processes found different checkpoints: {run.config['out_dir']} must be on a file "
-                                   "system that all nodes share")
+    require(same_on_all(run.step), "the processes found different checkpoints: "
+                                   f"{run.config['out_dir']} must be on a file system that all nodes share")
+    run.began = run.step
     reset(run)
     return bool(checkpoint)
 
 
 def distributed(run, network):
-    """The network as all processes train it together."""
+    """-> the network, as all processes train it together"""
     if run.world == 1:
         return network
     return DistributedDataParallel(network, device_ids=[run.device.index] if run.device.type == "cuda" else None)
@@ -75,7 +80,7 @@ def distributed(run, network):
 
 
 def backward(run, loss):
-    """Adds the gradients of the loss; in fp16 they are scaled, so that small ones don't vanish, until `unscale`."""
+    """Adds the loss's gradients; in fp16 scaled until `unscale`, so that small ones don't vanish."""
     (run.scale * loss).backward()
 
 
@@ -86,10 +91,11 @@ def unscale(run):
 
 
 def guarded_step(optimizer, norm, skipped):
-    """An optimiser's step; none where the norm of all gradients is not finite: weights and moments stay as they are.
+    """The optimiser's step, skipped if the norm of all gradients is not finite.
 
-    optimizer: a fused one. norm: scalar tensor. skipped: float (2,), counts consecutive skips, total skips; in place.
-    Nothing here waits for the device.
+    A skipped step leaves weights and moments as they are. optimizer: a fused one. norm: scalar tensor.
+    skipped: float (2,), counters of consecutive and of all skips, updated in place. Nothing here waits
+    for the device.
     """
     bad = ~norm.isfinite()
     optimizer.found_inf = bad.float()  # a fused optimiser skips the step when this is 1
@@ -104,17 +110,19 @@ def guarded_step(optimizer, norm, skipped):
 
 
 def due(every, seen, config):
-    """Whether something that is done every so many images is due after this step; 0: never."""
+    """Whether something to do every so many images is due after this step; every = 0: never."""
     return every and (seen // every != (seen - config["batch_size"]) // every or seen >= config["total_images"])
 
 
 def open_log(run):
-    """What process 0 does before the first step: the log up to here, and a first checkpoint."""
+    """Before the first step, process 0 cuts off the log, and saves a new run's first checkpoint."""
     seen = run.step * run.config["batch_size"]
     write_log(run.log, read_log(run.log, seen) if run.step else [], mode="w")
     if not run.step:
-        save(run)  # is there room on the disk? And torchrun restarts from here, not from what --overwrite=True replaces
-        previous(run.path).unlink(missing_ok=True)  # nor may a damaged checkpoint of this run lead back to an older run
+        # a full disk shows now; and a restart by torchrun finds this run, not the one it replaces
+        save(run)
+        previous(run.path).unlink(missing_ok=True)  # else a damaged checkpoint could bring back the older run
+        Path(run.curves).unlink(missing_ok=True)
 
 
 def reset(run):
@@ -123,7 +131,7 @@ def reset(run):
 
 
 def add_up(run, norm, *measured):
-    """Adds what a step measured, scalars or tensors on the device, to the sums for the log. Bad steps add nothing."""
+    """Adds a step's measurements, tensors on the device, to the log's sums. Bad steps add nothing."""
     good = norm.isfinite()
     values = [torch.where(good, value, 0) for value in (norm, *measured)]
     run.sums = values if run.sums is None else [total + value for total, value in zip(run.sums, values)]
@@ -131,22 +139,23 @@ def add_up(run, norm, *measured):
 
 
 def totals(run, lower):
-    """-> the number of good steps since the last line, and sums over them: the gradient's norm, then what was measured.
+    """-> number of good steps since the last line; sums over them of the gradient norm and measurements
 
-    Sums are means over the processes, which all ask together. Raises UserError where so many steps in a row had no finite
-    gradients that the run is lost; lower: the settings that may help.
+    Sums are means over the processes; all must call it. Raises UserError if the run is lost, after too
+    many steps in a row without finite gradients; lower: the settings that may help.
     """
     in_a_row = run.skipped[0].item()
     lower = f"--loss_scale or {lower}" if run.scale > 1 else lower
-    require(in_a_row < SKIPPED_IN_A_ROW, f"the gradients of the last {in_a_row:.0f} steps were not finite, and the weights "
-            f"stayed as they were: try a lower {lower}; {run.path} has weights of before")
+    require(in_a_row < SKIPPED_IN_A_ROW,
+            f"the gradients of the last {in_a_row:.0f} steps were not finite, and the weights stayed as they were: "
+            f"try a lower {lower}; {run.path} has the weights from before")
     return run.good.item() or math.nan, [mean_over_processes(total) for total in run.sums]
 
 
 def write_line(run, line, bar, shown):
-    """A line of the log, by process 0, and what the bar shows; then a new line begins.
+    """Process 0 writes a line of the log and updates the bar; then a new line begins.
 
-    line: dict, to which the learning rate, the skipped steps and the speed are added; shown: dict of strings
+    line: dict, to which learning rate, skipped steps and speed are added; shown: dict of strings
     """
     if run.master:
         skipped = int(run.skipped[1].item())
@@ -162,12 +171,12 @@ def write_line(run, line, bar, shown):
 
 
 def save(run, keep=""):
-    """Saves the checkpoint to continue from; with keep, a file name, another that stays, without the optimiser.
+    """Saves the checkpoint to continue from; keep: a file for a snapshot without the optimiser instead.
 
-    Raises UserError where the weights are not finite.
+    Raises UserError if the weights are not finite.
     """
-    require(get_total_norm(run.parameters).isfinite(), f"the weights are not finite any more: a lower {run.lower} may help; "
-            f"{run.path} is left as it was")
+    require(get_total_norm(run.parameters).isfinite(),
+            f"the weights are not finite any more: a lower {run.lower} may help; {run.path} is left as it was")
     state = dict(made_by=run.made_by, config=run.config, model_args=run.model_args, step=run.step,
                  model=run.model.state_dict(), ema=run.ema.state_dict(), **run.carries)
     if keep:
@@ -178,9 +187,12 @@ def save(run, keep=""):
 
 
 def finish(run, stopped, what):
-    """The end of a run, or of the part of it before the signal `stopped`; what: "images", or what else was seen."""
+    """Draws the curves and ends a run, finished or stopped by a signal. what: "images" or "codes"."""
     seen = run.step * run.config["batch_size"]
-    if run.master:
-        lines = [json.loads(line) for line in read_log(run.log, math.inf)]
-        save_curves(lines, f"{run.path.removesuffix('.pt')}_curves.png")
+    if run.master and run.step > run.began:
+        try:
+            lines = [json.loads(line) for line in read_log(run.log, math.inf)]
+            save_curves(lines, run.curves)
+        except (UserError, ValueError, TypeError) as error:  # a full disk, a log that somebody edited: the run is safe
+            say(f"{run.curves} could not be drawn: {error}")
     end(stopped if seen < run.config["total_images"] else 0, f"{seen:,} {what}", run.path)

@@ -1,5 +1,5 @@
 """
-The Transformer blocks that the latent tokens, the encoder and the priors share, and three small helpers.
+Transformer blocks for the latent tokens, the encoder and the priors, and three small helpers.
 """
 
 import math
@@ -10,20 +10,20 @@ import torch.nn.functional as F
 
 
 def zero(module):
-    """A layer that starts at zero, so that its residual branch starts as the identity."""
+    """Sets a layer to zero: a residual block that ends in it starts as the identity. -> the layer"""
     nn.init.zeros_(module.weight)
     nn.init.zeros_(module.bias)
     return module
 
 
 def float32(layer, x):
-    """layer(x) in float32, under autocast too: bfloat16 can't tell neighbouring noise levels apart, nor close logits."""
+    """layer(x) in float32, even under autocast: bfloat16 confuses close noise levels or logits."""
     with torch.autocast(x.device.type, enabled=False):
         return layer(x.float())
 
 
 def sinusoids(t, channels):
-    """Embeds numbers (B,), cosines first. -> (B, channels) float32"""
+    """Embeds numbers (B,) as cosines, then sines. -> (B, channels) float32"""
     freqs = (1 / 10000) ** (torch.arange(channels // 2, dtype=torch.float32, device=t.device) / (channels // 2))
     angles = t.float()[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -40,7 +40,7 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def attention(self, x, cache=None):
-        """cache: for generation one token at a time, a list of this block's keys and values so far, extended in place."""
+        """cache: this block's keys and values so far, a list updated in place, to generate by token."""
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=2))
         if cache is not None:
             if cache:
@@ -55,10 +55,8 @@ class TransformerBlock(nn.Module):
 
 
 class AdaLNBlock(TransformerBlock):
-    """A block that an embedding (B, dim), after its SiLU, modulates: adaLN-zero (DiT: Peebles & Xie 2023, sec. 3.2).
-
-    It starts as the identity.
-    """
+    """adaLN-zero: an embedding (B, dim), already through SiLU, modulates the block, which starts as the
+    identity (DiT: Peebles & Xie 2023, sec. 3.2)."""
 
     def __init__(self, dim, heads, causal=False):
         super().__init__(dim, heads, causal)
@@ -71,13 +69,13 @@ class AdaLNBlock(TransformerBlock):
 
 
 def transformer(layers, dim, heads, causal=False, block=TransformerBlock):
-    """-> a ModuleList of blocks. Raises ValueError where the heads do not divide the width."""
+    """-> a ModuleList of blocks. Raises ValueError if the heads do not divide the width."""
     if dim % heads:
         raise ValueError(f"a Transformer's width must be divisible by its heads: {dim} is not by {heads}")
     blocks = nn.ModuleList(block(dim, heads, causal) for _ in range(layers))
     for name, p in blocks.named_parameters():
         if name.endswith(("proj.weight", "mlp.2.weight")):
-            p.data /= math.sqrt(2 * layers)  # GPT-2's: the residual stream keeps its scale
+            p.data /= math.sqrt(2 * layers)  # as in GPT-2: the residual stream keeps its scale
         elif name.endswith("bias"):
             nn.init.zeros_(p)
     return blocks

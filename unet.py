@@ -1,9 +1,9 @@
 """
-ADM's U-Net (Dhariwal & Nichol 2021) in the form and under the parameter names that EDM (Karras et al. 2022)
-gives it, with a cross-attention to the discrete latents after each self-attention (DisCo-Diff sec. 3.3).
+ADM's U-Net (Dhariwal & Nichol 2021) in EDM's form and with EDM's parameter names (Karras et al. 2022).
+A cross-attention to the discrete latents follows each self-attention (DisCo-Diff sec. 3.3).
 
-A code's way into the picture: `UNet.keys_values` prepares the latent tokens for every block, once an image;
-`UNet.forward` hands each block its part; `UNetBlock.forward` ends in `CrossAttention.forward`.
+A code's way into the picture: `UNet.keys_values` prepares the latent tokens for every block, once per
+image; `UNet.forward` hands each block its part; `UNetBlock.forward` ends in `CrossAttention.forward`.
 """
 
 import math
@@ -20,19 +20,21 @@ def group_norm(channels):
 
 
 def num_heads(channels):
-    return max(1, channels // 64)  # ADM: 64 channels a head
+    return max(1, channels // 64)  # ADM: 64 channels per head
 
 
 class CrossAttention(nn.Module):
-    """Here the codes enter the U-Net: pixels are the queries, latent tokens the keys and values (sec. 3.3).
+    """Here the codes enter the U-Net: pixels are queries, latent tokens keys and values (sec. 3.3).
 
-    Per head of c channels, with normed pixels x and tokens s, the layer adds W_p a + b_p to the image, where
+    Per head of c channels, with normed pixels x and tokens s, the layer adds W_p a + b_p to the
+    image, where
 
         q = W_q x + b_q;  k, v = W_kv s + b_kv
         a = softmax(q . k / sqrt(c)) v
 
-    As (W_q x) . k = x . (W_q' k), and W_p (weights v) = weights (W_p v), `keys_values` applies W_q and W_p to
-    the m tokens, once an image, instead of to the HW pixels at each evaluation. The sums are the same.
+    Since (W_q x) . k = x . (W_q' k) and W_p (weights v) = weights (W_p v), `keys_values` applies
+    W_q and W_p to the m tokens, once per image, instead of to the HW pixels at each evaluation. The
+    sums are the same.
     """
 
     def __init__(self, channels, latent_dim):
@@ -41,10 +43,13 @@ class CrossAttention(nn.Module):
         self.norm = group_norm(channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.kv = nn.Linear(latent_dim, 2 * channels)
-        self.proj = zero(nn.Conv2d(channels, channels, 1))  # step 0 equals the network without latents
+        self.proj = zero(nn.Conv2d(channels, channels, 1))  # at step 0, the network is the one without latents
 
     def keys_values(self, tokens):
-        """tokens: (B, m, latent_dim) -> W_q' k (B, heads m, C), b_q . k (B, 1, heads m), W_p v + b_p (B, heads m, C)"""
+        """tokens: (B, m, latent_dim)
+
+        -> W_q' k (B, heads m, C), b_q . k (B, 1, heads m), W_p v + b_p (B, heads m, C)
+        """
         k, v = (t.unflatten(2, (self.heads, -1)) for t in self.kv(tokens).chunk(2, dim=2))  # (B, m, heads, c)
         k = k / math.sqrt(k.shape[3])
         keys = torch.einsum("bmhc,hcd->bhmd", k, self.q.weight.flatten(1).unflatten(0, (self.heads, -1)))
@@ -56,7 +61,8 @@ class CrossAttention(nn.Module):
     def forward(self, x, keys, bias, values):
         """x: (B, C, H, W); the rest as `keys_values` returns it"""
         queries = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        scores = torch.baddbmm(bias, queries, keys.transpose(1, 2)).unflatten(2, (self.heads, -1))  # (B, HW, heads, m)
+        scores = torch.baddbmm(bias, queries, keys.transpose(1, 2))
+        scores = scores.unflatten(2, (self.heads, -1))  # (B, HW, heads, m)
         a = scores.softmax(3).flatten(2) @ values
         return x + a.transpose(1, 2).unflatten(2, x.shape[2:])
 
@@ -87,16 +93,12 @@ class UNetBlock(nn.Module):
         return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
 
     def self_attention(self, x):
-        # EDM interleaves q, k and v in the output channels: head, channel within head, then q/k/v. They are sorted here
-        # in the weights, which are small: flash attention can't take interleaved activations
-        weight, bias = (p.unflatten(0, (self.heads, -1, 3)).movedim(2, 0).flatten(0, 2) for p in self.qkv.parameters())
-        qkv = F.conv2d(x, weight, bias).flatten(2).chunk(3, dim=1)
-        q, k, v = (t.unflatten(1, (self.heads, -1)).transpose(2, 3) for t in qkv)  # (B, heads, HW, c)
-        a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        q, k, v = (t.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3) for t in self.qkv(x).chunk(3, dim=1))
+        a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, HW, C)
         return self.proj(a.transpose(1, 2).unflatten(2, x.shape[2:]))  # channels last in memory, as x
 
     def forward(self, x, emb, keys_values=None):
-        """x: (B, cin, H, W); emb: (B, emb_dim); keys_values: what `CrossAttention.keys_values` made of the latents"""
+        """x: (B, cin, H, W); emb: (B, emb_dim); keys_values: from `CrossAttention.keys_values`"""
         h = self.conv0(self.resized(F.silu(self.norm0(x))))
         scale, shift = float32(self.affine, emb).to(h.dtype)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
@@ -109,11 +111,11 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """ADM's U-Net under EDM's names ("enc.8x8_block0.conv0.weight"), so that EDM's weights load into it.
+    """ADM's U-Net under EDM's names ("enc.8x8_block0.conv0.weight"): it can load EDM's weights.
 
-    attn_resolutions: feature map sizes at which blocks have attention (the bottleneck always has it).
+    attn_resolutions: sizes of the feature maps with attention (the bottleneck always has it).
     latent_dim: width of the latent tokens that the cross-attentions read; 0 builds plain EDM.
-    Raises ValueError where the levels do not divide the image.
+    Raises ValueError for sizes that don't fit each other.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim, model_channels=192, channel_mult=(1, 2, 3, 4),
@@ -125,7 +127,7 @@ class UNet(nn.Module):
                              f"take a size divisible by {2 ** (levels - 1)}, or fewer levels in channel_mult")
         for width in (c * model_channels for c in channel_mult):
             if width < 4 or width % min(32, width // 4) or width % num_heads(width):
-                raise ValueError(f"{width} channels can't be shared among the groups of group norm (4 or more channels, "
+                raise ValueError(f"{width} channels can't be split into the groups of group norm (4 or more channels, "
                                  "32 groups at most) and attention's heads: choose another model_channels")
         resolutions = [img_resolution >> i for i in range(levels)]
         if missing := set(attn_resolutions) - set(resolutions):
@@ -167,12 +169,15 @@ class UNet(nn.Module):
         self.out_conv = zero(nn.Conv2d(channels, img_channels, 3, padding=1))
 
     def keys_values(self, tokens):
-        """Latent tokens (B, m, latent_dim) -> what each block's cross-attention reads of them: {"enc.8x8_block0": ...}"""
+        """Latent tokens (B, m, latent_dim) -> what cross-attentions read, {"enc.8x8_block0": ...}"""
         blocks = [(name, block) for name, block in self.named_modules() if isinstance(block, UNetBlock)]
         return {name: block.cross.keys_values(tokens) for name, block in blocks if block.cross is not None}
 
     def forward(self, x, c_noise, labels=None, keys_values=None):
-        """x: (B, C, H, W); c_noise: (B,); labels: (B,) int64, -1 for none; keys_values: as above, None without latents"""
+        """x: (B, C, H, W); c_noise: (B,); labels: (B,) int64, -1 for none, or None
+
+        keys_values: as above, None without latents
+        """
         emb = F.silu(float32(self.map_layer0, sinusoids(c_noise, self.map_layer0.in_features)))
         emb = float32(self.map_layer1, emb)
         if self.map_label is not None and labels is not None:
@@ -189,6 +194,16 @@ class UNet(nn.Module):
                 x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, emb, keys_values.get(f"dec.{name}"))
         return self.out_conv(F.silu(self.out_norm(x)))
+
+
+def from_edm(state):
+    """A state dict in EDM's order of channels -> in ours. EDM interleaves the output channels of each qkv: by head,
+    by channel within the head, then q, k, v. Ours are all of q, all of k, all of v."""
+    def is_qkv(name):
+        return name.startswith(("model.enc.", "model.dec.")) and name.endswith((".qkv.weight", ".qkv.bias"))
+
+    return {name: t.unflatten(0, (num_heads(len(t) // 3), -1, 3)).movedim(2, 0).flatten(0, 2) if is_qkv(name) else t
+            for name, t in state.items()}
 
 
 def edm_settings(state):

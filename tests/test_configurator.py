@@ -68,7 +68,7 @@ def test_the_home_folder(tmp_path, monkeypatch):
     ("--lr=1" + 400 * "0", "a whole number can't be 2^62 or more"),
     ("--mult=(1,-4611686018427387904)", "a whole number can't be 2^62 or more"),
     ("--mult={[1]: 2}", "mult takes a tuple"),
-    ("--out_dir=", "--out_dir= names no folder: --out_dir=. is the one that you are in"),  # else /stage1.pt is written
+    ("--out_dir=", "--out_dir= names no folder: --out_dir=. is the current one"),  # else /stage1.pt is written
 ])
 def test_values_that_can_not_be(argument, message):
     with pytest.raises(UserError) as error:

@@ -489,7 +489,7 @@ def test_damage_is_detected_and_the_checkpoint_before_is_taken(tmp_path, capsys)
         state, said = checkpoint.load_checkpoint(path, "train_stage1"), capsys.readouterr().err
         assert torch.equal(state["ema"]["w"], torch.arange(3000) + state["step"])
         if state["step"] == 1:
-            assert said == f"{path} is truncated or damaged: the one before it is taken, {tmp_path / 'stage1.previous.pt'}\n"
+            assert said == f"{path} is truncated or damaged: using the previous one, {tmp_path / 'stage1.previous.pt'}\n"
         taken.append(state["step"])
     assert taken.count(1) > 200  # the rest: zip's padding and names that nothing reads
     path.write_bytes(whole[:100])

@@ -16,7 +16,7 @@ from edm_pickle import read_edm
 from model import DisCoDiff
 from start_from import start_from
 from trained import load_stage1
-from unet import edm_settings
+from unet import edm_settings, from_edm
 
 REFERENCE = Path(__file__).parent / "reference"
 ADM_TINY = dict(img_resolution=16, img_channels=3, label_dim=10, model_channels=64, channel_mult=(1, 2), num_blocks=1,
@@ -96,9 +96,9 @@ def test_the_network_equals_edms(tmp_path):
         has, labels = torch.from_numpy(f["labels"]).max(1)
     labels[has == 0] = -1
     net = DisCoDiff(num_latents=0, **settings).eval()
-    net.load_state_dict(weights)
+    net.load_state_dict(from_edm(weights))
     disco = DisCoDiff(num_latents=3, codebook_size=5, encoder_dim=24, encoder_heads=2, encoder_layers=1, **settings).eval()
-    disco.load_state_dict(weights, strict=False)
+    disco.load_state_dict(from_edm(weights), strict=False)
     with torch.no_grad():
         assert (net.denoise(x, sigma, labels) - D).abs().max() < 1e-5
         z = torch.tensor([[0, 1, 2], [4, 4, 4], [1, 0, 3], [2, 2, 2]])
@@ -145,7 +145,7 @@ FOUR = torch.storage.TypedStorage(wrap_storage=torch.ones(4).untyped_storage(), 
     (lambda saved, ema, unet: saved.pop("ema"), "KeyError: 'ema'"),
     (lambda saved, ema, unet: ema.pop("sigma_data"), "KeyError: 'sigma_data'"),
     (lambda saved, ema, unet: ema["_modules"].update(model=saved["loss_fn"]), "KeyError: '_parameters'"),
-    (lambda saved, ema, unet: unet["_modules"].update(again=unet["_modules"]["map_layer0"]), "a module that is in it twice"),
+    (lambda saved, ema, unet: unet["_modules"].update(again=unet["_modules"]["map_layer0"]), "the same module twice"),
     (lambda saved, ema, unet: unet["_modules"].update(again=5), "a int where a module should be"),
     (lambda saved, ema, unet: unet["_parameters"].update(w=[1, 2]), "a list where a tensor should be"),
     (lambda saved, ema, unet: weight(unet, bytes_of(FOUR), 0, (8,), (1,)), "out of bounds for storage"),
@@ -189,7 +189,7 @@ def test_training_goes_on_from_it(tmp_path):
             run("train_stage1.py", f"--out_dir={tmp_path}", *settings, f"--init_from={other}")
     run("train_stage1.py", f"--out_dir={tmp_path / 'a'}", *settings, "--lr=1e-9", "--encoder_lr=1e-9", "--total_images=8")
     trained = torch.load(tmp_path / "a" / "stage1.pt")
-    assert all((trained["ema"][name] - value).abs().max() < 1e-7 for name, value in weights.items())
+    assert all((trained["ema"][name] - value).abs().max() < 1e-7 for name, value in from_edm(weights).items())
     path.unlink()  # a run that goes on does not need the file
     run("train_stage1.py", f"--out_dir={tmp_path / 'a'}", *settings, "--lr=1e-9", "--encoder_lr=1e-9", "--total_images=16")
     assert load_stage1(tmp_path / "a", "cpu")[1]["step"] == 2
@@ -230,7 +230,7 @@ def save(path, net, half=False, **changes):
     """As a checkpoint of stage 1 has it: the network is the average, and the weights are others."""
     ema = {name: value.half() if half else value for name, value in net.state_dict().items()}
     path.parent.mkdir(exist_ok=True)
-    torch.save(dict(made_by="train_stage1", config={}, model_args=small(**changes), step=1, ema=ema,
+    torch.save(dict(made_by="train_stage1", config={}, model_args=small(**changes), step=1, ema=ema, qkv="sorted",
                     model={name: value * 0 for name, value in ema.items()}), path)
     return path
 
@@ -246,7 +246,7 @@ def test_augmentation_is_left_out(tmp_path, capsys):
         found.append(DisCoDiff(**small()))
         start_from(source, found[-1], small())
         said = capsys.readouterr().err
-        assert said == (f"{path} was trained with augmentation: its map_augment, which adds nothing where there is none, is left out\n"
+        assert said == (f"{path} was trained with augmentation: its map_augment is left out; it adds nothing without augmentation\n"
                         if source == path else "")
     assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in found)))
 
@@ -283,7 +283,7 @@ def test_disco_diff_goes_on(tmp_path, capsys):
 
 def test_networks_of_our_own_that_do_not_fit(tmp_path):
     path, plain = save(tmp_path / "run" / "stage1.pt", filled()), save(tmp_path / "plain.pt", filled(num_latents=0), num_latents=0)
-    for source, changes, message in ((path, dict(num_latents=0), "has discrete latents, which its denoiser counts on: it can't go on with num_latents=0"),
+    for source, changes, message in ((path, dict(num_latents=0), "has discrete latents, which its denoiser relies on: it can't go on with num_latents=0"),
                                      (path, dict(codebook_size=6, latent_heads=1), "of other settings: codebook_size=5 there, 6 here; latent_heads=2 there, 1 here$"),
                                      (plain, dict(sigma_data=0.4), "of other settings: sigma_data=0.5 there, 0.4 here$"),
                                      (plain, dict(model_channels=16), "of other settings: model_channels=8 there, 16 here$")):

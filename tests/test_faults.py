@@ -84,7 +84,7 @@ def test_a_run_whose_gradients_stay_bad_stops(trained, tmp_path, monkeypatch, sc
 
     monkeypatch.setattr(torch.nn.Linear, "__init__", poisoned)
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (steps.append(1), step(self)))
-    with pytest.raises(UserError, match=r"the gradients of the last 20 steps were not finite.*has weights of before") as error:
+    with pytest.raises(UserError, match=r"the gradients of the last 20 steps were not finite.*has the weights from before") as error:
         run(script, f"--out_dir={tmp_path}", *settings, "--total_images=800", "--log_every=80", "--save_every=80", "--overwrite=True")
     left = checkpoint(tmp_path, name)
     assert len(steps) == 40 and left["step"] == 30 and left["skipped"].tolist() == [10, 10] and "\n" not in str(error.value)
@@ -145,7 +145,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(trained, tmp_pat
     path.write_bytes(path.read_bytes()[:-5000])
     capsys.readouterr()
     run("train_stage1.py", f"--out_dir={tmp_path / 'cut'}", *settings)
-    assert "stage1.pt is truncated or damaged: the one before it is taken" in capsys.readouterr().err
+    assert "stage1.pt is truncated or damaged: using the previous one" in capsys.readouterr().err
     assert same_training(checkpoint(trained), checkpoint(tmp_path / "cut"))
 
 

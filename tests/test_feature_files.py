@@ -101,7 +101,7 @@ def nan_images():
 
 
 @pytest.mark.parametrize("arrays, words", [
-    (dict(images=nan_images()), r"float32 \(5, 4, 4, 1\); wanted are uint8, 0 ... 255"),
+    (dict(images=nan_images()), r"float32 \(5, 4, 4, 1\), not uint8, 0 ... 255"),
     (dict(images=np.zeros((5, 4, 4, 1), np.float64)), "float64"),
     (dict(images=np.full((5, 4, 4, 1), 300)), "int64"),
     (dict(images=np.zeros((5, 4, 4), np.uint8)), r"\(5, 4, 4\)"),

@@ -16,7 +16,7 @@ from model import DisCoDiff, draw_codes, gumbel_softmax
 from noise import SeededNoise, gumbel_noise, seed_of, seeded_generator
 from prior import Prior
 from sedd import SEDD, absorb, analytic_probs, denoise_probs, euler_probs, log_linear, score_entropy, sedd_loss
-from unet import CrossAttention, UNet, edm_settings
+from unet import CrossAttention, UNet, edm_settings, from_edm
 
 REFERENCE = Path(__file__).parent / "reference"
 SHAPES = json.loads((REFERENCE / "edm_shapes.json").read_text())
@@ -29,7 +29,7 @@ SMALL = dict(img_resolution=16, img_channels=3, label_dim=10, model_channels=64,
 def test_denoiser_equals_edm(name):
     state = {n: fill(n, shape) for n, shape in SHAPES[name]["shapes"].items()}
     model = DisCoDiff(num_latents=0, **edm_settings(state)).eval()
-    model.load_state_dict(state)
+    model.load_state_dict(from_edm(state))
     with np.load(REFERENCE / f"{name}.npz") as reference:
         x, sigma, one_hot, D = (torch.from_numpy(reference[k]) for k in ("x", "sigma", "labels", "D"))
     labels = torch.where(one_hot.sum(1) > 0, one_hot.argmax(1), -1) if one_hot.shape[1] else None

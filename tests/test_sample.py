@@ -375,10 +375,10 @@ def test_a_folder_of_png_files(trained, tmp_path):
     run(*arguments, "--class_label=3")
     assert (data.open_images(str(folder))[1] == 3).all()
     (folder / "mine.png").write_bytes(b"x")
-    with pytest.raises(UserError, match="samples has other files in it, as mine.png: empty it, or choose another --name"):
+    with pytest.raises(UserError, match="samples has other files in it, such as mine.png: empty it, or choose another --name"):
         run(*arguments)
     (folder / "mine.png").unlink()
-    with pytest.raises(UserError, match="other files in it, as 000007.png"):
+    with pytest.raises(UserError, match="other files in it, such as 000007.png"):
         run(*arguments, "--seed=8")
 
 
@@ -644,9 +644,9 @@ def test_composed_codes(trained):
     (["--name=.."], "can't have folders"),
     (["--prior=sedd", "--t0=0.6"], "from t1 0.55 down to t0 0.6: 0 <= t0 < t1 <= 1"),
     (["--prior=sedd", "--eta=0.02"], "say --sedd_sampler=analytic"),
-    (["--sedd_sampler=analytic"], "sedd_sampler and eta are of --prior=sedd"),
-    (["--eta=0.02"], "sedd_sampler and eta are of --prior=sedd"),
-    (["--prior=sedd", "--temperature=0.5"], "temperature is of --prior=ar"),
+    (["--sedd_sampler=analytic"], "sedd_sampler and eta are for --prior=sedd"),
+    (["--eta=0.02"], "sedd_sampler and eta are for --prior=sedd"),
+    (["--prior=sedd", "--temperature=0.5"], "temperature is for --prior=ar"),
     (["--gamma=0.05"], "gamma is the churn of restarts: there are none"),
     (["--restarts=(3,1,0.06,0.3),", "--S_churn=3"], "the churn of restarts is gamma"),
     (["--restarts=(3,1,0.3,0.06),"], "restarts has .3, 1, 0.3, 0.06.: N_restart and num_steps are 2 or more"),

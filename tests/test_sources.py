@@ -155,7 +155,7 @@ def test_dataset_json_and_images_that_do_not_fit(root, tmp_path, capsys):
     source = edm_folder(tmp_path / "edm", [0, 1, 0, 1])
     (source / "00000" / "img00000000.png").unlink()
     data.prepare("set", str(source), root=root)
-    assert "dataset.json has labels for 1 images that are not there, as 00000/img00000000.png" in capsys.readouterr().err
+    assert "dataset.json has labels for 1 missing images, such as 00000/img00000000.png" in capsys.readouterr().err
     save(source / "00000" / "new.png", 0, (9, 9))
     with pytest.raises(UserError, match="has no label for 1 of the images"):
         data.prepare("set", str(source), overwrite=True, root=root)
@@ -194,7 +194,7 @@ def test_what_is_no_data_and_where_links_lead(root, tmp_path, capsys):
     data.prepare("set", str(source), root=root)
     images, labels, _ = data.load("set", root)
     assert data.class_names("set", root) == ["cat", "dog"] and labels.tolist() == [0, 0, 0, 1]
-    assert images[:, 0, 0, 0].tolist() == [10, 20, 10, 20] and "skipped files whose names are not those of images we can read (1 with .txt)" in capsys.readouterr().err
+    assert images[:, 0, 0, 0].tolist() == [10, 20, 10, 20] and "skipped files without the extension of a readable image (1 with .txt)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("link, to, message", [
