@@ -111,7 +111,8 @@ def main(argv=()):
     stage1, checkpoint = load_stage1(out_dir, place)
     ar, sedd = (load_prior(out_dir, kind, place, checkpoint) for kind in ("ar", "sedd"))
     images, labels, train, held_out = data.load_trained_on(checkpoint["config"], f"{out_dir}/stage1.pt")
-    require(len(held_out), f"{out_dir}/stage1.pt was trained with held_out=0: no images are left to compare bits on")
+    require(len(held_out),
+            f"{out_dir}/stage1.pt was trained with held_out=0: no images are left to compare bits on")
     m, k, g = stage1.num_latents, stage1.codebook_size, seeded_generator(place, "compare", seed)
 
     @torch.no_grad()

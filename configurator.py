@@ -135,7 +135,8 @@ def _read_config_file(path):
 def _checked(name, value, default, where):
     kind = type(default)
     numbers = value if type(value) in (tuple, list) else [value]
-    require(all(abs(n) < 2 ** 62 for n in numbers if type(n) is int), f"{where}: a whole number can't be 2^62 or more")
+    require(all(abs(n) < 2 ** 62 for n in numbers if type(n) is int),
+            f"{where}: a whole number can't be 2^62 or more")
     if kind is float and (type(value) is int or value in ("inf", "-inf")):
         value = float(value)
     if kind is tuple and type(value) is list:

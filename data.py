@@ -83,8 +83,9 @@ def load(name, root=HERE / "datasets"):
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{folder} is damaged ({error}): prepare it anew with --overwrite=True") from None
     if classes:
-        require(len(labels) == len(images), f"{folder} is damaged ({len(images)} images, {len(labels)} labels): "
-                                            "prepare it anew with --overwrite=True")
+        require(len(labels) == len(images),
+                f"{folder} is damaged ({len(images)} images, {len(labels)} labels): "
+                "prepare it anew with --overwrite=True")
     if hasattr(mmap, "MADV_RANDOM"):
         images.base.madvise(mmap.MADV_RANDOM)  # no read-ahead: batches are drawn from all over the file
     return images, labels, len(classes)
@@ -379,7 +380,8 @@ def prepare(name, source, resolution=0, transform="center-crop", exif=False, wor
 
 def main(argv=()):
     configure(globals(), [a if a.startswith("-") else f"--name={a}" for a in argv])
-    require(sum(not a.startswith("-") for a in argv) < 2, "one name is wanted: `python data.py NAME --source=...`")
+    require(sum(not a.startswith("-") for a in argv) < 2,
+            "one name is wanted: `python data.py NAME --source=...`")
     prepare(name, source, resolution, transform, exif, workers, overwrite)
 
 

@@ -38,7 +38,7 @@ from trained import PRIORS, load_stage1
 
 # run
 out_dir = "out"
-overwrite = False  # replace an older or finished prior in out_dir; an unfinished run of the same command continues
+overwrite = False  # replace an older or finished prior in out_dir; continue an unfinished run of this command
 change = ""  # "lr,ema_decay": settings that may change when a run continues
 seed = 0
 device = "auto"
@@ -134,7 +134,8 @@ def setup(argv=()):
     global _checkpoint_path  # for the line printed when memory runs out
     config = configure(globals(), argv)
     require(prior in PRIORS, f"--prior is {' or '.join(PRIORS)}, not {prior}")
-    require(seed >= 0 and warmup_images >= 0 and cache_gb >= 0, "seed, warmup_images and cache_gb can't be negative")
+    require(seed >= 0 and warmup_images >= 0 and cache_gb >= 0,
+            "seed, warmup_images and cache_gb can't be negative")
     require(0 <= label_drop <= 1 and 0 <= ema_decay < 1,
             "label_drop must be in 0 ... 1, and ema_decay at least 0 and below 1; "
             f"they are {label_drop} and {ema_decay}")

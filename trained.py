@@ -39,7 +39,8 @@ def load_prior(folder, kind, device, stage1, snapshot=""):
         require(Path(path).is_file(), f"there is no prior {path}: {mend}")
     checkpoint = load_checkpoint(path, "train_prior", f" --prior={kind}")
     have = checkpoint["config"].get("prior")
-    require(have == kind, f"{path} holds a prior of the kind {have!r}, not {kind!r}: was another file copied over it?")
+    require(have == kind,
+            f"{path} holds a prior of the kind {have!r}, not {kind!r}: was another file copied over it?")
     require(checkpoint["encoder"] == weights_checksum(stage1["ema"]),
             f"{path} was trained on codes of another stage 1: {mend}")
     have, want = [[a.get(key) for key in ("num_latents", "codebook_size", "label_dim")]
