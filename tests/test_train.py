@@ -382,7 +382,7 @@ def test_images_of_ones_own_at_the_first_try(tmp_path, monkeypatch):
     (["--P_mean=inf"], "P_mean must be finite, not inf"),
     (["--null_prob=2"], "null_prob 2.0 and dropout 0.0 are probabilities"),
     (["--channel_mult=()"], "channel_mult has a positive number"),
-    (["--model_channels=2"], "2 channels can't be shared"),
+    (["--model_channels=2"], "2 channels can't be split"),
     (["--encoder_heads=3"], "16 is not by 3"),
     (["--batch_size=10", "--batch_gpu=4"], "10 images per process can't be split into 3 equal parts of at most 4"),
     (["--device=cuda:99"], "--device=cuda:99 can't be used here"),
