@@ -121,10 +121,12 @@ def load_checkpoint(path, made_by, settings=""):
     state = read_checkpoint(path)
     if state is None:
         state = read_checkpoint(previous(path))
-        require(state is not None, f"{path} is truncated or damaged: put a good copy in its place, or delete it and "
-                                   f"run {made_by}.py again")
+        require(state is not None,
+                f"{path} is truncated or damaged: put a good copy in its place, or delete it and "
+                f"run {made_by}.py again")
         say(f"{path} is truncated or damaged: using the previous one, {previous(path)}")
-    require(is_of(made_by, state), f"{path} is not a checkpoint of {made_by}.py: was another file copied over it?")
+    require(is_of(made_by, state),
+            f"{path} is not a checkpoint of {made_by}.py: was another file copied over it?")
     return state
 
 
@@ -153,7 +155,8 @@ def resume(path, config, model_args, free, changeable, made_by, **others):
     unknown = [name for name in change if name not in changeable]
     require(not unknown, f"--change={config['change']}: {', '.join(unknown)} can't change during a run; "
                          f"these can: {', '.join(changeable)}")
-    require(not (change and config["overwrite"]), "--overwrite=True begins anew, --change goes on: choose one")
+    require(not (change and config["overwrite"]),
+            "--overwrite=True begins anew, --change goes on: choose one")
     # torchrun restarts all processes after one died; on several nodes, not all may have counted it
     restarted = on_any_process(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
     if not os.path.exists(path):
@@ -186,7 +189,8 @@ def resume(path, config, model_args, free, changeable, made_by, **others):
             f"where stage 1 can start from it by --init_from={path}, or start anew with --overwrite=True")
     changed = different(state, *free, *change)
     names = ",".join([*change, *changed])
-    goes_on = f"say --change={names} to continue with the new values, " if set(changed) <= set(changeable) else ""
+    may_change = set(changed) <= set(changeable)
+    goes_on = f"say --change={names} to continue with the new values, " if may_change else ""
     changes = "; ".join(f"{k}={there!r} there, {here!r} here" for k, (there, here) in changed.items())
     require(not changed, f"{path} is from a run with other settings ({changes}): "
                          f"{goes_on}choose another --out_dir, or start anew with --overwrite=True")

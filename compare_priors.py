@@ -29,7 +29,7 @@ from noise import SeededNoise, gumbel_noise, seeded_generator
 from prior import mean_bits
 from processes import start_processes
 from run import progress
-from trained import load_prior, load_stage1
+from trained import load_prior, load_stage1, load_trained_on
 
 out_dir = "out"
 device = "auto"
@@ -110,8 +110,9 @@ def main(argv=()):
     require(world == 1, "compare_priors.py runs as one process, without torchrun")
     stage1, checkpoint = load_stage1(out_dir, place)
     ar, sedd = (load_prior(out_dir, kind, place, checkpoint) for kind in ("ar", "sedd"))
-    images, labels, train, held_out = data.load_trained_on(checkpoint["config"], f"{out_dir}/stage1.pt")
-    require(len(held_out), f"{out_dir}/stage1.pt was trained with held_out=0: no images are left to compare bits on")
+    images, labels, train, held_out = load_trained_on(checkpoint["config"], f"{out_dir}/stage1.pt")
+    require(len(held_out),
+            f"{out_dir}/stage1.pt was trained with held_out=0: no images are left to compare bits on")
     m, k, g = stage1.num_latents, stage1.codebook_size, seeded_generator(place, "compare", seed)
 
     @torch.no_grad()

@@ -58,8 +58,9 @@ def configure(scope, argv):
             new = _read_config_file(_at_home(argument, argument))
         for name, value, where in new:
             if name not in settings:
-                near = [s for s in settings if name and name in s] or difflib.get_close_matches(name, settings, n=1, cutoff=0)
-                raise UserError(f"{where}: there is no setting {name!r}; the nearest is {near[0]!r}")
+                containing = [known for known in settings if name and name in known]
+                nearest = (containing or difflib.get_close_matches(name, settings, n=1, cutoff=0))[0]
+                raise UserError(f"{where}: there is no setting {name!r}; the nearest is {nearest!r}")
             settings[name] = _checked(name, value, defaults[name], where)
     require(settings.get("out_dir") != "", "--out_dir= names no folder: --out_dir=. is the current one")
     scope.update(settings, _given={name: (default, settings[name]) for name, default in defaults.items()})
@@ -135,7 +136,8 @@ def _read_config_file(path):
 def _checked(name, value, default, where):
     kind = type(default)
     numbers = value if type(value) in (tuple, list) else [value]
-    require(all(abs(n) < 2 ** 62 for n in numbers if type(n) is int), f"{where}: a whole number can't be 2^62 or more")
+    require(all(abs(n) < 2 ** 62 for n in numbers if type(n) is int),
+            f"{where}: a whole number can't be 2^62 or more")
     if kind is float and (type(value) is int or value in ("inf", "-inf")):
         value = float(value)
     if kind is tuple and type(value) is list:

@@ -83,8 +83,9 @@ def load(name, root=HERE / "datasets"):
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{folder} is damaged ({error}): prepare it anew with --overwrite=True") from None
     if classes:
-        require(len(labels) == len(images), f"{folder} is damaged ({len(images)} images, {len(labels)} labels): "
-                                            "prepare it anew with --overwrite=True")
+        require(len(labels) == len(images),
+                f"{folder} is damaged ({len(images)} images, {len(labels)} labels): "
+                "prepare it anew with --overwrite=True")
     if hasattr(mmap, "MADV_RANDOM"):
         images.base.madvise(mmap.MADV_RANDOM)  # no read-ahead: batches are drawn from all over the file
     return images, labels, len(classes)
@@ -93,16 +94,6 @@ def load(name, root=HERE / "datasets"):
 def class_names(name, root=HERE / "datasets"):
     """The class names of a data set that `load` knows, [] without labels."""
     return FASHION if name == EMBEDDED else [*map(str, json.loads((root / name / "classes.json").read_text()))]
-
-
-def classes_of(checkpoint):
-    """The class names that a stage-1 checkpoint was trained with, [] without classes.
-
-    An older checkpoint has no names: Fashion-MNIST's, or numbers, take their place.
-    """
-    count = checkpoint["model_args"]["label_dim"]
-    known = FASHION if checkpoint["config"]["dataset"] == EMBEDDED else []
-    return (checkpoint.get("classes") or known or [str(c) for c in range(count)])[:count]
 
 
 def made_of(source, root=HERE / "datasets"):
@@ -120,18 +111,6 @@ def made_of(source, root=HERE / "datasets"):
         return made if isinstance(made, dict) else None
     except Exception:  # a broken or foreign file can make the decoders raise anything
         return None
-
-
-def load_trained_on(config, path):
-    """The data set that stage 1, with the settings `config` and the checkpoint `path`, was trained on.
-
-    -> images, labels, training indices, held-out indices. Raises UserError if the set has changed.
-    """
-    images, labels, _ = load(config["dataset"])
-    require(data_checksum(images, labels) == config["data_identity"],
-            f"the data set {config['dataset']} has changed since {path} was trained on it: "
-            "prepare it as it was, or train stage 1 anew with --overwrite=True")
-    return images, labels, *split(len(images), config["held_out"])
 
 
 def data_checksum(images, labels):
@@ -379,7 +358,8 @@ def prepare(name, source, resolution=0, transform="center-crop", exif=False, wor
 
 def main(argv=()):
     configure(globals(), [a if a.startswith("-") else f"--name={a}" for a in argv])
-    require(sum(not a.startswith("-") for a in argv) < 2, "one name is wanted: `python data.py NAME --source=...`")
+    require(sum(not a.startswith("-") for a in argv) < 2,
+            "one name is wanted: `python data.py NAME --source=...`")
     prepare(name, source, resolution, transform, exif, workers, overwrite)
 
 

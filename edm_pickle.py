@@ -68,7 +68,8 @@ def tensor_of(record):
     """A pickled parameter, a record of a tensor, of a storage, of a torch file's bytes -> Tensor"""
     if is_call(record, "torch._utils._rebuild_parameter"):
         record = record.args[0]
-    expect(is_call(record, "torch._utils._rebuild_tensor_v2"), f"a {type(record).__name__} where a tensor should be")
+    expect(is_call(record, "torch._utils._rebuild_tensor_v2"),
+           f"a {type(record).__name__} where a tensor should be")
     storage, offset, size, stride = record.args[:4]
     expect(is_call(storage, "torch.storage._load_from_bytes") and isinstance(storage.args[0], bytes),
            "a tensor without a storage")
@@ -77,7 +78,8 @@ def tensor_of(record):
         storage.loaded = torch.load(io.BytesIO(storage.args[0]), map_location="cpu", weights_only=True)
     whole = torch.empty(0, dtype=storage.loaded.dtype).set_(storage.loaded)
     tensor = whole.as_strided(size, stride, offset)  # checks the bounds
-    expect(tensor.is_floating_point() and tensor.numel() <= whole.numel(), "a tensor that is larger than its storage")
+    expect(tensor.is_floating_point() and tensor.numel() <= whole.numel(),
+           "a tensor that is larger than its storage")
     return tensor
 
 

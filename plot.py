@@ -140,8 +140,9 @@ def save_curves(lines, path):
             if len({row[0] for row in curve}) > 1:
                 curves[key] = np.array(curve)
         if curves:
-            xs, highest = [x for curve in curves.values() for x in curve[:, 0]], max(c[:, 1:].max() for c in curves.values())
-            axes = Axes((min(xs), max(xs)), (0, (1.4 if len(curves) > 1 else 1.1) * highest or 1), title, "seen, thousands")
+            xs = np.concatenate([curve[:, 0] for curve in curves.values()])
+            top = max(curve[:, 1:].max() for curve in curves.values()) * (1.4 if len(curves) > 1 else 1.1)  # a legend
+            axes = Axes((xs.min(), xs.max()), (0, top or 1), title, "seen, thousands")
             for curve, key, colour in zip(curves.values(), curves, (COLOURS[4], COLOURS[0])):
                 for i, y in enumerate(curve[:, 1:].T):
                     axes.line(np.stack([curve[:, 0], y], 1), colour if curve.shape[1] == 2 else COLOURS[i % 8], 1.5,

@@ -26,8 +26,10 @@ def start_processes(device):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     kind = device.partition(":")[0]
-    require(kind in ("cpu", "cuda", "mps"), f"--device={device} can't be used here: it is auto, cpu, cuda or mps")
-    require(kind != "mps" or world == 1, f"--device={device} is for one process: {world} can't work together there")
+    require(kind in ("cpu", "cuda", "mps"),
+            f"--device={device} can't be used here: it is auto, cpu, cuda or mps")
+    require(kind != "mps" or world == 1,
+            f"--device={device} is for one process: {world} can't work together there")
     require(kind != "mps" or torch.backends.mps.is_available(),
             f"--device={device} can't be used here: it is for Apple's GPUs")
     try:

@@ -170,7 +170,8 @@ def set_precision(precision, device):
     """-> the context manager to run networks in. On a GPU, bf16 and fp16 are autocast, and tf32 is
     float32 with a shorter mantissa in products; elsewhere everything is float32.
     """
-    require(precision in ("bf16", "fp16", "tf32", "fp32"), f"--precision is bf16, fp16, tf32 or fp32, not {precision}")
+    require(precision in ("bf16", "fp16", "tf32", "fp32"),
+            f"--precision is bf16, fp16, tf32 or fp32, not {precision}")
     if device.type != "cuda":
         return contextlib.nullcontext()
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):

@@ -50,7 +50,7 @@ from npz import is_whole_npz, merge_npz, require_pngs_alone, save_pngs
 from plot import save_grid
 from processes import barrier, leave_processes, start_processes
 from run import alone, progress, set_precision
-from trained import PRIORS, load_prior, load_stage1
+from trained import PRIORS, classes_of, load_prior, load_stage1
 
 # run
 out_dir = "out"  # folder of the checkpoints, and for the samples
@@ -66,18 +66,18 @@ png = False  # also write a folder out_dir/NAME: a PNG file for each image, the 
 # conditions: `per_code` images in a row share one code; the grid's rows show two codes of a class each (Fig. 2b)
 per_code = 8
 class_label = ""  # one class for all images, by name or number; "": the classes in turn
-random_labels = False  # random classes, as in EDM's protocol; classes in turn are balanced: this flatters FID a little
+random_labels = False  # random classes, as in EDM's protocol; classes in turn are balanced, and lower FID a little
 code = ()  # a code by hand, m numbers in 0 ... k - 1
-encode = ""  # codes of images: an image file, a folder, an .npz, or a data set (its training images come first)
+encode = ""  # codes of images: an image file, folder, .npz, or data set (its training images come first)
 exif = False  # turn image files for --encode and --compose by their EXIF orientation, as photographs need
-compose = ""  # a second code, or images: of every four codes, one is the first, one the second, two are mixtures
+compose = ""  # a second code, or images: makes fours of codes, the first, the second, and two mixtures
 guidance = 1.0  # w in D~ = w D(z) + (1 - w) D(null), App. B; Table 3 counts cfg = w - 1
 # codes: which prior, and its sampler
 prior = "ar"  # or "sedd"
 temperature = 1.0  # for "ar"
-sedd_sampler = "first-hitting"  # m evaluations; "analytic" or "euler" (the same for this noise) take sedd_steps
+sedd_sampler = "first-hitting"  # m evaluations; "analytic" and "euler" (equal for this noise) take sedd_steps
 sedd_steps = 128
-eta = 0.0  # remasking: probability of masking a token again, per step from time t1 to t0 (DLC Eq. 4; 0.01, 0.02)
+eta = 0.0  # remasking: probability of masking a token again, per step from t1 to t0 (DLC Eq. 4; 0.01, 0.02)
 t0 = 0.3
 t1 = 0.55
 # images: EDM's sampler
@@ -131,7 +131,8 @@ def images_of(run, seeds, codes, labels):
     x = sampler(denoise, noise.randn(*run.model.img_shape), num_steps=num_steps, sigma_min=sigma_min,
                 sigma_max=sigma_max, rho=rho, S_min=S_min, S_max=S_max, S_noise=S_noise,
                 randn_like=noise.randn_like)
-    require(x.isfinite().all(), "the images are not finite: is a setting of the sampler, or guidance, far too large?")
+    require(x.isfinite().all(),
+            "the images are not finite: is a setting of the sampler, or guidance, far too large?")
     return data.to_uint8(x)
 
 
@@ -142,8 +143,10 @@ def images_of(run, seeds, codes, labels):
 def check(config):
     """Raises UserError for impossible settings, and for settings that contradict each other."""
     for setting in ("num_images", "batch_size", "per_code", "sedd_steps", "num_steps", "sigma_min", "sigma_max", "rho"):
-        require(0 < config[setting] < math.inf, f"{setting} must be positive and finite, not {config[setting]}")
-    require(min(temperature, S_churn, gamma, seed) >= 0, "temperature, S_churn, gamma and seed can't be negative")
+        require(0 < config[setting] < math.inf,
+                f"{setting} must be positive and finite, not {config[setting]}")
+    require(min(temperature, S_churn, gamma, seed) >= 0,
+            "temperature, S_churn, gamma and seed can't be negative")
     require(sigma_min < sigma_max, f"sigma_min {sigma_min} must be below sigma_max {sigma_max}")
     require(math.isfinite(guidance) and math.isfinite(temperature), "guidance and temperature must be finite")
     require(Path(name).name == name and name.strip("."),
@@ -195,8 +198,9 @@ def source_of(setting, given, run, stage1):
         labels = None
     else:
         classes = run.model.label_dim
-        require(labels is not None, f"{given} has no class labels: say --class_label=, a class for all images "
-                                    "(a prepared data set has labels, and so has dataset.json)")
+        require(labels is not None,
+                f"{given} has no class labels: say --class_label=, a class for all images "
+                "(a prepared data set has labels, and so has dataset.json)")
         require(0 <= labels.min() and labels.max() < classes,
                 f"{given} has classes {labels.min()} ... {labels.max()}: this model has {classes}, 0 ... {classes - 1}")
     return of_images(images, labels, order, run.model), data.data_checksum(images, labels)
@@ -215,7 +219,7 @@ def setup(config):
     folder = str(data.HERE / "pretrained") if init_from == "pretrained" else init_from or out_dir
     run.model, stage1 = load_stage1(folder, device, checkpoint)
     run.made = stage1.get("made")  # how the training images were made
-    run.class_label = class_number(class_label, data.classes_of(stage1))
+    run.class_label = class_number(class_label, classes_of(stage1))
     require(run.class_label < 0 or not random_labels,
             "--class_label asks for one class, --random_labels for all: choose one")
     require(run.model.num_latents or not (code or encode or guidance != 1),

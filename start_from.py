@@ -68,7 +68,8 @@ def read_network(source):
     path = data.HERE / "pretrained" if source == "pretrained" else Path(source)
     require(os.path.exists(path), f"there is no file or folder {path} to start from")
     if path.is_dir():
-        require((path / "stage1.pt").is_file(), f"{path} has no stage1.pt in it: name the folder of a trained stage 1")
+        require((path / "stage1.pt").is_file(),
+                f"{path} has no stage1.pt in it: name the folder of a trained stage 1")
         path /= "stage1.pt"
     kind = kind_of(path)
     wanted = "a stage1.pt, or one of EDM's networks, is wanted"

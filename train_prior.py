@@ -34,11 +34,11 @@ from npz import write_npy_header
 from prior import mean_bits
 from processes import barrier, max_over_processes
 from run import alone, progress, running
-from trained import PRIORS, load_stage1
+from trained import PRIORS, load_stage1, load_trained_on
 
 # run
 out_dir = "out"
-overwrite = False  # replace an older or finished prior in out_dir; an unfinished run of the same command continues
+overwrite = False  # replace an older or finished prior in out_dir; continue an unfinished run of this command
 change = ""  # "lr,ema_decay": settings that may change when a run continues
 seed = 0
 device = "auto"
@@ -136,7 +136,8 @@ def setup(config):
     """
     global _checkpoint_path  # for the line printed when memory runs out
     require(prior in PRIORS, f"--prior is {' or '.join(PRIORS)}, not {prior}")
-    require(seed >= 0 and warmup_images >= 0 and cache_gb >= 0, "seed, warmup_images and cache_gb can't be negative")
+    require(seed >= 0 and warmup_images >= 0 and cache_gb >= 0,
+            "seed, warmup_images and cache_gb can't be negative")
     require(0 <= label_drop <= 1 and 0 <= ema_decay < 1,
             "label_drop must be in 0 ... 1, and ema_decay at least 0 and below 1; "
             f"they are {label_drop} and {ema_decay}")
@@ -146,7 +147,7 @@ def setup(config):
     run.stage1, stage1 = load_stage1(out_dir, run.device)
     require(run.stage1.num_latents,
             f"{out_dir}/stage1.pt has no discrete latents (num_latents=0): there is nothing to train a prior on")
-    trained_on = data.load_trained_on(stage1["config"], f"{out_dir}/stage1.pt")
+    trained_on = load_trained_on(stage1["config"], f"{out_dir}/stage1.pt")
     run.images, run.labels, run.train_indices, run.held_out_indices = trained_on
     run.batches, run.flips = data.Shuffle(run.train_indices, seed), 2 if stage1["config"]["xflip"] else 1
     run.carries = dict(encoder=weights_checksum(stage1["ema"]))
@@ -162,8 +163,8 @@ def setup(config):
     run.optimizer = torch.optim.Adam(run.model.parameters(), lr=lr, fused=True)
 
     def require_same_encoder(checkpoint):
-        require(checkpoint["encoder"] == run.carries["encoder"], f"{run.path} is of another stage 1 than "
-                                                                 f"{out_dir}/stage1.pt: start anew with --overwrite=True")
+        require(checkpoint["encoder"] == run.carries["encoder"],
+                f"{run.path} is of another stage 1 than {out_dir}/stage1.pt: start anew with --overwrite=True")
 
     training.resume_run(run, FREE, CHANGEABLE, prepare=require_same_encoder, **run.carries)
     run.forward = training.distributed(run, run.model)

@@ -54,8 +54,8 @@ from unet import UNet
 
 # run
 out_dir = "out"
-init_from = ""  # initial weights: a run's folder or stage1.pt, "pretrained", or EDM's edm-imagenet-64x64-cond-adm.pkl
-overwrite = False  # replace an older or finished run in out_dir; an unfinished run of the same command continues
+init_from = ""  # initial weights: a run's folder or stage1.pt, "pretrained", or EDM's .pkl for ImageNet-64
+overwrite = False  # replace an older or finished run in out_dir; continue an unfinished run of the same command
 change = ""  # "lr,tau": settings that may change when a run continues
 seed = 0
 device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; auto: an NVIDIA GPU if there is one
@@ -72,7 +72,7 @@ model_channels = 16
 channel_mult = (1, 1, 4)
 channel_mult_emb = 4
 num_blocks = 1
-attn_resolutions = (0,)  # feature maps with self- and cross-attention, in pixels per side; (0,): the smallest map
+attn_resolutions = (0,)  # sizes of the feature maps with self- and cross-attention; (0,): the smallest
 dropout = 0.0
 # discrete latents
 num_latents = 8  # m; 0: plain EDM
@@ -195,7 +195,8 @@ CHANGEABLE = ("lr", "encoder_lr", "warmup_images", "ema_halflife_images", "ema_r
 def setup(config):
     """Data, networks, and perhaps a checkpoint to continue -> run, as in training.py
 
-    config: the settings, as `configure` returns them, which this completes. Raises UserError for settings that don't fit.
+    config: the settings, as `configure` returns them; adaptive ones get their values. Raises UserError
+    for settings that don't fit.
     """
     global _checkpoint_path, _micro_batch  # for the line printed when memory runs out
     require_numbers(config, but=("held_out", "P_mean"), or_zero=(
@@ -220,8 +221,8 @@ def setup(config):
     run.to_show = run.held_out_indices if len(run.held_out_indices) else run.train_indices
     run.batches, run.stamp = data.Shuffle(run.train_indices, seed), data.file_stamp(run.images)
     run.classes = data.class_names(dataset)
-    config["data_identity"] = data.data_checksum(run.images, run.labels)  # the checkpoint has it, to notice a change
-    run.carries = dict(classes=run.classes, made=data.made_of(dataset), qkv="sorted")  # for later steps, and for people
+    config["data_identity"] = data.data_checksum(run.images, run.labels)  # in the checkpoint, to notice changes
+    run.carries = dict(classes=run.classes, made=data.made_of(dataset), qkv="sorted")  # also in the checkpoint
 
     run.model_args = arguments_of(config, DisCoDiff, UNet) | dict(
         img_resolution=run.images.shape[1], img_channels=run.images.shape[3],

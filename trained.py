@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+import data
 from checkpoint import atomic, load_checkpoint, read_log, weights_checksum, write_log
 from configurator import UserError, require
 from model import DisCoDiff
@@ -40,7 +41,8 @@ def load_prior(folder, kind, device, stage1, snapshot=""):
         require(Path(path).is_file(), f"there is no prior {path}: {mend}")
     checkpoint = load_checkpoint(path, "train_prior", f" --prior={kind}")
     have = checkpoint["config"].get("prior")
-    require(have == kind, f"{path} holds a prior of the kind {have!r}, not {kind!r}: was another file copied over it?")
+    require(have == kind,
+            f"{path} holds a prior of the kind {have!r}, not {kind!r}: was another file copied over it?")
     require(checkpoint["encoder"] == weights_checksum(stage1["ema"]),
             f"{path} was trained on codes of another stage 1: {mend}")
     have, want = [[a.get(key) for key in ("num_latents", "codebook_size", "label_dim")]
@@ -59,6 +61,28 @@ def build(network, checkpoint, device):
         raise UserError(f"the checkpoint is of another architecture than this {network.__name__}: "
                         f"{str(error).splitlines()[-1].strip()}") from None
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def classes_of(checkpoint):
+    """The class names that a stage-1 checkpoint was trained with, [] without classes.
+
+    An older checkpoint has no names: Fashion-MNIST's, or numbers, take their place.
+    """
+    count = checkpoint["model_args"]["label_dim"]
+    known = data.FASHION if checkpoint["config"]["dataset"] == data.EMBEDDED else []
+    return (checkpoint.get("classes") or known or [str(c) for c in range(count)])[:count]
+
+
+def load_trained_on(config, path):
+    """The data set that stage 1, with the settings `config` and the checkpoint `path`, was trained on.
+
+    -> images, labels, training indices, held-out indices. Raises UserError if the set has changed.
+    """
+    images, labels, _ = data.load(config["dataset"])
+    require(data.data_checksum(images, labels) == config["data_identity"],
+            f"the data set {config['dataset']} has changed since {path} was trained on it: "
+            "prepare it as it was, or train stage 1 anew with --overwrite=True")
+    return images, labels, *data.split(len(images), config["held_out"])
 
 
 def ship(source, target):

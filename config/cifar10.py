@@ -1,5 +1,5 @@
-"""CIFAR-10 at 32 x 32 on one GPU. The papers have no such run: settings between the small default and
-ImageNet-64's, to be tuned.
+"""CIFAR-10 at 32 x 32 on one GPU. The papers have no such run: these settings lie between the small
+default and ImageNet-64's, and still need tuning.
 
     python data.py cifar10
     python train_stage1.py config/cifar10.py

@@ -1,4 +1,4 @@
-"""The prior of config/cifar10.py."""
+"""The prior for config/cifar10.py."""
 out_dir = "out/cifar10"
 layers = 6
 dim = 256

@@ -1,4 +1,5 @@
-"""Plain EDM on CIFAR-10 with 8.0 M parameters, 64 x (1, 2, 2) channels: what a laptop can still train. Our guess, not tuned.
+"""Plain EDM on CIFAR-10, small enough for a laptop: 8.0 M parameters, 64 x (1, 2, 2) channels. The
+settings are our guess, not tuned.
 
     python data.py cifar10
     python train_stage1.py config/cifar10_small.py

@@ -1,12 +1,13 @@
-"""ImageNet-64, class-conditional: the paper's settings (App. D.1, D.2), which are EDM's for the denoiser.
+"""ImageNet-64, class-conditional: the paper's settings (App. D.1, D.2); the denoiser's are EDM's.
 
     python data.py imagenet64 --source=ILSVRC/Data/CLS-LOC/train --resolution=64
     torchrun --nproc_per_node=8 train_stage1.py config/imagenet64.py
     torchrun --nproc_per_node=8 train_prior.py config/imagenet64_prior.py
-    torchrun --nproc_per_node=8 sample.py --out_dir=out/imagenet64 --num_images=50000 --per_code=1 --num_steps=40 --batch_size=256
+    torchrun --nproc_per_node=8 sample.py --out_dir=out/imagenet64 --num_images=50000 --per_code=1 \
+        --num_steps=40 --batch_size=256
 
-The paper starts from EDM's trained network; this file trains from scratch. Its Heun sampler with 40 steps
-costs 79 evaluations: the paper's table says 78.
+The paper starts from EDM's trained network; this file trains from scratch. Heun's sampler with 40
+steps costs 79 evaluations; the paper's table says 78.
 """
 out_dir = "out/imagenet64"
 dataset = "imagenet64"

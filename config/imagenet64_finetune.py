@@ -1,6 +1,6 @@
-"""ImageNet-64 from EDM's trained network, which is how the paper does it (sec. 4.1): the U-Net starts from EDM's weights, and
-the new cross-attentions add nothing at first. Optimisation is EDM's (App. D.2); the paper does not say how long, 200 M images
-are our guess.
+"""ImageNet-64 from EDM's trained network, as in the paper (sec. 4.1): the U-Net starts with EDM's
+weights, and the new cross-attentions add nothing at first. Optimisation is EDM's (App. D.2). The
+paper does not say how long it trains; 200 M images are our guess.
 
     python data.py imagenet64 --source=ILSVRC/Data/CLS-LOC/train --resolution=64
     curl -O https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-imagenet-64x64-cond-adm.pkl

@@ -1,5 +1,6 @@
-"""The SEDD prior of config/imagenet64.py. The sizes and the optimisation (batch 512, 3e-4, 2,500 steps of warm-up, no
-weight decay) are those of Lou et al.'s (2024) small network; label_drop and how long to train are our guess."""
+"""The SEDD prior for config/imagenet64.py. Sizes and optimisation (batch 512, 3e-4, 2,500 steps of
+warm-up, no weight decay) are from the small network of Lou et al. (2024); label_drop and the length
+of training are our guess."""
 out_dir = "out/imagenet64"
 prior = "sedd"
 layers = 12

@@ -1,5 +1,5 @@
-"""The model in pretrained/: 24, 48, 48 channels where the default has 16, 16, 64, two blocks a level instead of one, and
-four times as many images.
+"""The model in pretrained/, larger than the default: 24, 48, 48 channels instead of 16, 16, 64, two
+blocks per level instead of one, and a run four times as long.
 
     python train_stage1.py config/pretrained.py
     python train_prior.py --out_dir=out/pretrained

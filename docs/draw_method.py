@@ -3,10 +3,10 @@ Draws assets/method.png, the data flow of DisCo-Diff as it is in this repository
 
     python docs/draw_method.py
 
-Blue is what training alone does (Alg. 1), orange what sampling alone does (Alg. 3), black is what both do. The boot is an
-image of the embedded data set, and the bag was drawn by the network in pretrained/; the estimate is a blur that stands for
-one. Coordinates are pixels of the finished picture, 1600 wide: text of 25 pixels can still be read where a page shows the
-picture at half its size.
+Blue is what training alone does (Alg. 1), orange what sampling alone does (Alg. 3), black is what both
+do. The boot is an image of the embedded data set, and the bag was drawn by the network in pretrained/;
+a blur stands for the estimate. Coordinates are pixels of the finished picture, 1600 wide: text of 25
+pixels can still be read where a page shows the picture at half its size.
 """
 
 import gzip
@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parent.parent
 SCALE = 2  # everything is drawn at twice its size and then reduced, which smooths edges
 BLUE, ORANGE, BLACK, GREY = (20, 90, 170), (205, 85, 0), (40, 40, 40), (110, 110, 110)
-CODES = [(230, 90, 0), (60, 160, 225), (0, 140, 100), (200, 60, 145), (0, 80, 165), (205, 165, 0), (120, 60, 160), (90, 90, 90)]
+CODES = [(230, 90, 0), (60, 160, 225), (0, 140, 100), (200, 60, 145),
+         (0, 80, 165), (205, 165, 0), (120, 60, 160), (90, 90, 90)]
 NUMBERS = (8, 1, 3, 10, 2, 5, 13, 0)  # a code: m = 8 latents, k = 16 values
 
 canvas = Image.new("RGB", (1600 * SCALE, 760 * SCALE), "white")
@@ -66,73 +67,78 @@ def unet(x, y):
         draw.ellipse([SCALE * v for v in (left - 11, y - 11, left + 11, y + 11)], BLACK)
 
 
-# ----------------------------------------------------------------------------------------------------
-# images: a boot of the data set, with noise, denoised (blue); noise, and a bag that the trained network drew (orange)
+def main():
+    # ----------------------------------------------------------------------------------------------------
+    # images: a boot of the data set, with noise, denoised (blue); noise, and a bag that the trained network drew (orange)
 
-with gzip.open(ROOT / "datasets/embedded/t10k-images-idx3-ubyte.gz") as f:
-    y_image = np.frombuffer(f.read(28 * 28 + 16), np.uint8, offset=16).reshape(28, 28)
-samples = np.asarray(Image.open(ROOT / "assets/pretrained.png").convert("L"))[::2, ::2]  # 10 rows of 16, 30 pixels apart
-sample = samples[8 * 30 + 1:9 * 30 - 1, 12 * 30 + 1:13 * 30 - 1]
-noise = np.random.default_rng(0).standard_normal((28, 28))
-noisy = (y_image + 110 * noise).clip(0, 255).astype(np.uint8)
-denoised = np.asarray(Image.fromarray(y_image).resize((10, 10), Image.BILINEAR).resize((28, 28), Image.BICUBIC))
-static = (127 + 70 * noise[::-1]).clip(0, 255).astype(np.uint8)
+    with gzip.open(ROOT / "datasets/embedded/t10k-images-idx3-ubyte.gz") as f:
+        y_image = np.frombuffer(f.read(28 * 28 + 16), np.uint8, offset=16).reshape(28, 28)
+    samples = np.asarray(Image.open(ROOT / "assets/pretrained.png").convert("L"))[::2, ::2]  # 10 rows of 16
+    sample = samples[8 * 30 + 1:9 * 30 - 1, 12 * 30 + 1:13 * 30 - 1]
+    noise = np.random.default_rng(0).standard_normal((28, 28))
+    noisy = (y_image + 110 * noise).clip(0, 255).astype(np.uint8)
+    denoised = np.asarray(Image.fromarray(y_image).resize((10, 10), Image.BILINEAR).resize((28, 28), Image.BICUBIC))
+    static = (127 + 70 * noise[::-1]).clip(0, 255).astype(np.uint8)
 
-TOP, MIDDLE, BOTTOM = 150, 385, 620
-text(30, 34, "Training (Alg. 1)", 34, BLUE, "lm")
-text(30, 735, "Sampling (Alg. 3)", 34, ORANGE, "lm")
+    TOP, MIDDLE, BOTTOM = 150, 385, 620
+    text(30, 34, "Training (Alg. 1)", 34, BLUE, "lm")
+    text(30, 735, "Sampling (Alg. 3)", 34, ORANGE, "lm")
 
-# codes: from the encoder, or from the prior
-picture(110, TOP, y_image, BLUE)
-text(110, TOP + 92, "image y", 28, BLUE)
-box(365, TOP, 260, 150, BLUE, "Encoder", "a ViT", "model.py")
-text(110, BOTTOM - 18, "class", 28, ORANGE)
-text(110, BOTTOM + 18, "\"Bag\"", 28, ORANGE)
-box(365, BOTTOM, 260, 150, ORANGE, "Prior", "AR or SEDD", "prior.py, sedd.py")
-arrow(BLUE, (182, TOP), (232, TOP))
-arrow(ORANGE, (165, BOTTOM), (232, BOTTOM))
-column, step = 365, 42
-arrow(BLUE, (column, TOP + 76), (column, MIDDLE - 34))
-arrow(ORANGE, (column, BOTTOM - 76), (column, MIDDLE + 34))
-text(column + 16, TOP + 122, "Gumbel-Softmax", 26, BLUE, "lm")
-text(column + 16, BOTTOM - 118, "drawn, given the class", 26, ORANGE, "lm")
-for i, (number, colour) in enumerate(zip(NUMBERS, CODES)):
-    left = column + step * (i - len(CODES) / 2)
-    draw.rectangle([SCALE * v for v in (left + 2, MIDDLE - 28, left + step - 2, MIDDLE + 28)], colour)
-    text(left + step / 2, MIDDLE, str(number), 24, (255, 255, 255))
-text(column - 4 * step - 14, MIDDLE - 16, "codes z", 30, BLACK, "rm")
-text(column - 4 * step - 14, MIDDLE + 20, "m = 8, k = 16", 22, GREY, "rm")
+    # codes: from the encoder, or from the prior
+    picture(110, TOP, y_image, BLUE)
+    text(110, TOP + 92, "image y", 28, BLUE)
+    box(365, TOP, 260, 150, BLUE, "Encoder", "a ViT", "model.py")
+    text(110, BOTTOM - 18, "class", 28, ORANGE)
+    text(110, BOTTOM + 18, "\"Bag\"", 28, ORANGE)
+    box(365, BOTTOM, 260, 150, ORANGE, "Prior", "AR or SEDD", "prior.py, sedd.py")
+    arrow(BLUE, (182, TOP), (232, TOP))
+    arrow(ORANGE, (165, BOTTOM), (232, BOTTOM))
+    column, step = 365, 42
+    arrow(BLUE, (column, TOP + 76), (column, MIDDLE - 34))
+    arrow(ORANGE, (column, BOTTOM - 76), (column, MIDDLE + 34))
+    text(column + 16, TOP + 122, "Gumbel-Softmax", 26, BLUE, "lm")
+    text(column + 16, BOTTOM - 118, "drawn, given the class", 26, ORANGE, "lm")
+    for i, (number, colour) in enumerate(zip(NUMBERS, CODES)):
+        left = column + step * (i - len(CODES) / 2)
+        draw.rectangle([SCALE * v for v in (left + 2, MIDDLE - 28, left + step - 2, MIDDLE + 28)], colour)
+        text(left + step / 2, MIDDLE, str(number), 24, (255, 255, 255))
+    text(column - 4 * step - 14, MIDDLE - 16, "codes z", 30, BLACK, "rm")
+    text(column - 4 * step - 14, MIDDLE + 20, "m = 8, k = 16", 22, GREY, "rm")
 
-# tokens, and where they enter the U-Net
-unet(1000, MIDDLE)
-box(740, MIDDLE, 300, 150, BLACK, "LatentTokens", "codebook, Transformer", "model.py")
-arrow(BLACK, (column + 4 * step + 6, MIDDLE), (588, MIDDLE))
-text(1140, MIDDLE - 122, "U-Net", 32)
-text(1140, MIDDLE - 88, "unet.py", 25)
-text(1140, MIDDLE + 103, "cross-attention", 25)
-text(1140, MIDDLE + 132, "after self-attention", 25)
+    # tokens, and where they enter the U-Net
+    unet(1000, MIDDLE)
+    box(740, MIDDLE, 300, 150, BLACK, "LatentTokens", "codebook, Transformer", "model.py")
+    arrow(BLACK, (column + 4 * step + 6, MIDDLE), (588, MIDDLE))
+    text(1140, MIDDLE - 122, "U-Net", 32)
+    text(1140, MIDDLE - 88, "unet.py", 25)
+    text(1140, MIDDLE + 103, "cross-attention", 25)
+    text(1140, MIDDLE + 132, "after self-attention", 25)
 
-# training: one noisy image in, one estimate out
-picture(1000, TOP, noisy, BLUE)
-text(915, TOP, "y + noise", 28, BLUE, "rm")
-arrow(BLUE, (1000, TOP + 72), (1000, MIDDLE - 118))
-arrow(BLUE, (1280, MIDDLE - 118), (1280, TOP + 74))
-picture(1280, TOP, denoised, BLUE)
-text(1370, TOP - 50, "estimate D", 28, BLUE, "lm")
-text(1370, TOP + 4, "loss (Eq. 3):", 26, BLUE, "lm")
-text(1370, TOP + 40, "lambda |D - y|^2", 26, BLUE, "lm")
+    # training: one noisy image in, one estimate out
+    picture(1000, TOP, noisy, BLUE)
+    text(915, TOP, "y + noise", 28, BLUE, "rm")
+    arrow(BLUE, (1000, TOP + 72), (1000, MIDDLE - 118))
+    arrow(BLUE, (1280, MIDDLE - 118), (1280, TOP + 74))
+    picture(1280, TOP, denoised, BLUE)
+    text(1370, TOP - 50, "estimate D", 28, BLUE, "lm")
+    text(1370, TOP + 4, "loss (Eq. 3):", 26, BLUE, "lm")
+    text(1370, TOP + 40, "lambda |D - y|^2", 26, BLUE, "lm")
 
-# sampling: the sampler asks for D again and again
-picture(720, BOTTOM, static, ORANGE)
-text(720, BOTTOM + 92, "noise", 28, ORANGE)
-box(1140, BOTTOM, 420, 150, ORANGE, "Heun's method", "18 noise levels, 35 times D", "diffusion.py")
-arrow(ORANGE, (792, BOTTOM), (927, BOTTOM))
-arrow(ORANGE, (1000, BOTTOM - 76), (1000, MIDDLE + 118))
-arrow(ORANGE, (1280, MIDDLE + 118), (1280, BOTTOM - 78))
-text(985, BOTTOM - 98, "x, sigma", 26, ORANGE, "rm")
-text(1297, BOTTOM - 98, "D", 26, ORANGE, "lm")
-arrow(ORANGE, (1351, BOTTOM), (1425, BOTTOM))
-picture(1500, BOTTOM, sample, ORANGE)
-text(1500, BOTTOM + 92, "sample", 28, ORANGE)
+    # sampling: the sampler asks for D again and again
+    picture(720, BOTTOM, static, ORANGE)
+    text(720, BOTTOM + 92, "noise", 28, ORANGE)
+    box(1140, BOTTOM, 420, 150, ORANGE, "Heun's method", "18 noise levels, 35 times D", "diffusion.py")
+    arrow(ORANGE, (792, BOTTOM), (927, BOTTOM))
+    arrow(ORANGE, (1000, BOTTOM - 76), (1000, MIDDLE + 118))
+    arrow(ORANGE, (1280, MIDDLE + 118), (1280, BOTTOM - 78))
+    text(985, BOTTOM - 98, "x, sigma", 26, ORANGE, "rm")
+    text(1297, BOTTOM - 98, "D", 26, ORANGE, "lm")
+    arrow(ORANGE, (1351, BOTTOM), (1425, BOTTOM))
+    picture(1500, BOTTOM, sample, ORANGE)
+    text(1500, BOTTOM + 92, "sample", 28, ORANGE)
 
-canvas.reduce(SCALE).quantize(128, dither=0).save(ROOT / "assets/method.png", optimize=True)
+    canvas.reduce(SCALE).quantize(128, dither=0).save(ROOT / "assets/method.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ import compare_models
 import data
 from checkpoint import weights_checksum
 from configurator import UserError
-from trained import load_prior, load_stage1, ship
+from trained import load_prior, load_stage1, load_trained_on, ship
 
 SAMPLE = ["--num_steps=3", "--device=cpu", "--num_images=20", "--per_code=4"]
 
@@ -116,7 +116,7 @@ def test_the_shipped_model_is_what_it_was():
     """Old checkpoints mean what they meant: codes of held-out images, their bits, and how far D at sigma = 3 is from them."""
     model, state = load_stage1(ROOT / "pretrained", "cpu")
     prior = load_prior(ROOT / "pretrained", "ar", "cpu", state)
-    images, labels, _, held_out = data.load_trained_on(state["config"], "pretrained/stage1.pt")
+    images, labels, _, held_out = load_trained_on(state["config"], "pretrained/stage1.pt")
     y, c = data.to_float(images[held_out[:40]]), torch.from_numpy(labels[held_out[:40]])
     z = model.encoder(y).argmax(2)
     assert z[5].tolist() == [13, 9, 11, 0, 12, 5, 13, 15] and z[2].tolist() == [10, 9, 9, 13, 7, 5, 11, 15]  # by far

@@ -26,7 +26,7 @@ from model import DisCoDiff, denoiser
 from noise import SeededNoise
 from sample import class_number
 from sedd import SEDD, euler_probs, first_hitting, log_linear, tau_leaping
-from trained import load_prior, load_stage1
+from trained import classes_of, load_prior, load_stage1
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "samplers.npz")
 CENTRES = 3 * torch.tensor([(math.cos(i * math.pi / 4), math.sin(i * math.pi / 4)) for i in range(8)], dtype=torch.float64)
@@ -390,9 +390,9 @@ def test_classes_by_name(trained, tmp_path):
         run("sample.py", f"--out_dir={trained}", *SAMPLE, "--class_label=bags")
     assert class_number("2", ["10", "2", "9"]) == 1 and class_number("0", ["10", "2", "9"]) == 0 and class_number("", []) == -1
     older = torch.load(trained / "stage1.pt")
-    assert data.classes_of(older)[9] == "Ankle boot" and older.pop("classes")
-    assert data.classes_of(older)[9] == "Ankle boot"
-    assert data.classes_of(dict(older, config={"dataset": "mine"})) == [*"0123456789"]
+    assert classes_of(older)[9] == "Ankle boot" and older.pop("classes")
+    assert classes_of(older)[9] == "Ankle boot"
+    assert classes_of(dict(older, config={"dataset": "mine"})) == [*"0123456789"]
 
 
 def test_labels_at_random(trained, samples, monkeypatch):
