@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, outputs, run, start
+from scripts import TINY, outputs, run, start
 
 import bench
 import data

@@ -6,8 +6,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, outputs, run, start_together
+from conftest import ROOT
 from PIL import Image
+from scripts import outputs, run, start_together
 
 import classifier
 import data

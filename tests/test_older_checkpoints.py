@@ -1,6 +1,6 @@
 """Checkpoints of before the channels of qkv were sorted, in which q, k and v are interleaved, as EDM has them."""
 import torch
-from conftest import TINY, run
+from scripts import TINY, run
 
 from model import DisCoDiff
 from trained import load_stage1

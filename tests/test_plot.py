@@ -1,8 +1,13 @@
-"""Axes: pixels where they belong, round ticks."""
+"""Pictures: pixels where they belong, round ticks, grids of images, training curves."""
+
 import numpy as np
 import pytest
+from pictures import random_images
+from PIL import Image
 
-from plot import SCALE, Axes, figure, ticks
+from plot import SCALE, Axes, figure, save_grid, ticks
+
+# axes
 
 
 @pytest.mark.parametrize("low, high, log, texts", [
@@ -41,3 +46,25 @@ def test_a_figure_holds_all_axes():
     assert both.size == (3 * one.width, 2 * one.height)
     corner = both.crop((0, one.height, one.width, 2 * one.height))
     assert np.array_equal(np.array(corner), np.array(one))
+
+
+# grids of images
+
+
+def test_grid(tmp_path):
+    images = random_images(5, 70, 70, 3)
+    save_grid(images, tmp_path / "g.png", columns=3)
+    grid = np.asarray(Image.open(tmp_path / "g.png"))
+    assert grid.shape == (2 * 72, 3 * 72, 3)
+    assert np.array_equal(grid[72 + 1:72 + 71, 72 + 1:72 + 71], images[4]) and (grid[73:, 145:] == 255).all()
+
+
+def test_titles_of_rows(tmp_path):
+    """Left of the pictures, which stay as they are; whatever folders are called."""
+    images = random_images(6, 70, 70, 1)
+    save_grid(images, tmp_path / "plain.png", columns=2)
+    save_grid(images, tmp_path / "titled.png", 2, ["a\nb", "\udce9\u732b", "name " * 100])
+    plain, titled = (np.asarray(Image.open(tmp_path / name)) for name in ("plain.png", "titled.png"))
+    margin = titled.shape[1] - plain.shape[1]
+    assert 20 < margin < 250 and np.array_equal(titled[:, margin:], plain)
+    assert all((titled[72 * row:72 * row + 72, :margin] < 128).any() for row in range(3))

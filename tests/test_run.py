@@ -12,12 +12,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run, start
+from conftest import ROOT
+from scripts import TINY, run, start
 
 import run as runs
 from checkpoint import atomic
 from configurator import UserError, configure, out_of_memory
-from processes import start_processes
 
 
 @pytest.fixture(autouse=True)
@@ -312,12 +312,3 @@ def test_a_cpu_computes_in_float32(capsys):
     assert not capsys.readouterr().err
     with pytest.raises(UserError, match="--precision is bf16, fp16, tf32 or fp32, not int8"):
         runs.set_precision("int8", torch.device("cpu"))
-
-
-@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is a GPU of Apple's")
-def test_apples_gpus_are_for_one_process_and_for_macs(monkeypatch):
-    with pytest.raises(UserError, match="--device=mps can't be used here: it is for Apple's GPUs"):
-        start_processes("mps")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="--device=mps is for one process: 2 can't work together there"):
-        start_processes("mps")

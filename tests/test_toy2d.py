@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, outputs, quick_toy, run, start
+from conftest import ROOT
 from PIL import Image
+from scripts import outputs, quick_toy, run, start
 
 import toy2d
 from configurator import UserError
