@@ -39,6 +39,11 @@ def checkpoint(folder, file="stage1.pt"):
     return torch.load(folder / file)
 
 
+def log_of(path):
+    """The lines of a training log."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def same(a, b):
     """Equal to the bit: numbers, tensors, and dicts and lists of them."""
     if isinstance(a, torch.Tensor):

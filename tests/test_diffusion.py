@@ -130,6 +130,21 @@ def test_heun_is_of_second_order():
     assert errors[2] < 1e-3 and 3 < errors[0] / errors[1] < 6 and 3 < errors[1] / errors[2] < 6
 
 
+def test_steps_are_what_the_denoiser_is_given():
+    """A list that gets (t, x) at the start of each step, and at the end; the result stays the same."""
+    latents, calls, steps = torch.from_numpy(REFERENCE["latents"]), [], []
+
+    def denoise(x, sigma):
+        calls.append((sigma, x))
+        return exact_denoiser()(x, sigma)
+
+    x = heun(denoise, latents, 18, steps=steps)
+    assert torch.equal(x, heun(exact_denoiser(), latents, 18)) and torch.equal(x, steps[-1][1])
+    assert [t.item() for t, _ in steps] == [*noise_levels(18, 0.002, 80, 7).tolist(), 0]
+    for (t, x), (sigma, given) in zip(steps[:-1], calls[::2], strict=True):  # two evaluations a step, but for the last
+        assert t == sigma and torch.equal(x, given)
+
+
 def test_one_step_is_one_denoising():
     calls = []
     latents = torch.ones(1, 2)

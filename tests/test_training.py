@@ -1,13 +1,13 @@
 """What both training scripts share: runs that go on, begin anew or change their settings."""
 import contextlib
-import json
+import math
 import shutil
 import signal
 import time
 
 import pytest
 import torch
-from conftest import checkpoint, same, same_training
+from conftest import checkpoint, log_of, same, same_training
 from scripts import PRIOR, TINY, outputs, run, start
 
 import bench
@@ -16,7 +16,7 @@ from configurator import UserError
 
 
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path):
-    """To the bit: weights, average and optimiser, with dropout and mirroring too."""
+    """To the bit: weights, average and optimiser, with dropout and mirroring too; and a prior's log but for the speed."""
     settings = [*TINY, "--dropout=0.2", "--xflip=True", "--log_every=16"]
     run("train_stage1.py", f"--out_dir={tmp_path / 'whole'}", *settings)
     for images in (16, 40, 48):
@@ -27,9 +27,17 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path):
     assert not same(whole["ema"], checkpoint(tmp_path / "other")["ema"])
     for prior in ("ar", "sedd"):
         for name, images in (("whole", 200), ("parts", 100), ("parts", 200)):
-            run("train_prior.py", f"--out_dir={tmp_path / name}", *PRIOR, f"--prior={prior}", f"--total_images={images}")
+            run("train_prior.py", f"--out_dir={tmp_path / name}", *PRIOR, f"--prior={prior}", f"--total_images={images}",
+                "--log_every=50")
         whole, parts = (checkpoint(tmp_path / name, f"prior_{prior}.pt") for name in ("whole", "parts"))
         assert whole["step"] == 4 and same_training(whole, parts) and not same(whole["model"], whole["ema"])
+        whole, parts = (log_of(tmp_path / name / f"prior_{prior}.jsonl") for name in ("whole", "parts"))
+        assert all(line.pop("images_per_second") > 0 for line in whole + parts) and whole == parts
+        assert all(line.keys() == {"images", "bits", "held_out_bits", "grad_norm", "lr", "skipped"} for line in whole)
+        assert [line["images"] for line in whole] == [50, 100, 150, 200] and {line["skipped"] for line in whole} == {0}
+        assert [line["lr"] for line in whole] == pytest.approx([0, 0.5e-3, 1e-3, 1e-3])  # linear warm-up
+        assert whole[0]["held_out_bits"] == pytest.approx(3 * math.log2(5), abs=1e-3)  # uniform still
+        assert all(line["grad_norm"] > 0 and 0 < line["bits"] < 30 for line in whole)
 
 
 @pytest.mark.soak
@@ -48,7 +56,7 @@ def test_a_killed_run_continues(tmp_path):
     assert "is ready" in outputs([start(*command)])[0][0]
     run("train_stage1.py", f"--out_dir={tmp_path / 'whole'}", *settings)
     assert same_training(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed"))
-    logs = [[json.loads(line) for line in open(tmp_path / name / "stage1.jsonl")] for name in ("whole", "killed")]
+    logs = [log_of(tmp_path / name / "stage1.jsonl") for name in ("whole", "killed")]
     assert [r["images"] for r in logs[0]] == [r["images"] for r in logs[1]] == list(range(16, 241, 16))
 
 
