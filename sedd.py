@@ -106,8 +106,8 @@ def tau_leaping(score, x, num_steps, gumbel, probs=analytic_probs, eta=0.0, t0=0
     for i in reversed(range(1, num_steps)):
         t, s = (i + 1) / num_steps, i / num_steps
         log_score = score(x, times(t))
-        # P(masked at t) = t. The share a of the unmasked is masked again, so the masked go beyond s, to
-        # s - a (1 - t): then P(masked) = [s - a (1 - t)] + a (1 - t) = s, as scheduled
+        # P(masked at t) = t, up to EPS. The share a of the unmasked is masked again, so the masked go
+        # beyond s, to s - a (1 - t): then P(masked) = [s - a (1 - t)] + a (1 - t) = s, as scheduled
         a = min(eta, s / (1 - t)) if t0 < t < t1 else 0
         p = probs(log_score, x, times(t), times(s - a * (1 - t)))
         if a:
