@@ -1,12 +1,12 @@
-import io
+"""What the tests share: numbers, comparisons, a trained folder. Scripts are started by scripts.py."""
 import json
 import math
-import runpy
-import signal
+import os
 import sys
 import zlib
-from contextlib import redirect_stdout
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks here are tiny, and two processes often run at once
 
 import numpy as np
 import pytest
@@ -15,12 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import release  # noqa: E402
-
-# a network that takes seconds, on the embedded data
-TINY = ["--model_channels=8", "--channel_mult=1,2", "--attn_resolutions=14,", "--num_latents=3", "--codebook_size=5",
-        "--latent_dim=8", "--latent_layers=1", "--encoder_dim=16", "--encoder_layers=1", "--encoder_patch=14", "--preview_every=0",
-        "--batch_size=8", "--total_images=48", "--warmup_images=16", "--held_out=16", "--device=cpu"]
+import scripts
 
 
 def fill(name, shape):
@@ -40,33 +35,63 @@ def moments(x):
     return x.mean(0), np.cov(x, rowvar=False)
 
 
-def run(script, *arguments):
-    """Runs a script of ours as `python script arguments` does, in this process -> what it printed."""
-    argv, hook, printed = sys.argv, sys.excepthook, io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    sys.argv = [script, *map(str, arguments)]
-    try:
-        with redirect_stdout(printed):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as stop:
-        assert not stop.code, stop.code
-    finally:
-        sys.argv, sys.excepthook = argv, hook
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        release()
-        torch.manual_seed(0)
-    return printed.getvalue()
+def checkpoint(folder, file="stage1.pt"):
+    return torch.load(folder / file)
+
+
+def log_of(path):
+    """The lines of a training log."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same(a, b):
+    """Equal to the bit: numbers, tensors, and dicts and lists of them."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def same_training(a, b):
+    return all(same(a[k], b[k]) for k in a if k != "config")
+
+
+def load(folder, name="samples"):
+    with np.load(folder / f"{name}.npz") as f:
+        return {k: f[k] for k in f.files}
+
+
+def close(a, b):
+    """The same samples: images to rounding, everything else exactly."""
+    return all(np.array_equal(a[k], b[k]) for k in ("labels", "codes", "seeds")) and \
+        np.abs(a["images"].astype(int) - b["images"]).max() <= 1
+
+
+def pytest_collection_finish(session):
+    scripts.begin({item.name for item in session.items})
+
+
+def pytest_sessionfinish(session):
+    scripts.end()
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Where data sets go."""
+    return tmp_path / "datasets"
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A folder with a finished stage 1 and both priors (of a few steps)."""
     folder = tmp_path_factory.mktemp("trained")
-    run("train_stage1.py", f"--out_dir={folder}", *TINY)
+    scripts.run("train_stage1.py", f"--out_dir={folder}", *scripts.TINY)
     for prior in ("ar", "sedd"):
-        run("train_prior.py", f"--out_dir={folder}", f"--prior={prior}", "--layers=1", "--dim=16", "--heads=2",
-            "--total_images=500", "--device=cpu")
+        scripts.run("train_prior.py", f"--out_dir={folder}", f"--prior={prior}", "--layers=1", "--dim=16", "--heads=2",
+                    "--total_images=500", "--device=cpu")
     return folder
 
 

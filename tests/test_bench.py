@@ -1,11 +1,10 @@
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run
+from scripts import TINY, outputs, run, start
 
 import bench
 import data
@@ -26,6 +25,14 @@ def tiny_config(path):
     return str(path)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def table(tmp_path_factory):
+    """bench.py's process, which begins with the first test of this file, and its folder."""
+    folder = tmp_path_factory.mktemp("bench")
+    return start("bench.py", f"--config={tiny_config(folder / 'tiny.py')}", "--rounds=1", "--batch_size=2", "--device=cpu",
+                 f"--out_dir={folder}"), folder
+
+
 def test_flops_are_counted():
     """Those of a layer, by hand; and of ADM's U-Net at 32 x 32 with 8.0 M parameters: 3.6 GFLOP an image forward."""
     x = torch.randn(7, 20)
@@ -37,8 +44,10 @@ def test_flops_are_counted():
     assert bench.count(lambda: net(images, images, sigma)) == pytest.approx(3.64e9, rel=0.01)
 
 
-def test_a_row_of_each_kind(tmp_path):
-    """Configurations of stage 1, of a prior and of sample.py."""
+def test_a_row_of_each_kind(tmp_path, monkeypatch):
+    """Configurations of stage 1, of a prior and of sample.py; beside a small matrix product."""
+    a = torch.randn(300, 300)
+    monkeypatch.setattr(bench, "matrix_product", lambda device: (lambda: a @ a, 2 * 300 ** 3))
     row = bench.measure(tiny_config(tmp_path / "tiny.py"), "cpu", 4, 2, True)
     assert row["batch"] == 4 and len(row["most_expensive"]) == 10 and 0 < sum(share for _, share, _ in row["most_expensive"]) <= 1
     assert all(np.isfinite(value) and value > 0 for key, value in row.items() if key not in ("config", "most_expensive"))
@@ -56,12 +65,11 @@ def test_a_row_of_each_kind(tmp_path):
     assert len(bench.line_of(row)) == len(bench.line_of(prior)) == len(bench.line_of(restart))
 
 
-def test_the_table_and_the_json(tmp_path):
-    done = subprocess.run([sys.executable, "bench.py", f"--config={tiny_config(tmp_path / 'tiny.py')}", "--rounds=1", "--batch_size=2",
-                           "--device=cpu", f"--out_dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done
-    (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert row["config"] == "tiny" and bench.line_of(row) in done.stdout
+def test_the_table_and_the_json(table):
+    process, folder = table
+    (printed, _), = outputs([process])
+    (row,) = json.loads((folder / "bench.json").read_text())["rows"]
+    assert row["config"] == "tiny" and bench.line_of(row) in printed
 
 
 def test_bad_input(tmp_path):

@@ -1,4 +1,5 @@
 import pytest
+from scripts import run, start
 
 from configurator import UserError, configure
 
@@ -89,3 +90,23 @@ def test_each_call_starts_from_the_defaults():
     scope["name"] = "by hand"
     configure(scope, ["--steps=4"])
     assert (scope["lr"], scope["steps"], scope["name"]) == (settings()["lr"], 4, "by hand")
+
+
+def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path):
+    cases = (("train_stage1.py", "--lr=fast", "error: --lr=fast: lr takes a float"),
+             ("sample.py", f"--out_dir={tmp_path}", "error: there is no checkpoint"),
+             ("train_prior.py", f"--out_dir={tmp_path}", "error: there is no checkpoint"),
+             ("data.py", "mnits", "error: mnits can't be downloaded"),
+             ("data.py", "pets photos", "error: one name is wanted: `python data.py NAME"))
+    for (*_, message), process in zip(cases, [start(script, *argument.split()) for script, argument, _ in cases]):
+        printed, errors = process.communicate()
+        assert process.returncode == 2 and errors.startswith(message) and errors.count("\n") == 1, errors
+        assert not printed
+
+
+def test_help_shows_the_settings():
+    for script in ("train_stage1.py", "train_prior.py", "sample.py", "data.py", "compare_priors.py", "bench.py"):
+        printed = run(script, "--help")
+        assert "python " + script in printed
+        assert "overwrite = False" in printed or script in ("sample.py", "compare_priors.py", "bench.py")
+        assert "num_steps = 18" in printed or script != "sample.py"

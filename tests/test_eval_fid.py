@@ -1,15 +1,14 @@
 """eval_fid.py as a script: on a small data set, with both networks; mistakes."""
 import json
-import subprocess
-import sys
 import urllib.error
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT
 from PIL import Image
+from scripts import outputs, run, start_together
 
 import classifier
 import data
@@ -117,9 +116,8 @@ def test_two_processes_find_the_same(evaluate, place):
     one = json.loads((place / "samples.classifier.json").read_text())
     for path in (place / "datasets" / "features").glob("small*.npz"):
         path.unlink()  # so that the real images are measured by two as well
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eval_fid.py",
-                    "--reference=small", "--images=samples.npz", "--features=classifier", "--device=cpu",
-                    "--batch_size=77"], cwd=place, check=True, capture_output=True)
+    outputs(start_together(2, "eval_fid.py", "--reference=small", "--images=samples.npz", "--features=classifier",
+                           "--device=cpu", "--batch_size=77", cwd=place))
     two = json.loads((place / "samples.classifier.json").read_text())
     assert two.pop("images") == "samples.npz" and one.pop("images")
     near = {key: pytest.approx(value, rel=1e-4) if isinstance(value, float) else value for key, value in one.items()}

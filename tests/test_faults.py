@@ -5,28 +5,22 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
-import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run
-from test_train import checkpoint, same, same_training
+from conftest import checkpoint, same, same_training
+from scripts import TINY, outputs, run, start, start_together, torchrun
 
 import data
 import training
 from checkpoint import load_checkpoint
 from configurator import UserError
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-
-
-def start(*arguments, script="train_stage1.py", launcher=(sys.executable,)):
-    return subprocess.Popen([*launcher, script, *map(str, arguments)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
 
 
 def until(condition, process, timeout=120):
@@ -127,33 +121,33 @@ def test_a_data_set_that_changes_under_a_run(tmp_path, monkeypatch):
         assert checkpoint(tmp_path / name)["step"] == 2
 
 
-def test_a_disk_that_fills_while_saving(tmp_path):
+def test_a_disk_that_fills_while_saving(trained, tmp_path):
     """No file may grow beyond what the first checkpoint, which has no moments, takes: one line, nothing lost, and with more room it goes on."""
     settings = [*TINY, "--save_every=16"]
-    run("train_stage1.py", f"--out_dir={tmp_path / 'whole'}", *settings)
-    size = (tmp_path / "whole" / "stage1.pt").stat().st_size
-    program = ("import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-               f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size * 3 // 4},) * 2); sys.argv.pop(0); sys.path.insert(0, '.'); "
-               "runpy.run_path('train_stage1.py', run_name='__main__')")
+    size = (trained / "stage1.pt").stat().st_size
+    (tmp_path / "limited.py").write_text(
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size * 3 // 4},) * 2); sys.argv.pop(0); sys.path.insert(0, '.'); "
+        "runpy.run_path('train_stage1.py', run_name='__main__')")
     arguments = [f"--out_dir={tmp_path / 'full'}", *settings]
-    done = subprocess.run([sys.executable, "-c", program, "train_stage1.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    process = start(tmp_path / "limited.py", "train_stage1.py", *arguments)
+    _, errors = process.communicate()
     message = f"error: can't write {tmp_path}/full/stage1.pt: File too large; the file that was there before is untouched"
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done
+    assert process.returncode == 2 and message in errors and "Traceback" not in errors, errors
     assert checkpoint(tmp_path / "full")["step"] == 0
     run("train_stage1.py", *arguments)
-    assert same_training(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "full"))
+    assert same_training(checkpoint(trained), checkpoint(tmp_path / "full"))
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, capsys):
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(trained, tmp_path, capsys):
     settings = [*TINY, "--save_every=16"]
-    run("train_stage1.py", f"--out_dir={tmp_path / 'whole'}", *settings)
     run("train_stage1.py", f"--out_dir={tmp_path / 'cut'}", *settings, "--total_images=32")
     path = tmp_path / "cut" / "stage1.pt"
     path.write_bytes(path.read_bytes()[:-5000])
     capsys.readouterr()
     run("train_stage1.py", f"--out_dir={tmp_path / 'cut'}", *settings)
     assert "stage1.pt is truncated or damaged: using the previous one" in capsys.readouterr().err
-    assert same_training(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut"))
+    assert same_training(checkpoint(trained), checkpoint(tmp_path / "cut"))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -161,31 +155,38 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, capsys
 
 
 STOPS = {signal.SIGTERM: ("SIGTERM", 143), signal.SIGINT: ("Ctrl-C", 130)}
+LONG = {"train_stage1.py": [*TINY, "--total_images=240"],
+        "train_prior.py": ["--layers=1", "--dim=16", "--heads=2", "--batch_size=50", "--total_images=20000", "--device=cpu"]}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trained, tmp_path_factory):
+    """A folder with runs that nobody stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    shutil.copy(trained / "stage1.pt", folder)
+    run("train_prior.py", f"--out_dir={folder}", *LONG["train_prior.py"])
+    run("train_stage1.py", f"--out_dir={folder}", *LONG["train_stage1.py"], "--overwrite=True")
+    return folder
 
 
 @pytest.mark.parametrize("script, name, stop", [("train_stage1.py", "stage1.pt", signal.SIGTERM), ("train_prior.py", "prior_ar.pt", signal.SIGTERM),
                                                 ("train_stage1.py", "stage1.pt", signal.SIGINT)])
-def test_sigterm_and_ctrl_c_save_and_the_same_command_goes_on(trained, tmp_path, script, name, stop):
-    settings = [*TINY, "--total_images=400"] if script == "train_stage1.py" else \
-        ["--layers=1", "--dim=16", "--heads=2", "--batch_size=50", "--total_images=20000", "--device=cpu"]
-    for folder in ("whole", "stopped"):
-        (tmp_path / folder).mkdir()
-        if script == "train_prior.py":
-            (tmp_path / folder / "stage1.pt").write_bytes((trained / "stage1.pt").read_bytes())
-    command = [f"--out_dir={tmp_path / 'stopped'}", *settings, "--save_every=1000000", "--log_every=1000000"]
-    process = start(*command, script=script)
-    until((tmp_path / "stopped" / name).exists, process)
-    time.sleep(0.2)
+def test_sigterm_and_ctrl_c_save_and_the_same_command_goes_on(trained, undisturbed, tmp_path, script, name, stop):
+    if script == "train_prior.py":
+        shutil.copy(trained / "stage1.pt", tmp_path)
+    command = [f"--out_dir={tmp_path}", *LONG[script], "--save_every=1000000", "--log_every=1000000"]
+    process = start(script, *command)
+    until((tmp_path / name).exists, process)
+    time.sleep(0.1)
     process.send_signal(stop)
     printed, errors = process.communicate(timeout=60)
     said, code = STOPS[stop]
     assert process.returncode == code and "Traceback" not in errors, errors
-    stopped = checkpoint(tmp_path / "stopped", name)
+    stopped = checkpoint(tmp_path, name)
     images = stopped["step"] * stopped["config"]["batch_size"]
     assert re.search(rf"stopped by {said} after {images:,} \w+, which .*{name} has: the same command goes on", printed) and images > 0
     run(script, *command)
-    run(script, f"--out_dir={tmp_path / 'whole'}", *command[1:])
-    assert same_training(checkpoint(tmp_path / "whole", name), checkpoint(tmp_path / "stopped", name))
+    assert same_training(checkpoint(undisturbed, name), checkpoint(tmp_path, name))
 
 
 @pytest.mark.parametrize("to, stop", [pytest.param("torchrun", signal.SIGTERM, marks=pytest.mark.soak),
@@ -194,7 +195,7 @@ def test_sigterm_and_ctrl_c_save_and_the_same_command_goes_on(trained, tmp_path,
 def test_a_signal_to_several_processes(tmp_path, to, stop):
     """All stop after the same step, with the same exit code, whichever of them has heard the signal."""
     settings = [*TINY, "--total_images=4800", "--save_every=1000000"]
-    process = start(f"--out_dir={tmp_path}", *settings, launcher=[*TORCHRUN, "--nproc_per_node=2"])
+    process = torchrun("--nproc_per_node=2", "train_stage1.py", f"--out_dir={tmp_path}", *settings)
     until((tmp_path / "stage1.pt").exists, process)
     time.sleep(0.5)
     os.kill(process.pid if to == "torchrun" else workers_of(process)[1], stop)
@@ -210,12 +211,11 @@ def test_a_signal_to_several_processes(tmp_path, to, stop):
 def test_torchrun_starts_a_killed_worker_again(tmp_path):
     """SIGKILL to one of two, in the middle: the run ends by itself, with the weights of one that nobody disturbed; and
     --overwrite=True does not begin a second time."""
-    settings = [*TINY, "--total_images=240", "--save_every=40", "--overwrite=True"]
-    launcher = [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=2"]
-    whole = start(f"--out_dir={tmp_path / 'whole'}", *settings, launcher=launcher)
-    assert "is ready" in whole.communicate(timeout=120)[0]
-    process = start(f"--out_dir={tmp_path / 'killed'}", *settings, launcher=launcher)
-    until(lambda: step_of(tmp_path / "killed") >= 10, process)
+    settings = [*TINY, "--total_images=160", "--save_every=16", "--overwrite=True"]
+    whole = start_together(2, "train_stage1.py", f"--out_dir={tmp_path / 'whole'}", *settings)
+    assert "is ready" in outputs(whole)[0][0]
+    process = torchrun("--nproc_per_node=2", "--max-restarts=2", "train_stage1.py", f"--out_dir={tmp_path / 'killed'}", *settings)
+    until(lambda: step_of(tmp_path / "killed") >= 4, process)
     os.kill(workers_of(process)[1], signal.SIGKILL)
     printed, errors = process.communicate(timeout=180)
     assert process.returncode == 0 and "is ready" in printed and errors.count("exitcode: -9") == 1, errors
@@ -226,51 +226,20 @@ def test_torchrun_starts_a_killed_worker_again(tmp_path):
 # several processes
 
 
-def test_gradients_are_exchanged_once_a_step(tmp_path):
-    """Of four micro-steps, the last one alone: counted by a hook that stands for the exchange."""
-    program = """
-import runpy, sys, torch
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
-sys.path.insert(0, ".")
-exchanges, init = [], DistributedDataParallel.__init__
-def hooked(self, *arguments, **options):
-    init(self, *arguments, **options)
-    self.register_comm_hook(None, lambda state, bucket: (exchanges.append(bucket.buffer().numel()), allreduce_hook(state, bucket))[1])
-DistributedDataParallel.__init__ = hooked
-sys.argv.pop(0)
-runpy.run_path("train_stage1.py", run_name="__main__")
-print(f"{sum(exchanges)} numbers exchanged")
-"""
-    (tmp_path / "counted.py").write_text(program)
-    process = start("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--batch_gpu=1", script=tmp_path / "counted.py",
-                    launcher=[*TORCHRUN, "--nproc_per_node=2"])
-    printed, errors = process.communicate(timeout=120)
-    weights = sum(p.numel() for p in checkpoint(tmp_path)["model"].values())
-    assert re.findall(r"(\d+) numbers exchanged", printed) == [str(6 * weights)] * 2, errors  # in six steps
-
-
-def test_a_batch_that_processes_can_not_share(tmp_path):
-    process = start(f"--out_dir={tmp_path}", *TINY, launcher=[*TORCHRUN, "--nproc_per_node=3"])
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode and "error: batch_size 8 can't be shared among 3 processes equally\n" in errors
-    assert "train_stage1.py\", line" not in errors and not list(tmp_path.iterdir())
-
-
 # ----------------------------------------------------------------------------------------------------
 # soak
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("launcher", [[sys.executable], [*TORCHRUN, "--nproc_per_node=2"]])
-def test_twenty_kills(tmp_path, launcher):
+@pytest.mark.parametrize("launch", [start, partial(torchrun, "--nproc_per_node=2")], ids=["alone", "torchrun"])
+def test_twenty_kills(tmp_path, launch):
     """SIGKILL at 20 random moments, the same command each time: never an unreadable checkpoint, and the same weights in the end."""
     settings = [*TINY, "--total_images=6400", "--save_every=8", "--log_every=80"]
-    whole = start(f"--out_dir={tmp_path / 'whole'}", *settings, launcher=launcher)
-    assert "is ready" in whole.communicate()[0]
+    whole = launch("train_stage1.py", f"--out_dir={tmp_path / 'whole'}", *settings)
+    assert "is ready" in whole.communicate(600)[0]
     rng, kills, steps = random.Random(0), 0, []
     while kills < 20:
-        process = start(f"--out_dir={tmp_path / 'killed'}", *settings, launcher=launcher)
+        process = launch("train_stage1.py", f"--out_dir={tmp_path / 'killed'}", *settings)
         before = step_of(tmp_path / "killed")
         until(lambda: step_of(tmp_path / "killed") > before or process.poll() is not None, process)
         time.sleep(rng.random() * 2)
@@ -284,8 +253,8 @@ def test_twenty_kills(tmp_path, launcher):
         state = load_checkpoint(tmp_path / "killed" / "stage1.pt", "train_stage1")
         steps.append(state["step"])
     assert kills == 20 and steps == sorted(steps), steps
-    done = start(f"--out_dir={tmp_path / 'killed'}", *settings, launcher=launcher)
-    assert "is ready" in done.communicate()[0]
+    done = launch("train_stage1.py", f"--out_dir={tmp_path / 'killed'}", *settings)
+    assert "is ready" in done.communicate(600)[0]
     assert same_training(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed"))
 
 
@@ -300,12 +269,12 @@ def test_a_small_disk(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 5 // 2}", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("no tmpfs can be mounted here")
     try:
-        process = start(f"--out_dir={disk / 'run'}", *TINY, "--save_every=16")
+        process = start("train_stage1.py", f"--out_dir={disk / 'run'}", *TINY, "--save_every=16")
         _, errors = process.communicate()
         assert process.returncode == 2 and "No space left on device; the file that was there before is untouched" in errors, errors
         assert {p.name for p in (disk / "run").glob("*.pt*")} == {"stage1.pt", "stage1.previous.pt"} and step_of(disk / "run") > 0
         assert subprocess.run(["mount", "-o", f"remount,size={size * 5}", disk]).returncode == 0
-        assert start(f"--out_dir={disk / 'run'}", *TINY, "--save_every=16").wait() == 0
+        assert start("train_stage1.py", f"--out_dir={disk / 'run'}", *TINY, "--save_every=16").wait() == 0
         assert same_training(checkpoint(tmp_path / "whole"), checkpoint(disk / "run"))
     finally:
         subprocess.run(["umount", disk])

@@ -1,6 +1,6 @@
 """Checkpoints of before the channels of qkv were sorted, in which q, k and v are interleaved, as EDM has them."""
 import torch
-from conftest import TINY, run
+from scripts import TINY, run
 
 from model import DisCoDiff
 from trained import load_stage1
@@ -27,13 +27,12 @@ def make_older(path):
     return state
 
 
-def test_they_are_sampled_from_and_trained_on(tmp_path):
+def test_they_are_sampled_from_and_trained_on(trained, tmp_path):
     settings = [*TINY, "--log_every=24"]
-    run("train_stage1.py", f"--out_dir={tmp_path / 'whole'}", *settings)
     for images in (24, 48):
         run("train_stage1.py", f"--out_dir={tmp_path / 'older'}", *settings, f"--total_images={images}")
         older = make_older(tmp_path / "older" / "stage1.pt")
-    whole = torch.load(tmp_path / "whole" / "stage1.pt")
+    whole = torch.load(trained / "stage1.pt")
     sorted_again = [from_edm(older["model"]), from_edm(older["ema"]), load_stage1(tmp_path / "older")[0].state_dict()]
     for state, wanted in zip(sorted_again, (whole["model"], whole["ema"], whole["ema"])):
         assert any(not torch.equal(older["model"][name], state[name]) for name in state if ".qkv.weight" in name)

@@ -1,8 +1,13 @@
-"""Axes: pixels where they belong, round ticks."""
+"""Pictures: pixels where they belong, round ticks, grids of images, training curves."""
+
 import numpy as np
 import pytest
+from pictures import random_images
+from PIL import Image
 
-from plot import SCALE, Axes, figure, ticks
+from plot import COLOURS, SCALE, Axes, figure, save_curves, save_grid, ticks
+
+# axes
 
 
 @pytest.mark.parametrize("low, high, log, texts", [
@@ -41,3 +46,91 @@ def test_a_figure_holds_all_axes():
     assert both.size == (3 * one.width, 2 * one.height)
     corner = both.crop((0, one.height, one.width, 2 * one.height))
     assert np.array_equal(np.array(corner), np.array(one))
+
+
+# grids of images
+
+
+def test_grid(tmp_path):
+    images = random_images(5, 70, 70, 3)
+    save_grid(images, tmp_path / "g.png", columns=3)
+    grid = np.asarray(Image.open(tmp_path / "g.png"))
+    assert grid.shape == (2 * 72, 3 * 72, 3)
+    assert np.array_equal(grid[72 + 1:72 + 71, 72 + 1:72 + 71], images[4]) and (grid[73:, 145:] == 255).all()
+
+
+def test_titles_of_rows(tmp_path):
+    """Left of the pictures, which stay as they are; whatever folders are called."""
+    images = random_images(6, 70, 70, 1)
+    save_grid(images, tmp_path / "plain.png", columns=2)
+    save_grid(images, tmp_path / "titled.png", 2, ["a\nb", "\udce9\u732b", "name " * 100])
+    plain, titled = (np.asarray(Image.open(tmp_path / name)) for name in ("plain.png", "titled.png"))
+    margin = titled.shape[1] - plain.shape[1]
+    assert 20 < margin < 250 and np.array_equal(titled[:, margin:], plain)
+    assert all((titled[72 * row:72 * row + 72, :margin] < 128).any() for row in range(3))
+
+
+# training curves
+
+
+def panel():
+    """The size of one panel, in pixels."""
+    return Axes((0, 1), (0, 1)).image().size
+
+
+def drawn(path, width, height):
+    """A picture of training curves, in panels of rows of three at most, as an array (height, width, 3, ...)"""
+    picture = np.array(Image.open(path))
+    w, h = panel()
+    assert picture.shape == (height * h, width * w, 3)
+    return [picture[h * row:h * (row + 1), w * column:w * (column + 1)] for row in range(height) for column in range(width)]
+
+
+def has(picture, colour):
+    return (picture == colour).all(2).sum() > 20
+
+
+def lines_of_a_log(count, latents=3, older=False):
+    """As train_stage1.py writes them; those of older versions had less."""
+    line = dict(perplexity=[1.0 + i for i in range(latents)])
+    new = {} if older else dict(grad_norm=0.5, lr=1e-3, skipped=0, images_per_second=7.0)
+    return [dict(images=1000 * i, loss=1 / i, bits=0.3 * i, **line, **new) for i in range(1, count + 1)]
+
+
+def test_curves_of_several_latents(tmp_path):
+    """A panel for each of loss, bits, codes in use, gradients and rate; in the third, a line for each latent."""
+    save_curves(lines_of_a_log(5), tmp_path / "curves.png")
+    loss, bits, codes, norm, rate, empty = drawn(tmp_path / "curves.png", 3, 2)
+    assert [has(codes, colour) for colour in COLOURS[:4]] == [True] * 3 + [False]
+    for one_line in (loss, bits, norm, rate):
+        assert has(one_line, COLOURS[4]) and not has(one_line, COLOURS[0])
+    assert (empty == 255).all()
+
+
+def test_curves_of_a_prior_have_both_kinds_of_bits(tmp_path):
+    save_curves([dict(images=50 * i, bits=7.0 - i, held_out_bits=7.2 - i) for i in range(3)], tmp_path / "curves.png")
+    (bits,) = drawn(tmp_path / "curves.png", 1, 1)
+    assert has(bits, COLOURS[4]) and has(bits, COLOURS[0])
+
+
+def test_curves_of_older_logs(tmp_path):
+    """Without the new keys there are no panels of them; what begins in mid-run is drawn from there on."""
+    save_curves(lines_of_a_log(5, older=True), tmp_path / "older.png")
+    assert has(drawn(tmp_path / "older.png", 3, 1)[2], COLOURS[2])
+    older, newer = lines_of_a_log(5, older=True), lines_of_a_log(5)
+    save_curves(older[:3] + newer[3:], tmp_path / "both.png")
+    norm, whole = (np.flatnonzero((part == COLOURS[4]).all(2).any(0)) for part in np.array(drawn(tmp_path / "both.png", 3, 2))[[3, 1]])
+    assert norm.min() == pytest.approx(whole.min(), abs=2)  # each panel from its first point on
+    save_curves(older[:4] + newer[4:], tmp_path / "late.png")  # one point is no curve
+    drawn(tmp_path / "late.png", 3, 1)
+
+
+def test_what_is_no_curve_leaves_no_picture(tmp_path):
+    """No line, one line, two of the same moment, and none that is finite; what is not finite is left out."""
+    once, nan = lines_of_a_log(1), float("nan")
+    for lines in ([], once, once * 2, [dict(images=i, loss=nan, bits=None) for i in range(3)]):
+        save_curves(lines, tmp_path / "curves.png")
+    assert not list(tmp_path.iterdir())
+    save_curves([dict(images=i, loss=nan if i == 1 else 0.5, perplexity=[1.0, nan if i else 1.0]) for i in range(4)], tmp_path / "curves.png")
+    (loss,) = drawn(tmp_path / "curves.png", 1, 1)
+    assert has(loss, COLOURS[4])

@@ -7,16 +7,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run
+from conftest import ROOT
+from scripts import TINY, run, start
 
 import run as runs
 from checkpoint import atomic
 from configurator import UserError, configure, out_of_memory
-from processes import start_processes
 
 
 @pytest.fixture(autouse=True)
@@ -50,18 +51,22 @@ def test_one_run_at_a_time(tmp_path, trained):
 
 
 def test_a_killed_run_holds_nothing(tmp_path):
-    program = f"import run, time; run.hold({str(tmp_path / 'a')!r}); print(1, flush=True); time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
-    holder.stdout.readline()
+    folder, program, holds = tmp_path / "held", tmp_path / "holder.py", tmp_path / "holds"
+    program.write_text("import pathlib, sys, time; sys.path.insert(0, '.'); import run; "
+                       f"run.hold({str(folder / 'a')!r}); pathlib.Path({str(holds)!r}).touch(); time.sleep(60)")
+    holder = start(program)
+    while not holds.exists():
+        assert holder.poll() is None
+        time.sleep(0.001)
     with pytest.raises(UserError, match="another run"):
-        runs.hold(tmp_path / "a")
-    runs.hold(tmp_path / "b")
-    holder.kill()
+        runs.hold(folder / "a")
+    runs.hold(folder / "b")
+    holder.send_signal(signal.SIGKILL)
     holder.communicate()
-    assert (tmp_path / "a.lock").exists()
-    runs.hold(tmp_path / "a")
-    runs.release(tmp_path / "a")
-    assert [p.name for p in tmp_path.iterdir()] == ["b.lock"]
+    assert (folder / "a.lock").exists()
+    runs.hold(folder / "a")
+    runs.release(folder / "a")
+    assert [p.name for p in folder.iterdir()] == ["b.lock"]
 
 
 def test_without_locks_runs_go_on(tmp_path, monkeypatch):
@@ -141,15 +146,16 @@ def test_out_of_memory_is_one_line(tmp_path, capsys):
 
 def test_a_training_script_without_memory(tmp_path):
     """With 8 GB of addresses, a batch whose noise takes 25: the checkpoint of the beginning stays."""
-    program = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (8 * 2 ** 30,) * 2); sys.argv.pop(0); "
-               "sys.path.insert(0, '.'); runpy.run_path('train_stage1.py', run_name='__main__')")
-    command = [sys.executable, "-c", program, "train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--batch_size=8000000"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == (
+    folder, program = tmp_path / "run", tmp_path / "limited.py"
+    program.write_text("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (8 * 2 ** 30,) * 2); sys.argv.pop(0); "
+                       "sys.path.insert(0, '.'); runpy.run_path('train_stage1.py', run_name='__main__')")
+    process = start(program, "train_stage1.py", f"--out_dir={folder}", *TINY, "--batch_size=8000000")
+    _, errors = process.communicate()
+    assert process.returncode == 2 and errors == (
         "error: out of memory: a smaller --batch_gpu may help; it is 512, 512 images at once. "
-        f"{tmp_path}/stage1.pt is untouched\n"), done
-    assert torch.load(tmp_path / "stage1.pt")["step"] == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"stage1.pt", "stage1.jsonl"}
+        f"{folder}/stage1.pt is untouched\n")
+    assert torch.load(folder / "stage1.pt")["step"] == 0
+    assert {p.name for p in folder.iterdir()} == {"stage1.pt", "stage1.jsonl"}
 
 
 @contextlib.contextmanager
@@ -306,12 +312,3 @@ def test_a_cpu_computes_in_float32(capsys):
     assert not capsys.readouterr().err
     with pytest.raises(UserError, match="--precision is bf16, fp16, tf32 or fp32, not int8"):
         runs.set_precision("int8", torch.device("cpu"))
-
-
-@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is a GPU of Apple's")
-def test_apples_gpus_are_for_one_process_and_for_macs(monkeypatch):
-    with pytest.raises(UserError, match="--device=mps can't be used here: it is for Apple's GPUs"):
-        start_processes("mps")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="--device=mps is for one process: 2 can't work together there"):
-        start_processes("mps")

@@ -1,18 +1,13 @@
-import errno
-import math
-import os
+"""sample.py: what it writes, seeds, settings, interruptions, mistakes."""
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run
+from conftest import ROOT, close, load
 from PIL import Image
+from scripts import SAMPLE, TINY, outputs, run, start_together, torchrun
 
 import data
 import noise as noises
@@ -21,329 +16,17 @@ import prior as priors
 import run as runs
 import sample
 import sedd
-from configurator import UserError, configure
-from diffusion import heun, noise_levels, restart, restart_loops
-from model import DisCoDiff, denoiser
-from noise import SeededNoise
+from configurator import UserError
+from model import DisCoDiff
 from sample import class_number
-from sedd import SEDD, euler_probs, first_hitting, log_linear, tau_leaping
-from trained import classes_of, load_prior, load_stage1
-
-REFERENCE = np.load(Path(__file__).parent / "reference" / "samplers.npz")
-CENTRES = 3 * torch.tensor([(math.cos(i * math.pi / 4), math.sin(i * math.pi / 4)) for i in range(8)], dtype=torch.float64)
-
-
-def exact_denoiser(calls=None):
-    """E[y | y + sigma n] of a mixture of 8 Gaussians of variance 0.04 on a circle of radius 3."""
-    def denoise(x, sigma):
-        if calls is not None:
-            calls.append(float(sigma))
-        variance = 0.04 + sigma ** 2
-        weights = (-((x[:, None] - CENTRES) ** 2).sum(-1) / (2 * variance)).softmax(1)
-        means = (0.04 * x[:, None] + sigma ** 2 * CENTRES) / variance
-        return (weights[..., None] * means).sum(1)
-    return denoise
-
-
-@pytest.mark.parametrize("name, nfe, settings", [
-    ("heun18", 35, dict(num_steps=18)),
-    ("heun40", 79, dict(num_steps=40)),
-    ("heun50", 99, dict(num_steps=50)),
-    ("churn32", 63, dict(num_steps=32, S_churn=40, S_min=0.05, S_max=50, S_noise=1.003)),
-])
-def test_heun_equals_edm(name, nfe, settings):
-    noise, calls = np.random.RandomState(11), []
-    x = heun(exact_denoiser(calls), torch.from_numpy(REFERENCE["latents"]),
-             randn_like=lambda x: torch.from_numpy(noise.standard_normal(tuple(x.shape))), **settings)
-    assert x.dtype == torch.float64 and np.abs(x.numpy() - REFERENCE[name]).max() < 1e-9
-    assert len(calls) == nfe
-
-
-def test_noise_levels_of_other_rhos():
-    """Even for rho = 1; their rho-th roots are even; towards a geometric sequence for a large one (EDM Eq. 5)."""
-    assert torch.allclose(noise_levels(5, 2, 10, 1), torch.tensor([10.0, 8, 6, 4, 2], dtype=torch.float64))
-    assert torch.allclose(noise_levels(3, 1, 27, 3), torch.tensor([27.0, 8, 1], dtype=torch.float64))
-    assert torch.allclose(noise_levels(3, 1, 100, 1e6), torch.tensor([100.0, 10, 1], dtype=torch.float64), rtol=1e-4)
-
-
-def preset(evaluations):
-    """The settings of config/restart39.py and so on."""
-    settings = dict(num_steps=0, restarts=(), gamma=0.0, S_min=0.0, S_max=0.0, S_noise=0.0)
-    return configure(settings, [str(ROOT / "config" / f"restart{evaluations}.py")])
-
-
-PUBLISHED = dict(gamma=0.05, S_min=0.01, S_max=1, S_noise=1.003)  # as all of Xu et al.'s for ImageNet-64
-RESTARTS = {
-    "restart39": (39, preset(39)),
-    "restart67": (67, dict(num_steps=18, **PUBLISHED, restarts=(
-        (5, 1, 19.35, 40.79), (5, 1, 1.09, 1.92), (5, 1, 0.59, 1.09), (5, 1, 0.06, 0.3)))),
-    "restart99": (99, dict(num_steps=18, **PUBLISHED, restarts=(
-        (3, 1, 19.35, 40.79), (4, 1, 1.09, 1.92), (4, 4, 0.59, 1.09), (4, 1, 0.3, 0.59), (4, 4, 0.06, 0.3)))),
-    "restart165": (165, dict(num_steps=18, **PUBLISHED, restarts=(
-        (3, 1, 19.35, 40.79), (4, 1, 1.09, 1.92), (4, 5, 0.59, 1.09), (4, 5, 0.3, 0.59), (4, 10, 0.06, 0.3)))),
-    "restart203": (203, preset(203)),
-    "restart385": (385, dict(num_steps=36, **PUBLISHED, restarts=(
-        (3, 1, 19.35, 40.79), (6, 1, 1.09, 1.92), (6, 5, 0.59, 1.09), (6, 5, 0.3, 0.59), (6, 20, 0.06, 0.3)))),
-    "restart535": (535, dict(num_steps=36, **PUBLISHED, restarts=(
-        (6, 1, 19.35, 40.79), (6, 1, 1.09, 1.92), (7, 6, 0.59, 1.09), (7, 6, 0.3, 0.59), (7, 25, 0.06, 0.3)))),
-    "restart623": (623, preset(623)),
-    "restart_simple": (43, dict(num_steps=18, restarts=((3, 2, 0.06, 0.3),))),
-}
-
-
-@pytest.mark.parametrize("name", RESTARTS)
-def test_restart_equals_its_authors(name):
-    nfe, settings = RESTARTS[name]
-    noise, calls = np.random.RandomState(11), []
-    x = restart(exact_denoiser(calls), torch.from_numpy(REFERENCE["latents"]),
-                randn_like=lambda x: torch.from_numpy(noise.standard_normal(tuple(x.shape))), **settings)
-    assert x.dtype == torch.float64 and np.abs(x.numpy() - REFERENCE[name]).max() < 1e-9
-    assert len(calls) == nfe
-
-
-def test_restart_without_restarts_is_heun():
-    latents = torch.from_numpy(REFERENCE["latents"])
-    assert torch.equal(restart(exact_denoiser(), latents, 18, []), heun(exact_denoiser(), latents, 18))
-
-
-def test_restart_keeps_the_distribution():
-    """Noise up and an ODE down leave the marginals as they are: one Gaussian stays one, whatever goes in between."""
-    g = torch.Generator().manual_seed(0)
-    x = restart(lambda x, sigma: x * 0.25 / (0.25 + sigma ** 2), torch.randn(20_000, 1, generator=g), 40,
-                [(20, 3, 0.3, 2.0), (20, 2, 5.0, 20.0)],
-                randn_like=lambda x: torch.randn(x.shape, generator=g, dtype=torch.float64))
-    assert abs(x.mean()) < 0.02 and x.std().item() == pytest.approx(0.5, rel=0.03)
-
-
-@pytest.mark.parametrize("restarts, message", [
-    ((3, 1, 0.06, 0.3), r"takes \(N_restart, K, t_min, t_max\), ..., the first two whole numbers; not 3"),
-    (((3, 1, 0.06),), "not .3, 1, 0.06."),
-    (((math.inf, 1, 0.06, 0.3),), "the first two whole numbers"),
-    (((3, math.nan, 0.06, 0.3),), "the first two whole numbers"),
-    (((3, 1, math.nan, 0.3),), "t_min < t_max"),
-    (((1, 1, 0.06, 0.3),), "N_restart and num_steps are 2 or more"),
-    (((3, 0, 0.06, 0.3),), "K is 1 or more"),
-    (((3, 1.5, 0.06, 0.3),), "the first two whole numbers"),
-    (((3, 1, 0.3, 0.06),), "t_min < t_max"),
-    (((3, 1, 0.06, math.inf),), "t_min < t_max"),
-    (((3, 1, 1e-9, 0.3),), "sigma_min 0.002 <= t_min"),
-    (((3, 1, 0.06, 100.0),), "t_max <= sigma_max 80"),
-    (((3, 1, 79.0, 80), (3, 1, 70.0, 71.0)), None),
-    (((3, 1, 0.061, 0.062), (3, 1, 50.0, 51.0)), "the noise level nearest to t_min, and not below t_max"),
-])
-def test_restarts_that_do_not_fit(restarts, message):
-    if message is None:  # nothing arrives at sigma_max: the next level below is taken
-        assert [len(loops) for loops in restart_loops(18, restarts)] == [0, 2] + [0] * 17
-        return
-    with pytest.raises(UserError, match=message):
-        restart_loops(18, restarts)
-
-
-def test_heun_is_of_second_order():
-    """Of one Gaussian the ODE is solved in closed form: x(0) = x(sigma_max) sd / sqrt(sd^2 + sigma_max^2)."""
-    latents, sd = torch.randn(5, 1, generator=torch.Generator().manual_seed(0)).double(), 0.5
-    exact = latents * 80 * sd / math.sqrt(sd ** 2 + 80 ** 2)
-    errors = [(heun(lambda x, sigma: x * sd ** 2 / (sd ** 2 + sigma ** 2), latents, n) - exact).abs().max()
-              for n in (32, 64, 128)]
-    assert errors[2] < 1e-3 and 3 < errors[0] / errors[1] < 6 and 3 < errors[1] / errors[2] < 6
-
-
-def test_one_step_is_one_denoising():
-    calls = []
-    latents = torch.ones(1, 2)
-    x = heun(exact_denoiser(calls), latents, num_steps=1)
-    assert calls == [80.0] and torch.allclose(x, exact_denoiser()(80 * latents.double(), torch.tensor(80.0)))
-
-
-# discrete diffusion, with the exact scores of a known distribution of m = 3 tokens with V = 4 values
-
-STATES = torch.cartesian_prod(*[torch.arange(4)] * 3)  # (64, 3)
-P = torch.rand(64, generator=torch.Generator().manual_seed(5), dtype=torch.float64) ** 3 + 0.02
-P /= P.sum()
-
-
-def exact_score(seen=None):
-    """s_y = p(x0 = y | what is unmasked) / (e^sigma - 1)"""
-    def score(x, t):
-        if seen is not None:
-            seen.append((x.clone(), t))
-        fits = ((x[:, None] == STATES) | (x[:, None] == 4)).all(2) * P  # (B, 64)
-        p = torch.einsum("bs,siy->biy", fits / fits.sum(1, keepdim=True), torch.nn.functional.one_hot(STATES, 4).double())
-        p = torch.nn.functional.pad(p / torch.expm1(log_linear(t)[0])[:, None, None], (0, 1))
-        return p.log().scatter(2, x[..., None], 0)
-    return score
-
-
-def noise(seed):
-    g = np.random.default_rng(seed)
-    return (lambda n: (lambda *shape: torch.from_numpy(g.random((n, *shape))))), \
-        (lambda n: (lambda *shape: torch.from_numpy(g.gumbel(size=(n, *shape)))))
-
-
-def chi_square(codes):
-    """Of these samples against P: 63 degrees of freedom, so that 103.4 is exceeded with probability 0.001."""
-    counts = torch.bincount((codes * torch.tensor([16, 4, 1])).sum(1), minlength=64)
-    expected = len(codes) * P
-    assert expected.min() > 5
-    return ((counts - expected) ** 2 / expected).sum().item()
-
-
-def all_mask(n):
-    return torch.full((n, 3), 4)
-
-
-def test_first_hitting_samples_the_distribution():
-    """Exactly, in one evaluation a token, at falling times whose mean is that of the order statistics."""
-    n, seen, (rand, gumbel) = 30_000, [], noise(0)
-    start = all_mask(n)
-    codes = first_hitting(exact_score(seen), start, rand(n), gumbel(n))
-    assert chi_square(codes) < 103.4 and (start == 4).all()
-    assert [(x == 4).sum(1).unique().tolist() for x, _ in seen] == [[3], [2], [1]]
-    times = torch.stack([t for _, t in seen])
-    assert (times[:-1] > times[1:]).all()
-    assert torch.allclose(times.mean(1), torch.tensor([3 / 4, 2 / 4, 1 / 4], dtype=torch.float64), atol=0.01)
-    unmasked_first = (seen[1][0] != 4).double().mean(0)
-    assert torch.allclose(unmasked_first, torch.full((3,), 1 / 3, dtype=torch.float64), atol=0.02)
-
-
-def test_the_bound_is_exact_for_exact_scores():
-    """SEDD.nats is then -ln p itself, whatever the times."""
-    class Exact:
-        codebook_size = 4
-
-        def __call__(self, x, t, labels):
-            return exact_score()(x, t.double())
-
-    for seed in range(5):
-        nats = SEDD.nats(Exact(), STATES, None, torch.Generator().manual_seed(seed))
-        assert torch.allclose(nats, -P.log(), atol=1e-6)
-
-
-def test_wrong_sums_of_scores_are_survived():
-    """30 % too much: tokens unmask early, and probabilities to stay masked are negative; no mask is left all the same."""
-    seen, (_, gumbel) = [], noise(0)
-    score = exact_score(seen)
-    codes = tau_leaping(lambda x, t: score(x, t) + math.log(1.3), all_mask(5000), 10, gumbel(5000), eta=0.1)
-    assert codes.min() >= 0 and codes.max() <= 3
-    masked = [(x == 4).double().mean().item() for x, _ in seen]
-    assert masked[5] < 0.45 and masked == sorted(masked, reverse=True)
-
-
-def test_a_wrong_sampler_is_found_out():
-    """What the chi-square is worth: all tokens in one step have another distribution."""
-    n, (_, gumbel) = 30_000, noise(0)
-    assert chi_square(tau_leaping(exact_score(), all_mask(n), 1, gumbel(n))) > 1000
-
-
-def test_analytic_sampler_agrees_in_1000_steps():
-    n, seen, (_, gumbel) = 8_000, [], noise(1)
-    codes = tau_leaping(exact_score(seen), all_mask(n), 1000, gumbel(n))
-    assert chi_square(codes) < 103.4 and len(seen) == 1000
-
-
-def test_times_of_tau_leaping_are_even():
-    """From t = 1 on, where all is mask, to 1 / n, from where the last step goes to 0."""
-    seen, (_, gumbel) = [], noise(6)
-    tau_leaping(exact_score(seen), all_mask(50), 4, gumbel(50))
-    assert [t.unique().tolist() for _, t in seen] == [[1.0], [0.75], [0.5], [0.25]]
-
-
-@pytest.mark.parametrize("eta, t0, t1", [(0.0, 0.3, 0.55), (0.02, 0.3, 0.55), (0.3, 0.3, 0.55), (0.9, 0.05, 0.99)])
-def test_masked_tokens_follow_the_schedule(eta, t0, t1):
-    """P(masked at t) = t at every step, with and without remasking; tokens are masked again in (t0, t1) alone."""
-    n, steps, seen, (_, gumbel) = 20_000, 40, [], noise(2)
-    tau_leaping(exact_score(seen), all_mask(n), steps, gumbel(n), eta=eta, t0=t0, t1=t1)
-    assert len(seen) == steps
-    for (x, t), (x_next, _) in zip(seen, seen[1:]):
-        t = t[0].item()
-        assert (x == 4).double().mean().item() == pytest.approx(t, abs=5 * math.sqrt(t * (1 - t) / (3 * n)) + 1e-12)
-        again = ((x_next == 4) & (x != 4)).sum() / max((x != 4).sum(), 1)
-        wanted = min(eta, (t - 1 / steps) / (1 - t)) if t0 < t < t1 else 0
-        assert again.item() == pytest.approx(wanted, abs=5 * math.sqrt(wanted / max((x != 4).sum().item(), 1)))
-
-
-def test_remasking_ends_in_the_distribution():
-    n, (_, gumbel) = 8_000, noise(3)
-    assert chi_square(tau_leaping(exact_score(), all_mask(n), 400, gumbel(n), eta=0.02)) < 103.4
-
-
-def test_euler_and_analytic_are_one_for_the_log_linear_noise():
-    n = 500
-    a, b = (tau_leaping(exact_score(), all_mask(n), 20, noise(4)[1](n), **how) for how in ({}, dict(probs=euler_probs)))
-    assert torch.equal(a, b)
-
-
-def small_model():
-    torch.manual_seed(0)
-    model = DisCoDiff(8, 1, 3, num_latents=2, codebook_size=4, latent_dim=8, latent_layers=1, latent_heads=1,
-                      encoder_patch=4, encoder_dim=8, encoder_layers=1, encoder_heads=1, model_channels=8,
-                      channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.0).eval()
-    for p in model.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.3)
-    return model
-
-
-@torch.no_grad()
-def test_guidance():
-    model = small_model()
-    x, sigma, c, z = torch.randn(3, 1, 8, 8), torch.tensor(2.0), torch.tensor([0, 1, 2]), torch.tensor([[0, 1], [2, 3], [1, 1]])
-    batches, condition_calls = [], []
-    model.model.register_forward_hook(lambda m, args, out: batches.append(len(args[0])))
-    model.latents.register_forward_hook(lambda m, args, out: condition_calls.append(len(args[0])))
-    D = denoiser(model, c, z)(x, sigma)
-    D_null = model.denoise(x, sigma.expand(3), c, model.condition(z, torch.ones(3, dtype=torch.bool)))
-    assert batches == [3, 3]  # w = 1: no second evaluation
-    assert (D - D_null).abs().max() > 1e-3
-    batches.clear()
-    condition_calls.clear()
-    guided = denoiser(model, c, z, guidance=2.5)
-    result = guided(x, sigma)
-    guided(x, sigma / 2)
-    assert torch.allclose(result, 2.5 * D - 1.5 * D_null, atol=1e-5)  # App. B
-    assert torch.allclose(denoiser(model, c, z, guidance=0.0)(x, sigma), D_null, atol=1e-5)
-    assert batches[:2] == [6, 6]  # one batched evaluation each
-    assert condition_calls[:2] == [3, 1]  # what depends on z alone: once, not once an evaluation
-
-
-def test_noise_depends_on_its_seed_alone():
-    many, few = SeededNoise("a", range(10), "cpu"), SeededNoise("a", [7, 3], "cpu")
-    for _ in range(2):
-        a, b = many.randn(2, 2), few.randn(2, 2)
-        assert torch.equal(a[[7, 3]], b) and not torch.equal(a[0], a[1])
-    assert not torch.equal(SeededNoise("a", [7], "cpu").randn(2), SeededNoise("b", [7], "cpu").randn(2))
-    first = SeededNoise("images", range(50_000), "cpu").randn(1)
-    assert len(first.unique()) == 50_000  # no two seeds collide
-
-
-def test_seeded_noise_has_its_distributions():
-    noise = SeededNoise("a", range(100), "cpu")
-    normal, gumbel = noise.randn(1000), noise.gumbel(1000)
-    assert abs(normal.mean()) < 0.01 and abs(normal.std() - 1) < 0.01
-    assert abs(gumbel.mean() - 0.5772) < 0.02 and abs(gumbel.var() - math.pi ** 2 / 6) < 0.05
-
-
-# the script
-
-
-def load(folder, name="samples"):
-    with np.load(folder / f"{name}.npz") as f:
-        return {k: f[k] for k in f.files}
-
-
-SAMPLE = ["--num_steps=3", "--device=cpu", "--num_images=20", "--per_code=4"]
+from sedd import SEDD
+from trained import classes_of
 
 
 @pytest.fixture(scope="module")
 def samples(trained):
     run("sample.py", f"--out_dir={trained}", "--name=first", *SAMPLE, "--batch_size=20")
     return load(trained, "first")
-
-
-def close(a, b):
-    """The same samples: images to rounding, everything else exactly."""
-    return all(np.array_equal(a[k], b[k]) for k in ("labels", "codes", "seeds")) and \
-        np.abs(a["images"].astype(int) - b["images"]).max() <= 1
 
 
 def test_what_is_written(trained, samples):
@@ -405,15 +88,6 @@ def test_labels_at_random(trained, samples, monkeypatch):
     assert np.array_equal(made["labels"].reshape(5, 4), made["labels"][::4, None].repeat(4, 1)) and len(set(made["labels"])) > 2
     with pytest.raises(UserError, match="choose one"):
         run("sample.py", f"--out_dir={trained}", *SAMPLE, "--random_labels=True", "--class_label=2")
-
-
-def test_samples_are_of_the_moving_averages(trained):
-    model, stage1 = load_stage1(trained, "cpu")
-    networks = {"stage1": model, **{f"prior_{kind}": load_prior(trained, kind, "cpu", stage1) for kind in ("ar", "sedd")}}
-    for name, network in networks.items():
-        state = torch.load(trained / f"{name}.pt")
-        assert all(torch.equal(weights, state["ema"][key]) for key, weights in network.state_dict().items())
-        assert not all(torch.equal(weights, state["ema"][key]) for key, weights in state["model"].items())
 
 
 def test_the_batch_size_changes_nothing(trained, samples):
@@ -511,26 +185,14 @@ def test_churn_is_seeded_too(trained):
 
 
 def test_two_processes_make_the_same_images(trained, samples):
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "sample.py",
-                    f"--out_dir={trained}", "--name=two", *SAMPLE, "--batch_size=6"], cwd=ROOT, check=True, capture_output=True)
+    outputs(start_together(2, "sample.py", f"--out_dir={trained}", "--name=two", *SAMPLE, "--batch_size=6"))
     assert close(load(trained, "two"), samples)
 
 
 def test_mistakes_are_told_under_torchrun(trained):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "sample.py",
-                           f"--out_dir={trained}", "--name=two", *SAMPLE, "--class_label=11"],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode and "error: class_label 11 is out of range" in done.stderr
-
-
-def test_png_files_on_a_full_disk(samples, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    np.savez(tmp_path / "a.npz", **samples)
-    monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(UserError, match="can't write .*pngs: No space left on device"):
-        npz.save_pngs([tmp_path / "a.npz"], tmp_path / "pngs")
+    process = torchrun("--nproc_per_node=2", "sample.py", f"--out_dir={trained}", "--name=two", *SAMPLE, "--class_label=11")
+    _, errors = process.communicate()
+    assert process.returncode and "error: class_label 11 is out of range" in errors
 
 
 def test_an_interrupted_run_goes_on(trained, samples, monkeypatch):
@@ -573,52 +235,6 @@ def test_images_that_are_not_finite_are_not_written(trained):
         run("sample.py", f"--out_dir={trained}", "--name=inf", *SAMPLE, "--guidance=1e300")
     assert not (trained / "inf.npz").exists() and not list((trained / "inf.parts").glob("*.npz"))
     run("sample.py", f"--out_dir={trained}", "--name=inf", *SAMPLE, "--num_images=2")  # and nothing is in the way
-
-
-def test_codes_by_hand_and_from_images(trained):
-    run("sample.py", f"--out_dir={trained}", "--name=hand", *SAMPLE, "--code=4,0,2", "--class_label=7")
-    hand = load(trained, "hand")
-    assert (hand["codes"] == [4, 0, 2]).all() and (hand["labels"] == 7).all()
-    images, labels, _ = data.load("fashion-mnist-10k")
-    np.savez(trained / "given.npz", images=images[:3], labels=labels[:3])
-    np.savez(trained / "odd.npz", images=images[:3], labels=labels[:3] + 10)
-    with pytest.raises(UserError, match=r"has classes \d+ ... 1\d: this model has 10, 0 ... 9"):
-        run("sample.py", f"--out_dir={trained}", "--name=npz", *SAMPLE, f"--encode={trained / 'odd.npz'}")
-    run("sample.py", f"--out_dir={trained}", "--name=npz", *SAMPLE, f"--encode={trained / 'given.npz'}")
-    assert load(trained, "npz")["labels"].tolist() == labels[[0, 1, 2, 0, 1]].repeat(4).tolist()
-    (trained / "given").mkdir()
-    for i in range(3):
-        Image.fromarray(images[i, ..., 0]).save(trained / "given" / f"{i}.png")
-    with pytest.raises(UserError, match="has no class labels: say --class_label="):
-        run("sample.py", f"--out_dir={trained}", "--name=folder", *SAMPLE, f"--encode={trained / 'given'}")
-    run("sample.py", f"--out_dir={trained}", "--name=folder", *SAMPLE, f"--encode={trained / 'given'}", "--class_label=2")
-    assert (load(trained, "folder")["labels"] == 2).all()
-    assert np.array_equal(load(trained, "folder")["codes"], load(trained, "npz")["codes"])
-    run("sample.py", f"--out_dir={trained}", "--name=set", *SAMPLE, "--encode=fashion-mnist-10k", "--guidance=2")
-    assert (load(trained, "set")["nfe"] == 10).all()  # D(z) and D(null)
-    assert len(np.unique(load(trained, "set")["labels"])) > 1
-
-
-def test_composed_codes(trained):
-    """Of four rows: one code, the other, and two that take each position from the one or the other."""
-    compose = ["--per_code=2", "--num_images=160", "--num_steps=1"]
-    run("sample.py", f"--out_dir={trained}", "--name=hands", *SAMPLE, *compose, "--code=0,1,2", "--compose=(3, 4,1)")
-    codes = load(trained, "hands")["codes"].reshape(20, 4, 2, 3)
-    assert (codes[:, :, 0] == codes[:, :, 1]).all()
-    assert (codes[:, 0, 0] == [0, 1, 2]).all() and (codes[:, 1, 0] == [3, 4, 1]).all()
-    from_second = codes[:, 2:, 0] == [3, 4, 1]
-    assert (from_second | (codes[:, 2:, 0] == [0, 1, 2])).all()
-    assert len(np.unique(from_second.reshape(-1, 3), axis=0)) == 8  # all mixtures, in 40 draws
-    run("sample.py", f"--out_dir={trained}", "--name=again", *SAMPLE, *compose, "--code=0,1,2", "--compose=3,4,1", "--batch_size=7")
-    assert close(load(trained, "hands"), load(trained, "again"))
-    run("sample.py", f"--out_dir={trained}", "--name=data", *SAMPLE, *compose, "--encode=fashion-mnist-10k",
-        "--compose=fashion-mnist-10k")
-    made, labels = load(trained, "data"), data.load("fashion-mnist-10k")[1]
-    order = np.concatenate(data.split(10_000, 16))  # what it was trained on, then what was held out
-    codes, c = made["codes"].reshape(20, 4, 2, 3)[:, :, 0], made["labels"].reshape(20, 4, 2)[:, :, 0]
-    assert (c[:, 0] == labels[order[:20]]).all() and (c[:, 1] == labels[np.roll(order, 1)[:20]]).all()
-    assert (c[:, 2:] == c[:, :2]).all() and len(np.unique(codes[:, 0], axis=0)) > 1
-    assert ((codes[:, 2:] == codes[:, :1]) | (codes[:, 2:] == codes[:, 1:2])).all()
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -670,46 +286,6 @@ def test_bad_input(trained, arguments, message):
 def test_a_device_that_is_not_there(trained):
     with pytest.raises(UserError, match="--device=cuda can't be used here"):
         run("sample.py", f"--out_dir={trained}", "--name=bad", *SAMPLE, "--device=cuda")
-
-
-def test_checkpoints_that_do_not_fit(trained, tmp_path):
-    broken = tmp_path / "broken"
-    shutil.copytree(trained, broken, ignore=shutil.ignore_patterns("*.previous.pt"))
-    whole = (trained / "prior_ar.pt").read_bytes()
-    (broken / "prior_ar.pt").write_bytes(whole[:-1000])
-    with pytest.raises(UserError, match="prior_ar.pt is truncated or damaged"):
-        run("sample.py", f"--out_dir={broken}", *SAMPLE)
-    (broken / "prior_ar.pt").unlink()
-    with pytest.raises(UserError, match=r"there is no checkpoint .*prior_ar.pt: run `python train_prior.py"):
-        run("sample.py", f"--out_dir={broken}", *SAMPLE)
-    (broken / "prior_ar.pt").write_bytes(whole)
-    state = torch.load(trained / "stage1.pt")
-    other = {**state, "model_args": {**state["model_args"], "model_channels": 16}}
-    torch.save(other, broken / "stage1.pt")
-    with pytest.raises(UserError, match="another architecture than this DisCoDiff"):
-        run("sample.py", f"--out_dir={broken}", *SAMPLE)
-    torch.save(state, broken / "stage1.pt")
-    prior = torch.load(trained / "prior_ar.pt")
-    torch.save({**prior, "model_args": {**prior["model_args"], "dim": 32}}, broken / "prior_ar.pt")
-    with pytest.raises(UserError, match="another architecture than this Prior"):
-        run("sample.py", f"--out_dir={broken}", *SAMPLE)
-    torch.save({k: v for k, v in prior.items() if k != "encoder"}, broken / "prior_ar.pt")
-    with pytest.raises(UserError, match="is not a checkpoint of train_prior.py"):
-        run("sample.py", f"--out_dir={broken}", *SAMPLE)
-    shutil.copy(trained / "prior_sedd.pt", broken / "prior_ar.pt")
-    with pytest.raises(UserError, match="prior_ar.pt holds a prior of the kind 'sedd', not 'ar'"):
-        run("sample.py", f"--out_dir={broken}", *SAMPLE)
-    torch.save({**prior, "model_args": {**prior["model_args"], "num_latents": 4}}, broken / "prior_ar.pt")
-    with pytest.raises(UserError, match=r"prior_ar.pt has m, k, classes = \[4, 5, 10\], stage 1 has \[3, 5, 10\]"):
-        run("sample.py", f"--out_dir={broken}", *SAMPLE)
-    (broken / "prior_ar.pt").write_bytes(whole)
-    (broken / "prior_sedd.pt").unlink()
-    with pytest.raises(UserError, match="prior_sedd.pt: run `python train_prior.py --prior=sedd --out_dir="):
-        run("sample.py", f"--out_dir={broken}", *SAMPLE, "--prior=sedd")
-    state["ema"]["model.out_conv.bias"] += 1
-    torch.save(state, broken / "stage1.pt")
-    with pytest.raises(UserError, match="trained on codes of another stage 1"):
-        run("sample.py", f"--out_dir={broken}", *SAMPLE)
 
 
 def test_plain_edm(tmp_path):

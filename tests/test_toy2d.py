@@ -2,14 +2,14 @@
 import itertools
 import json
 import runpy
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT
 from PIL import Image
+from scripts import outputs, quick_toy, run, start
 
 import toy2d
 from configurator import UserError
@@ -67,9 +67,10 @@ def test_training_is_repeatable_and_learns_one_code_a_mode(g, monkeypatch):
     assert purity(encoder.sample_codes(points, g)[:, 0], component) > 0.95
 
 
-def test_a_quick_run(tmp_path):
-    printed = run("toy2d.py", "--quick=True", f"--out_dir={tmp_path}")
-    table, results = (tmp_path / "table.txt").read_text(), json.loads((tmp_path / "results.json").read_text())
+def test_a_quick_run():
+    process, folder = quick_toy()
+    (printed, _), = outputs([process])
+    table, results = (folder / "table.txt").read_text(), json.loads((folder / "results.json").read_text())
     assert results["settings"]["quick"] is True and all(line in printed for line in table.splitlines())
     eight, = results["eight Gaussians"]
     models = eight["models"]
@@ -93,9 +94,9 @@ def test_a_quick_run(tmp_path):
     assert learned["purity"] > 0.95 and learned["stray"] < rows[4, 0.1, "unconditional"]["stray"]
 
     for name in ("eight", "curves", "grid", "grid_samples", "fields"):
-        picture = np.array(Image.open(tmp_path / f"{name}.png").convert("L"))
+        picture = np.array(Image.open(folder / f"{name}.png").convert("L"))
         assert min(picture.shape) > 300 and picture.std() > 10
-    with Image.open(tmp_path / "sampling.gif") as gif:
+    with Image.open(folder / "sampling.gif") as gif:
         assert gif.n_frames == toy2d.num_steps + 1
 
 
@@ -132,6 +133,6 @@ def test_mistakes_are_one_line(setting, says, tmp_path, monkeypatch, capsys):
 
 
 def test_a_mistake_ends_the_process(tmp_path):
-    command = [sys.executable, ROOT / "toy2d.py", f"--out_dir={tmp_path}", "--steps=3", "--lr=1e30"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and is_one_line(done.stderr, "diverged")
+    process = start("toy2d.py", f"--out_dir={tmp_path}", "--steps=3", "--lr=1e30")
+    _, errors = process.communicate()
+    assert process.returncode == 2 and is_one_line(errors, "diverged")

@@ -1,0 +1,203 @@
+"""Scripts of ours: in this process (`run`), before their first step (`Script`), and in other processes (`start`, `torchrun`)."""
+import functools
+import gc
+import inspect
+import io
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+
+import bench
+from run import release
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# a network that takes seconds, on the embedded data
+TINY = ["--model_channels=8", "--channel_mult=1,2", "--attn_resolutions=14,", "--num_latents=3", "--codebook_size=5",
+        "--latent_dim=8", "--latent_layers=1", "--encoder_dim=16", "--encoder_layers=1", "--encoder_patch=14", "--preview_every=0",
+        "--batch_size=8", "--total_images=48", "--warmup_images=16", "--held_out=16", "--device=cpu"]
+# and a prior for it
+PRIOR = ["--layers=1", "--dim=16", "--heads=2", "--batch_size=50", "--warmup_images=100", "--device=cpu"]
+# and samples of both
+SAMPLE = ["--num_steps=3", "--device=cpu", "--num_images=20", "--per_code=4"]
+
+
+def run(script, *arguments):
+    """Runs a script of ours as `python script arguments` does, in this process -> what it printed."""
+    argv, hook, printed = sys.argv, sys.excepthook, io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    sys.argv = [script, *map(str, arguments)]
+    try:
+        with redirect_stdout(printed):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, stop.code
+    finally:
+        sys.argv, sys.excepthook = argv, hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        release()
+        torch.manual_seed(0)
+    return printed.getvalue()
+
+
+class Script:
+    """A training script before its first step: its run, and its functions, which are given the run where they take one.
+    In `all`, its globals can be changed, as its functions see them."""
+
+    def __init__(self, *arguments):
+        hook = sys.excepthook
+        scope, self.run = bench.prepared(*arguments)
+        self.all = scope["gradients"].__globals__
+        sys.excepthook = hook
+
+    def __getattr__(self, name):
+        if name not in self.all:
+            return getattr(self.run, name)
+        value = self.all[name]
+        takes_run = inspect.isfunction(value) and next(iter(inspect.signature(value).parameters), "") == "run"
+        return functools.partial(value, self.run) if takes_run else value
+
+    def recorded(self, monkeypatch, name):
+        """-> a list that gets what this function is given from now on"""
+        given, function = [], self.all[name] if name in self.all else getattr(self.run, name)
+
+        def recording(run, *arguments):
+            given.append(arguments if run is self.run else (run, *arguments))
+            return function(run, *arguments)
+
+        monkeypatch.setitem(self.all if name in self.all else vars(self.run), name, recording)
+        return given
+
+    def averages_of_ones(self, seen):
+        """What the moving average, 0 to begin with, is after `update` at each of these points, of weights that stay at 1."""
+        averages = self.run.ema_parameters
+        with torch.no_grad():
+            for p, average in zip(self.parameters, averages):
+                p.fill_(1)
+                average.zero_()
+        self.optimizer.state.clear()
+        found = []
+        for point in seen:
+            for p in self.parameters:
+                p.grad = torch.zeros_like(p)
+            self.update(point)
+            assert all(p.eq(1).all() for p in self.parameters)
+            low, high = torch.cat([average.flatten() for average in averages]).aminmax()
+            assert high - low < 1e-6
+            found.append(low.item())
+        return found
+
+
+# ----------------------------------------------------------------------------------------------------
+# other processes
+
+
+@functools.cache
+def warm():
+    """The process that has imported PyTorch, and forks for each script (warm.py); where its scripts leave what they print."""
+    process = subprocess.Popen([sys.executable, Path(__file__).parent / "warm.py"], stdin=subprocess.PIPE, text=True)
+    return process, tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def quick_toy():
+    """`python toy2d.py --quick=True` -> its process, and the folder that it fills"""
+    folder = Path(warm()[1].name) / "toy"
+    return start("toy2d.py", "--quick=True", f"--out_dir={folder}"), folder
+
+
+def begin(tests):
+    """Before the first of these tests: what takes long begins on another core, if they are more than a file or two."""
+    gc.freeze()  # PyTorch's objects stay: no need to go through them again and again
+    if len(tests) > 50:
+        quick_toy() if "test_a_quick_run" in tests else warm()
+
+
+def end():
+    if warm.cache_info().currsize:
+        process, _ = warm()
+        process.stdin.close()
+        process.wait()
+
+
+class Started:
+    """A script in a process of its own; as subprocess.Popen, as far as it goes."""
+
+    count, returncode = 0, None
+
+    def __init__(self, arguments, cwd, environment):
+        process, place = warm()
+        Started.count += 1
+        self.folder = Path(place.name) / str(Started.count)
+        self.folder.mkdir()
+        request = dict(arguments=[str(a) for a in arguments], cwd=str(cwd), environment=environment, folder=str(self.folder))
+        print(json.dumps(request), file=process.stdin, flush=True)
+
+    @functools.cached_property
+    def pid(self):
+        while (pid := self.number_in("pid")) is None:
+            assert warm()[0].poll() is None
+            time.sleep(0.001)
+        return pid
+
+    def number_in(self, file):
+        return int((self.folder / file).read_text()) if (self.folder / file).exists() else None
+
+    def poll(self):
+        self.returncode = self.number_in("exitcode")
+        return self.returncode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def wait(self, timeout=120):
+        began = time.time()
+        while self.poll() is None:
+            assert time.time() - began < timeout, (self.folder / "stderr").read_text()
+            time.sleep(0.005)
+        return self.returncode
+
+    def communicate(self, timeout=120):
+        """-> what it has printed, on stdout and stderr, once it has ended"""
+        self.wait(timeout)
+        return (self.folder / "stdout").read_text(), (self.folder / "stderr").read_text()
+
+
+def start(*arguments, cwd=ROOT, **environment):
+    """`python arguments` as a process of its own."""
+    environment = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+    if not hasattr(os, "fork"):
+        return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, env=environment)
+    return Started(arguments, cwd, environment)
+
+
+def start_together(count, *arguments, cwd=ROOT):
+    """That many processes which find each other, as torchrun's do."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return [start(*arguments, cwd=cwd, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            for rank in range(count)]
+
+
+def outputs(processes):
+    """Waits until all of these have ended, and well -> what each has printed, on stdout and stderr"""
+    found = [process.communicate() for process in processes]
+    assert all(process.returncode == 0 for process in processes), found
+    return found
+
+
+def torchrun(*arguments, cwd=ROOT):
+    """torchrun's own process; its workers are `python` as it starts them."""
+    return start("-m", "torch.distributed.run", "--standalone", *arguments, cwd=cwd)

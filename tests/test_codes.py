@@ -1,0 +1,56 @@
+"""Codes by hand, of images, composed: by sample.py."""
+
+import numpy as np
+import pytest
+from conftest import close, load
+from PIL import Image
+from scripts import SAMPLE, run
+
+import data
+from configurator import UserError
+
+
+def test_codes_by_hand_and_from_images(trained):
+    run("sample.py", f"--out_dir={trained}", "--name=hand", *SAMPLE, "--code=4,0,2", "--class_label=7")
+    hand = load(trained, "hand")
+    assert (hand["codes"] == [4, 0, 2]).all() and (hand["labels"] == 7).all()
+    images, labels, _ = data.load("fashion-mnist-10k")
+    np.savez(trained / "given.npz", images=images[:3], labels=labels[:3])
+    np.savez(trained / "odd.npz", images=images[:3], labels=labels[:3] + 10)
+    with pytest.raises(UserError, match=r"has classes \d+ ... 1\d: this model has 10, 0 ... 9"):
+        run("sample.py", f"--out_dir={trained}", "--name=npz", *SAMPLE, f"--encode={trained / 'odd.npz'}")
+    run("sample.py", f"--out_dir={trained}", "--name=npz", *SAMPLE, f"--encode={trained / 'given.npz'}")
+    assert load(trained, "npz")["labels"].tolist() == labels[[0, 1, 2, 0, 1]].repeat(4).tolist()
+    (trained / "given").mkdir()
+    for i in range(3):
+        Image.fromarray(images[i, ..., 0]).save(trained / "given" / f"{i}.png")
+    with pytest.raises(UserError, match="has no class labels: say --class_label="):
+        run("sample.py", f"--out_dir={trained}", "--name=folder", *SAMPLE, f"--encode={trained / 'given'}")
+    run("sample.py", f"--out_dir={trained}", "--name=folder", *SAMPLE, f"--encode={trained / 'given'}", "--class_label=2")
+    assert (load(trained, "folder")["labels"] == 2).all()
+    assert np.array_equal(load(trained, "folder")["codes"], load(trained, "npz")["codes"])
+    run("sample.py", f"--out_dir={trained}", "--name=set", *SAMPLE, "--encode=fashion-mnist-10k", "--guidance=2")
+    assert (load(trained, "set")["nfe"] == 10).all()  # D(z) and D(null)
+    assert len(np.unique(load(trained, "set")["labels"])) > 1
+
+
+def test_composed_codes(trained):
+    """Of four rows: one code, the other, and two that take each position from the one or the other."""
+    compose = ["--per_code=2", "--num_images=160", "--num_steps=1"]
+    run("sample.py", f"--out_dir={trained}", "--name=hands", *SAMPLE, *compose, "--code=0,1,2", "--compose=(3, 4,1)")
+    codes = load(trained, "hands")["codes"].reshape(20, 4, 2, 3)
+    assert (codes[:, :, 0] == codes[:, :, 1]).all()
+    assert (codes[:, 0, 0] == [0, 1, 2]).all() and (codes[:, 1, 0] == [3, 4, 1]).all()
+    from_second = codes[:, 2:, 0] == [3, 4, 1]
+    assert (from_second | (codes[:, 2:, 0] == [0, 1, 2])).all()
+    assert len(np.unique(from_second.reshape(-1, 3), axis=0)) == 8  # all mixtures, in 40 draws
+    run("sample.py", f"--out_dir={trained}", "--name=again", *SAMPLE, *compose, "--code=0,1,2", "--compose=3,4,1", "--batch_size=7")
+    assert close(load(trained, "hands"), load(trained, "again"))
+    run("sample.py", f"--out_dir={trained}", "--name=data", *SAMPLE, *compose, "--encode=fashion-mnist-10k",
+        "--compose=fashion-mnist-10k")
+    made, labels = load(trained, "data"), data.load("fashion-mnist-10k")[1]
+    order = np.concatenate(data.split(10_000, 16))  # what it was trained on, then what was held out
+    codes, c = made["codes"].reshape(20, 4, 2, 3)[:, :, 0], made["labels"].reshape(20, 4, 2)[:, :, 0]
+    assert (c[:, 0] == labels[order[:20]]).all() and (c[:, 1] == labels[np.roll(order, 1)[:20]]).all()
+    assert (c[:, 2:] == c[:, :2]).all() and len(np.unique(codes[:, 0], axis=0)) > 1
+    assert ((codes[:, 2:] == codes[:, :1]) | (codes[:, 2:] == codes[:, 1:2])).all()

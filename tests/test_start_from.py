@@ -1,0 +1,103 @@
+"""Training that starts from a network of our own."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import fill
+from scripts import TINY, run
+
+from configurator import UserError
+from model import DisCoDiff
+from start_from import start_from
+
+
+def small(**changes):
+    """Settings that TINY makes on Fashion-MNIST."""
+    return dict(img_resolution=28, img_channels=1, label_dim=10, sigma_data=0.5, model_channels=8, channel_mult=(1, 2), num_blocks=1,
+                channel_mult_emb=4, attn_resolutions=(14,), dropout=0.0, num_latents=3, codebook_size=5, latent_dim=8, latent_layers=1,
+                latent_heads=2, encoder_patch=14, encoder_dim=16, encoder_layers=1, encoder_heads=4) | changes
+
+
+def filled(**changes):
+    """A network all of whose weights are something."""
+    net = DisCoDiff(**small(**changes)).eval()
+    net.load_state_dict({name: fill(name, p.shape) for name, p in net.state_dict().items()})
+    return net
+
+
+def save(path, net, half=False, **changes):
+    """As a checkpoint of stage 1 has it: the network is the average, and the weights are others."""
+    ema = {name: value.half() if half else value for name, value in net.state_dict().items()}
+    path.parent.mkdir(exist_ok=True)
+    torch.save(dict(made_by="train_stage1", config={}, model_args=small(**changes), step=1, ema=ema, qkv="sorted",
+                    model={name: value * 0 for name, value in ema.items()}), path)
+    return path
+
+
+@torch.no_grad()
+def test_plain_edm_of_our_own_gets_codes(tmp_path):
+    """At first D is the source's, its averaged weights', to the bit, whatever the codes; from a folder, a file, and in half precision."""
+    plain = filled(num_latents=0)
+    x, sigma, c = torch.randn(4, 1, 28, 28), torch.tensor([0.1, 1.0, 10.0, 80.0]), torch.tensor([0, 3, 9, -1])
+    save(tmp_path / "run" / "stage1.pt", plain, num_latents=0)
+    for source in (tmp_path / "run", tmp_path / "run" / "stage1.pt"):
+        disco = DisCoDiff(**small()).eval()
+        start_from(str(source), disco, small())
+        for z in (torch.tensor([[0, 1, 2]] * 4), torch.tensor([[4, 4, 0]] * 4)):
+            assert torch.equal(disco.denoise(x, sigma, c, disco.condition(z)), plain.denoise(x, sigma, c))
+    start_from(save(tmp_path / "half.pt", plain, half=True, num_latents=0), again := DisCoDiff(**small(num_latents=0)).eval(), small(num_latents=0))
+    assert all(torch.equal(p, q.half().float()) for p, q in zip(again.parameters(), plain.parameters()))
+
+
+@torch.no_grad()
+def test_disco_diff_goes_on(tmp_path, capsys):
+    """With all weights; a class embedding of as many classes is kept, another starts afresh."""
+    path = save(tmp_path / "run" / "stage1.pt", source := filled())
+    start_from(path, net := DisCoDiff(**small()), small())
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), source.parameters())) and not capsys.readouterr().err
+    for classes in (7, 0):
+        net = DisCoDiff(**small(label_dim=classes))
+        fresh = {name: p.clone() for name, p in net.state_dict().items()}
+        start_from(path, net, small(label_dim=classes))
+        assert capsys.readouterr().err == f"{path} has 10 classes, this run {classes}: a new class embedding starts afresh\n"
+        for name, p in net.state_dict().items():
+            assert torch.equal(p, fresh[name] if "map_label" in name else source.state_dict()[name])
+
+
+def test_networks_of_our_own_that_do_not_fit(tmp_path):
+    path, plain = save(tmp_path / "run" / "stage1.pt", filled()), save(tmp_path / "plain.pt", filled(num_latents=0), num_latents=0)
+    for source, changes, message in ((path, dict(num_latents=0), "has discrete latents, which its denoiser relies on: it can't go on with num_latents=0"),
+                                     (path, dict(codebook_size=6, latent_heads=1), "of other settings: codebook_size=5 there, 6 here; latent_heads=2 there, 1 here$"),
+                                     (plain, dict(sigma_data=0.4), "of other settings: sigma_data=0.5 there, 0.4 here$"),
+                                     (plain, dict(model_channels=16), "of other settings: model_channels=8 there, 16 here$")):
+        with pytest.raises(UserError, match=message):
+            start_from(source, DisCoDiff(**small(**changes)), small(**changes))
+
+
+def test_what_is_no_network_to_start_from_is_named(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("text.pkl").write_text("a text")
+    Path("cut.pt").write_bytes((trained / "stage1.pt").read_bytes()[:-1000])
+    np.savez("images.npz", images=np.zeros((2, 28, 28, 1), np.uint8))
+    np.save("images.npy", np.zeros(3))
+    torch.save([1, 2], "list.pt")
+    for source, message in (("nothing", "there is no file or folder nothing to start from"), ("folder", "folder has no stage1.pt in it"),
+                            (trained / "prior_ar.pt", "prior_ar.pt is a prior: a stage1.pt, or one of EDM's networks, is wanted"),
+                            ("cut.pt", "cut.pt is truncated or damaged"), ("images.npz", "images.npz holds images or other arrays, not a network"),
+                            ("text.pkl", "text.pkl is neither a checkpoint nor one of EDM's networks"), ("images.npy", "is neither a checkpoint"),
+                            ("list.pt", "list.pt is not a checkpoint of train_stage1.py")):
+        with pytest.raises(UserError, match=message) as error:
+            start_from(str(source), DisCoDiff(**small()), small())
+        assert "\n" not in str(error.value)
+
+
+def test_training_starts_from_a_run_and_from_what_ships(trained, tmp_path):
+    """--init_from with the folder of a run; "pretrained" is found, and its settings differ."""
+    settings = [*TINY, "--lr=1e-9", "--encoder_lr=1e-9", "--total_images=8"]
+    run("train_stage1.py", f"--out_dir={tmp_path}", *settings, f"--init_from={trained}")
+    source, made = (torch.load(folder / "stage1.pt") for folder in (trained, tmp_path))
+    assert all((made["ema"][name] - value).abs().max() < 1e-7 for name, value in source["ema"].items())
+    with pytest.raises(UserError, match="pretrained/stage1.pt is a network of other settings: .*model_channels=24 there, 8 here"):
+        run("train_stage1.py", f"--out_dir={tmp_path / 'b'}", *settings, "--init_from=pretrained")

@@ -1,0 +1,66 @@
+"""
+`python SCRIPT ARGUMENTS`, but for the two seconds in which PyTorch is imported: this process has imported it, and forks for
+each script that conftest.py asks for, by a line of JSON on stdin: arguments (of Python: a script, or -m and a module, and what
+follows), cwd, environment (what is added), folder (where stdout, stderr, pid and, in the end, the exit code go).
+
+A script ends here as it does anywhere: sys.excepthook, atexit and the end of the interpreter take place.
+"""
+import gc
+import json
+import os
+import runpy
+import signal
+import sys
+
+import torch._dynamo  # noqa: F401  all of PyTorch, and what the first optimiser imports
+
+CHILDREN = {signal.SIGCHLD}
+folders = {}  # of the processes that run: {pid: folder}
+
+
+def write(path, number):
+    """The file is there when it is whole."""
+    with open(f"{path}.partial", "w") as f:
+        f.write(str(number))
+    os.replace(f"{path}.partial", path)
+
+
+def note_exit_codes(*_):
+    while folders:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            break
+        write(f"{folders.pop(pid)}/exitcode", os.waitstatus_to_exitcode(status))
+
+
+gc.collect()
+gc.freeze()  # or each process would go through all of PyTorch's objects, and so copy them, when it ends
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGCHLD, note_exit_codes)
+for line in sys.stdin:
+    request = json.loads(line)
+    signal.pthread_sigmask(signal.SIG_BLOCK, CHILDREN)  # until we know whose end it is
+    pid = os.fork()
+    if not pid:
+        break
+    folders[pid] = request["folder"]
+    write(f"{request['folder']}/pid", pid)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, CHILDREN)
+else:
+    sys.exit()
+
+# from here on, a process of a script
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, CHILDREN)
+for number, name in enumerate((os.devnull, "stdout", "stderr")):
+    os.dup2(os.open(os.path.join(request["folder"], name), os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+os.chdir(request["cwd"])
+os.environ.update(request["environment"])
+script, *arguments = request["arguments"]
+if script == "-m":
+    sys.argv, sys.path[0] = arguments, request["cwd"]
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+else:
+    sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(os.path.abspath(script))
+    runpy.run_path(script, run_name="__main__")
