@@ -382,7 +382,7 @@ def test_images_of_ones_own_at_the_first_try(tmp_path, monkeypatch):
     (["--P_mean=inf"], "P_mean must be finite, not inf"),
     (["--null_prob=2"], "null_prob 2.0 and dropout 0.0 are probabilities"),
     (["--channel_mult=()"], "channel_mult has a positive number"),
-    (["--model_channels=2"], "2 channels can't be shared"),
+    (["--model_channels=2"], "2 channels can't be split"),
     (["--encoder_heads=3"], "16 is not by 3"),
     (["--batch_size=10", "--batch_gpu=4"], "10 images per process can't be split into 3 equal parts of at most 4"),
     (["--device=cuda:99"], "--device=cuda:99 can't be used here"),
@@ -422,7 +422,7 @@ def test_mistakes_end_with_one_line_and_exit_code_2(tmp_path):
     for script, argument, message in (("train_stage1.py", "--lr=fast", "error: --lr=fast: lr takes a float"),
                                       ("sample.py", f"--out_dir={tmp_path}", "error: there is no checkpoint"),
                                       ("train_prior.py", f"--out_dir={tmp_path}", "error: there is no checkpoint"),
-                                      ("data.py", "mnits", "error: mnits is not one of the sets"),
+                                      ("data.py", "mnits", "error: mnits can't be downloaded, only mnist"),
                                       ("data.py", "pets photos", "error: one name is wanted: `python data.py NAME")):
         done = subprocess.run([sys.executable, script, *argument.split()], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done
@@ -483,7 +483,7 @@ def test_the_class_is_dropped_as_often_as_said(trained, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--prior=gpt"], "--prior is ar or sedd, not gpt"),
     (["--label_drop=1.5"], "label_drop must be in 0 ... 1, .* they are 1.5 and 0.9999"),
-    (["--ema_decay=1"], "ema_decay in 0 ... below 1"),
+    (["--ema_decay=1"], "ema_decay at least 0 and below 1"),
     (["--grad_clip=0"], "grad_clip must be positive"),
     (["--dim=14", "--heads=4"], "14 is not by 4"),
     (["--layers=3", "--dim=16"], "layers=1 there, 3 here"),
