@@ -55,7 +55,7 @@ from unet import UNet
 # run
 out_dir = "out"
 init_from = ""  # initial weights: a run's folder or stage1.pt, "pretrained", or EDM's .pkl for ImageNet-64
-overwrite = False  # replace an older or finished run in out_dir; continue an unfinished run of the same command
+overwrite = False  # replace an older or finished run in out_dir; continue an unfinished run of this command
 change = ""  # "lr,tau": settings that may change when a run continues
 seed = 0
 device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; auto: an NVIDIA GPU if there is one
