@@ -110,18 +110,28 @@ def warm():
     return process, tempfile.TemporaryDirectory()
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
+EARLY = {  # tests of processes that take seconds and need nothing from other tests, and what these processes run
+    "test_a_quick_run": ["toy2d.py", "--quick=True"],
+    "test_a_failure_ends_it": ["compare_models.py", "--stage1_config=nowhere.py"],
+    "test_mistakes_are_told_under_torchrun": [*TORCHRUN, "--nproc_per_node=2", "sample.py", "--init_from=pretrained",
+                                              "--device=cpu", "--class_label=11"]}
+
+
 @functools.cache
-def quick_toy():
-    """`python toy2d.py --quick=True` -> its process, and the folder that it fills"""
-    folder = Path(warm()[1].name) / "toy"
-    return start("toy2d.py", "--quick=True", f"--out_dir={folder}"), folder
+def early(test):
+    """-> the process of such a test, and its out_dir"""
+    folder = Path(warm()[1].name) / test
+    return start(*EARLY[test], f"--out_dir={folder}"), folder
 
 
 def begin(tests):
-    """Before the first of these tests: what takes long begins on another core, if they are more than a file or two."""
+    """Before the first of these tests: what takes seconds begins on another core, if they are more than a file or two."""
     gc.freeze()  # PyTorch's objects stay: no need to go through them again and again
     if len(tests) > 50:
-        quick_toy() if "test_a_quick_run" in tests else warm()
+        warm()
+        for test in EARLY.keys() & tests:
+            early(test)
 
 
 def end():
@@ -200,4 +210,4 @@ def outputs(processes):
 
 def torchrun(*arguments, cwd=ROOT):
     """torchrun's own process; its workers are `python` as it starts them."""
-    return start("-m", "torch.distributed.run", "--standalone", *arguments, cwd=cwd)
+    return start(*TORCHRUN, *arguments, cwd=cwd)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from scripts import run, start
+from scripts import early, run
 
 import compare_models
 from configurator import UserError
@@ -49,8 +49,8 @@ def test_a_comparison_is_made_once(tmp_path, monkeypatch):
     assert {script for script, _ in commands} == {"train_stage1.py", "train_prior.py"}
 
 
-def test_a_failure_ends_it(tmp_path):
-    process = start("compare_models.py", f"--out_dir={tmp_path}", "--stage1_config=nowhere.py")
+def test_a_failure_ends_it():
+    process, _ = early("test_a_failure_ends_it")
     _, errors = process.communicate()
     assert process.returncode == 2 and errors.count("\n") == 1 and "nowhere.py" in errors
 

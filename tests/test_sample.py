@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, close, load
 from PIL import Image
-from scripts import SAMPLE, TINY, outputs, run, start_together, torchrun
+from scripts import SAMPLE, TINY, early, outputs, run, start_together
 
 import data
 import noise as noises
@@ -189,8 +189,8 @@ def test_two_processes_make_the_same_images(trained, samples):
     assert close(load(trained, "two"), samples)
 
 
-def test_mistakes_are_told_under_torchrun(trained):
-    process = torchrun("--nproc_per_node=2", "sample.py", f"--out_dir={trained}", "--name=two", *SAMPLE, "--class_label=11")
+def test_mistakes_are_told_under_torchrun():
+    process, _ = early("test_mistakes_are_told_under_torchrun")
     _, errors = process.communicate()
     assert process.returncode and "error: class_label 11 is out of range" in errors
 

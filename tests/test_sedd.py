@@ -47,7 +47,7 @@ def exact_score(seen=None):
 def noise(seed):
     g = torch.Generator().manual_seed(seed)
     return (lambda n: (lambda *shape: 1 - torch.rand(n, *shape, generator=g, dtype=torch.float64))), \
-        (lambda n: (lambda *shape: -torch.empty(n, *shape, dtype=torch.float64).exponential_(generator=g).log()))
+        (lambda n: (lambda *shape: -torch.rand(n, *shape, generator=g, dtype=torch.float64).log().neg().log()))
 
 
 def chi_square(codes):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from scripts import outputs, quick_toy, run, start
+from scripts import early, outputs, run, start
 
 import toy2d
 from configurator import UserError
@@ -68,7 +68,7 @@ def test_training_is_repeatable_and_learns_one_code_a_mode(g, monkeypatch):
 
 
 def test_a_quick_run():
-    process, folder = quick_toy()
+    process, folder = early("test_a_quick_run")
     (printed, _), = outputs([process])
     table, results = (folder / "table.txt").read_text(), json.loads((folder / "results.json").read_text())
     assert results["settings"]["quick"] is True and all(line in printed for line in table.splitlines())
