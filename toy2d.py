@@ -237,6 +237,7 @@ def eight_gaussians(seed):
                     for t_i, x in zip(t[:-1], paths[name])]
         curves[name] = [torch.stack(values) for values in zip(*measured)]
     bends = curves["exact score"][0].median(1).values > 0.1  # at these t, half of the bends have a radius below 10
+    require(bends.any(), f"the exact score's trajectories bend at none of {num_steps} noise levels: raise num_steps")
 
     # samples, where the trajectories end
     truth, floor = (around(centres[torch.randint(8, (num_samples,), generator=g)], EIGHT_STD, g) for _ in range(2))
