@@ -87,7 +87,7 @@ def matrix_product(device):
 
 
 def count(function):
-    """FLOPs of a call. The counter misses flash attention on a CPU, so attention runs as products."""
+    """FLOPs of a call. The counter misses flash attention on a CPU: use plain matrix products."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
     return counter.get_total_flops()

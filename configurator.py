@@ -58,9 +58,10 @@ def configure(scope, argv):
             new = _read_config_file(_at_home(argument, argument))
         for name, value, where in new:
             if name not in settings:
-                containing = [known for known in settings if name and name in known]
+                containing = [known for known in settings if name in known]
                 nearest = (containing or difflib.get_close_matches(name, settings, n=1, cutoff=0))[0]
-                raise UserError(f"{where}: there is no setting {name!r}; the nearest is {nearest!r}")
+                hint = f"the nearest is {nearest!r}" if len(name) > 2 else "--help lists all"
+                raise UserError(f"{where}: there is no setting {name!r}; {hint}")
             settings[name] = _checked(name, value, defaults[name], where)
     require(settings.get("out_dir") != "", "--out_dir= names no folder: --out_dir=. is the current one")
     scope.update(settings, _given={name: (default, settings[name]) for name, default in defaults.items()})

@@ -22,7 +22,8 @@ def loss_weight(sigma, sigma_data):
 def guided(denoise, w):
     """Guidance by the latents, D~ = w D(x; z) + (1 - w) D(x; null) (App. B). -> denoise(x, sigma)
 
-    denoise: takes 2B images, first with codes z, then with null latents. The paper's cfg is w - 1.
+    denoise: takes 2B images, first with codes z, then with null latents. w = 1 is no guidance. (App. B
+    also calls w and cfg interchangeable; by its formula, Table 3's cfg is w - 1.)
     """
     def denoise_guided(x, sigma):
         D, D_null = denoise(torch.cat([x, x]), sigma).chunk(2)
@@ -47,26 +48,26 @@ def heun_step(denoise, x, t, t_next, gamma=0, S_noise=1, randn_like=torch.randn_
     t_hat = t + gamma * t
     if gamma > 0:
         x = x + (t_hat ** 2 - t ** 2).sqrt() * S_noise * randn_like(x)
-    d = (x - denoise(x, t_hat.double())) / t_hat  # dx/dt (EDM Eq. 3)
-    x_next = x + (t_next - t_hat) * d  # Euler
-    if t_next > 0:  # second-order correction
+    d = (x - denoise(x, t_hat.double())) / t_hat  # dx/dt (EDM Eq. 3); DisCo-Diff Alg. 3, line 9
+    x_next = x + (t_next - t_hat) * d  # Euler; line 10
+    if t_next > 0:  # second-order correction; lines 11-13
         d_next = (x_next - denoise(x_next, t_next.double())) / t_next
         x_next = x + (t_next - t_hat) * (d + d_next) / 2
     return x_next
 
 
-def heun(denoise, latents, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7,
+def heun(denoise, noise, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7,
          S_churn=0, S_min=0, S_max=math.inf, S_noise=1, randn_like=torch.randn_like, steps=None):
     """EDM's sampler with stochastic churn (EDM, Alg. 2); S_churn = 0 is Heun's method (Alg. 1).
 
-    denoise(x, sigma): D; x is float64 and shaped like latents, sigma a float64 scalar tensor.
-    latents: N(0, 1) noise of any shape. num_steps: N >= 1; 2 N - 1 evaluations.
+    denoise(x, sigma): D; x is float64 and shaped like noise, sigma a float64 scalar tensor.
+    noise: N(0, 1), of any shape. num_steps: N >= 1; 2 N - 1 evaluations.
     S_churn, S_min, S_max, S_noise: amount of churn, its range of sigma, and the scale of its noise,
     which randn_like(x) draws. steps: a list, gets (t, x) at the start of each step and at t = 0.
-    -> the sample, float64, shaped like latents
+    -> the sample, float64, shaped like noise
     """
-    t = torch.cat([noise_levels(num_steps, sigma_min, sigma_max, rho), torch.zeros(1)]).to(latents.device)  # t_N = 0
-    x = latents.double() * t[0]
+    t = torch.cat([noise_levels(num_steps, sigma_min, sigma_max, rho), torch.zeros(1)]).to(noise.device)  # t_N = 0
+    x = noise.double() * t[0]  # x ~ N(0, t_0^2); DisCo-Diff Alg. 3, line 7
     gamma = min(S_churn / num_steps, math.sqrt(2) - 1)
     for i in range(num_steps):
         if steps is not None:
@@ -101,7 +102,7 @@ def restart_loops(num_steps, restarts, sigma_min=0.002, sigma_max=80, rho=7):
     return loops
 
 
-def restart(denoise, latents, num_steps, restarts, sigma_min=0.002, sigma_max=80, rho=7,
+def restart(denoise, noise, num_steps, restarts, sigma_min=0.002, sigma_max=80, rho=7,
             gamma=0, S_min=0, S_max=math.inf, S_noise=1, randn_like=torch.randn_like):
     """Restart sampling (Xu et al. 2023a, Alg. 1; DisCo-Diff App. D.2): Heun's method that goes back up.
 
@@ -111,8 +112,8 @@ def restart(denoise, latents, num_steps, restarts, sigma_min=0.002, sigma_max=80
     S_noise: scale of the noise, in churn and on the way up. All else is as in `heun`.
     2 N - 1 + sum of 2 K (N_restart - 1) evaluations. Raises UserError as `restart_loops` does.
     """
-    t = torch.cat([noise_levels(num_steps, sigma_min, sigma_max, rho), torch.zeros(1)]).to(latents.device)
-    x = latents.double() * t[0]
+    t = torch.cat([noise_levels(num_steps, sigma_min, sigma_max, rho), torch.zeros(1)]).to(noise.device)
+    x = noise.double() * t[0]
     for i, loops in enumerate(restart_loops(num_steps, restarts, sigma_min, sigma_max, rho)[1:]):
         x = heun_step(denoise, x, t[i], t[i + 1])
         for s in loops:

@@ -155,12 +155,14 @@ class DisCoDiff(nn.Module):
 def denoiser(model, labels=None, codes=None, guidance=1.0, autocast=contextlib.nullcontext()):
     """-> denoise(x, sigma), for the samplers
 
-    model: a DisCoDiff; labels: (B,) class labels; codes: (B, m) hard codes.
+    model: a DisCoDiff; labels: (B,) class labels; codes: (B, m) hard codes, which a model with latents needs.
     guidance: w of App. B, which evaluates 2B images per call; 1 is the plain conditional model.
     The network runs under `autocast`. x may be on another device (the CPU, if the network's device
     has no float64).
     """
-    keys_values = model.condition(codes) if model.num_latents else {}
+    if (model.num_latents or guidance != 1) and codes is None:
+        raise ValueError("discrete latents, and guidance by them, need codes")
+    keys_values = model.condition(codes)
     if guidance != 1:  # 2B images: with their codes, with null latents
         null = model.condition(codes[:1], drop=torch.ones(1, dtype=torch.bool, device=codes.device))
         keys_values = {block: [torch.cat([t, n.expand_as(t)]) for t, n in zip(keys_values[block], null[block])]

@@ -3,8 +3,9 @@ The autoregressive prior over codes, p(z | c) = prod_i p(z_i | z_<i, c), of DisC
 
 Every prior is an nn.Module over codes int64 (B, m) with k values each, and class labels int64 (B,), -1
 for "no class". It has three methods: `loss`, which training minimises; `nats`, -ln p(z | c) or a bound
-on it; and `sample`. The other prior is in sedd.py; trained.py lists both. A third prior needs one new
-file, and its name in that list.
+on it (`nats_is_a_bound` says which); and `sample`. The settings of train_prior.py that its constructor
+names, and those of sample.py that `sample` names, reach it. The other prior is in sedd.py; trained.py
+lists both. A third prior needs one new file, and its name in that list.
 """
 
 import math

@@ -26,6 +26,7 @@ The batch size and the number of processes change images only by rounding. An in
 continues when it is started again.
 """
 
+import inspect
 import json
 import math
 import re
@@ -71,7 +72,7 @@ code = ()  # a code by hand, m numbers in 0 ... k - 1
 encode = ""  # codes of images: an image file, folder, .npz, or data set (its training images come first)
 exif = False  # turn image files for --encode and --compose by their EXIF orientation, as photographs need
 compose = ""  # a second code, or images: makes fours of codes, the first, the second, and two mixtures
-guidance = 1.0  # w in D~ = w D(z) + (1 - w) D(null), App. B; Table 3 counts cfg = w - 1
+guidance = 1.0  # w in D~ = w D(z) + (1 - w) D(null), App. B; 1: none. We read Table 3's cfg as w - 1
 # codes: which prior, and its sampler
 prior = "ar"  # or "sedd"
 temperature = 1.0  # for "ar"
@@ -158,11 +159,13 @@ def check(config):
             "--sedd_sampler is first-hitting, analytic or euler")
     require(0 <= eta < 1, f"eta is a probability below 1, not {eta}")
     require(0 <= t0 < t1 <= 1, f"remasking goes from t1 {t1} down to t0 {t0}: 0 <= t0 < t1 <= 1 is wanted")
-    require(prior == "sedd" or (sedd_sampler == "first-hitting" and eta == 0),
-            "sedd_sampler and eta are for --prior=sedd")
+    takes = inspect.signature(PRIORS[prior].sample).parameters
+    for kind, network in PRIORS.items():
+        for setting, parameter in inspect.signature(network.sample).parameters.items():
+            require(setting in takes or config.get(setting, parameter.default) == parameter.default,
+                    f"{setting} is for --prior={kind}")
     require(eta == 0 or sedd_sampler != "first-hitting",
             "eta > 0 masks tokens again at every step: say --sedd_sampler=analytic, since first-hitting has no steps")
-    require(prior == "ar" or temperature == 1, "temperature is for --prior=ar")
     require(not (restarts and S_churn), "S_churn is Heun's churn: the churn of restarts is gamma")
     require(restarts or not gamma, "gamma is the churn of restarts: there are none")
     require(not checkpoint or Path(checkpoint).is_file(), f"--checkpoint={checkpoint}: there is no such file")
@@ -216,7 +219,7 @@ def setup(config):
     rank, world, device = start_processes(config["device"])
     run = SimpleNamespace(config=config, rank=rank, world=world, device=device,
                           autocast=set_precision(precision, device))
-    folder = str(data.HERE / "pretrained") if init_from == "pretrained" else init_from or out_dir
+    folder = init_from or out_dir
     run.model, stage1 = load_stage1(folder, device, checkpoint)
     run.made = stage1.get("made")  # how the training images were made
     run.class_label = class_number(class_label, classes_of(stage1))

@@ -106,8 +106,8 @@ def tau_leaping(score, x, num_steps, gumbel, probs=analytic_probs, eta=0.0, t0=0
     for i in reversed(range(1, num_steps)):
         t, s = (i + 1) / num_steps, i / num_steps
         log_score = score(x, times(t))
-        # P(masked at t) = t. The share a of the unmasked is masked again, so the masked go beyond s, to
-        # s - a (1 - t): then P(masked) = [s - a (1 - t)] + a (1 - t) = s, as scheduled
+        # P(masked at t) = t, up to EPS. The share a of the unmasked is masked again, so the masked go
+        # beyond s, to s - a (1 - t): then P(masked) = [s - a (1 - t)] + a (1 - t) = s, as scheduled
         a = min(eta, s / (1 - t)) if t0 < t < t1 else 0
         p = probs(log_score, x, times(t), times(s - a * (1 - t)))
         if a:
@@ -125,7 +125,7 @@ def first_hitting(score, x, rand, gumbel):
     """The limit of `tau_leaping` for infinitely many steps, in m evaluations. -> codes (B, m)
 
     As P(masked at t) = t, each token unmasks at its own time, uniform on (0, 1), the latest time first
-    (Zheng et al. 2024). The same: t <- t u^(1/n) for n masked tokens, then a random position. Only
+    (Zheng et al. 2024). Equivalently: t <- t u^(1/n) for n masked tokens, then a random position. Only
     ratios of scores are used; their sum (the rate) is ignored.
     """
     x, rows = x.clone(), torch.arange(len(x), device=x.device)
@@ -163,7 +163,10 @@ class SEDD(nn.Module):
         self.head = zero(nn.Linear(dim, codebook_size))  # starts uniform
 
     def forward(self, x, t, labels=None):
-        """-> log-scores (B, m, k + 1); x: (B, m) int64, mask = k; t: (B,) in (0, 1]; labels: (B,)"""
+        """-> log-scores (B, m, k + 1)
+
+        x: (B, m) int64, mask = k; t: (B,) in (0, 1]; labels: (B,), -1 for none
+        """
         emb = float32(self.time, sinusoids(1000 * t, self.position.shape[1])) + class_rows(self.label, labels, len(x))
         emb = F.silu(emb)
         h = self.codebook[x] + self.position
@@ -184,10 +187,10 @@ class SEDD(nn.Module):
         return sedd_loss((network or self)(x, t, labels), t, x, codes)
 
     def nats(self, codes, labels=None, generator=None):
-        """A bound on -ln p(codes | labels) of `first_hitting`: at least that, on average. -> (B,)
+        """An upper bound on -ln p(codes | labels) of `first_hitting`, on average over the generator. -> (B,)
 
         This is the negative ELBO of first-hitting, whose latent variables are the times in (0, 1] at
-        which tokens unmask; the generator draws them. m evaluations.
+        which tokens unmask. It takes m evaluations.
         """
         nats, rows = 0, torch.arange(len(codes), device=codes.device)
         unmasked_at = 1 - torch.rand(codes.shape, generator=generator, device=codes.device)

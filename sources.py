@@ -69,7 +69,7 @@ def center_crop(image, size, transform="center-crop"):
     """A Pillow image -> its centre, size x size pixels, made as EDM or ADM made their data sets.
 
     "center-crop" (EDM's dataset_tool.py): cut the largest square, then resize by Lanczos.
-    "center-crop-dhariwal" (ADM): halve while at least twice too large, resize by bicubic, then crop.
+    "center-crop-dhariwal" (ADM): halve by averaging while twice too large, then bicubic, then crop.
     """
     if transform == "center-crop":
         side = min(image.size)

@@ -6,10 +6,10 @@ import os
 import zipfile
 from pathlib import Path
 
-import data
 from checkpoint import is_of, read_checkpoint
 from configurator import UserError, require, say
 from edm_pickle import read_edm
+from trained import path_of
 from unet import edm_settings, from_edm
 
 # settings of the encoder and its codes; the U-Net's are read off its weights
@@ -65,7 +65,7 @@ def read_network(source):
     source: a run's folder, its stage1.pt or a snapshot, "pretrained" (the repository's folder), or
     EDM's pickle. For anything else raises UserError, which says what the file is.
     """
-    path = data.HERE / "pretrained" if source == "pretrained" else Path(source)
+    path = Path(path_of(source))
     require(os.path.exists(path), f"there is no file or folder {path} to start from")
     if path.is_dir():
         require((path / "stage1.pt").is_file(),

@@ -198,13 +198,13 @@ def ring():
     return 3 * torch.stack([angles.cos(), angles.sin()], 1)
 
 
-def trajectories(denoise, latents):
-    """Heun's method on N(0, 1) latents (B, 2), step by step.
+def trajectories(denoise, noise):
+    """Heun's method on N(0, 1) noise (B, 2), step by step.
 
     -> noise levels t (num_steps + 1,), from 80 to 0, and x at each of them (num_steps + 1, B, 2)
     """
     visited = []
-    heun(denoise, latents, num_steps, steps=visited)
+    heun(denoise, noise, num_steps, steps=visited)
     t, x = zip(*visited)
     return torch.stack(t), torch.stack(x)
 
@@ -227,16 +227,17 @@ def eight_gaussians(seed):
     new_codes = codes[torch.randint(len(points), (num_samples,), generator=g)]  # their frequencies are the prior
 
     # trajectories, all from the same noise
-    latents = torch.randn(num_samples, 2, generator=g, dtype=torch.float64)
+    noise = torch.randn(num_samples, 2, generator=g, dtype=torch.float64)
     denoisers = {"exact score": exact_denoiser(centres, EIGHT_STD), "plain": plain.with_codes(no_codes[:1]),
                  "DisCo-Diff": disco.with_codes(new_codes)}
     paths, curves = {}, {}
     for name, denoise in denoisers.items():
-        t, paths[name] = trajectories(denoise, latents)
+        t, paths[name] = trajectories(denoise, noise)
         measured = [(curvature(denoise, x, t_i), *jacobian_norms(denoise, x, t_i))
                     for t_i, x in zip(t[:-1], paths[name])]
         curves[name] = [torch.stack(values) for values in zip(*measured)]
     bends = curves["exact score"][0].median(1).values > 0.1  # at these t, half of the bends have a radius below 10
+    require(bends.any(), f"the exact score's trajectories bend at none of {num_steps} noise levels: raise num_steps")
 
     # samples, where the trajectories end
     truth, floor = (around(centres[torch.randint(8, (num_samples,), generator=g)], EIGHT_STD, g) for _ in range(2))

@@ -128,7 +128,7 @@ def gaussian_grid(K, std, kinds, seed, train, num_points, num_steps, batch_size,
     smoothed = around(test, std, g)  # true samples of a grid with twice the variance
     log_p = log_density(test, centres, std, -math.log(K)).logsumexp(1)
     smoothed_log_p = log_density(smoothed, centres, 2 ** 0.5 * std, -math.log(K)).logsumexp(1)
-    latents = torch.randn(num_points, 2, generator=g, dtype=torch.float64)
+    noise = torch.randn(num_points, 2, generator=g, dtype=torch.float64)
 
     results, samples, denoisers = [], {}, {}
     for kind in kinds:
@@ -140,13 +140,13 @@ def gaussian_grid(K, std, kinds, seed, train, num_points, num_steps, batch_size,
                 k = codebook_factor * math.isqrt(K)
                 model, encoder = train(points, 2, k, std, seed)
                 codes = encoder.sample_codes(points, g)
-                noise = SimpleNamespace(gumbel=lambda *shape: gumbel_noise((num_points, *shape), g))
-                new_codes = train_prior(codes, k, batch_size, seed).sample(noise)
+                gumbel = SimpleNamespace(gumbel=lambda *shape: gumbel_noise((num_points, *shape), g))
+                new_codes = train_prior(codes, k, batch_size, seed).sample(gumbel)
             else:
                 codes = known_codes(kind, points, component, K, g)
                 model, _ = train(points, codes.shape[1], K, std, seed, codes)
                 new_codes = codes[torch.randint(num_points, (num_points,), generator=g)]  # as often as in the data
-            x = heun(model.with_codes(new_codes), latents, num_steps)
+            x = heun(model.with_codes(new_codes), noise, num_steps)
             denoisers[kind] = model.with_codes(codes[:1])
             if codes.shape[1]:
                 _, number = codes.unique(dim=0, return_inverse=True)  # a point's codes, as one number

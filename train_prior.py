@@ -77,15 +77,16 @@ def gradients(run, step):
     gumbel = gumbel_noise((batch_size, m, k), seeded_generator(run.device, "codes", seed, step))[rows]
     coins = torch.rand(batch_size, generator=seeded_generator("cpu", "flip", seed, step))[rows]
     g = seeded_generator(run.device, "noise", seed, step)
-    u = torch.rand(batch_size, m + 2, device=run.device, generator=g)[rows]
+    drop, t, *masks = torch.rand(batch_size, m + 2, device=run.device, generator=g)[rows].unbind(1)
     indices = run.batches.take(step * batch_size + start, run.local_batch)
     flip = coins < (0.5 if run.flips == 2 else 0)
-    z = draw_codes(logits_of(run, indices, flip), gumbel)  # z ~ E(y)
+    z = draw_codes(logits_of(run, indices, flip), gumbel)  # line 4: z ~ E(y)
     c = labels_of(run, indices)
-    c = torch.where(u[:, 0] < label_drop, -1, c) if c is not None else None
-    t = 1e-3 + (1 - 1e-3) * u[:, 1]
+    c = torch.where(drop < label_drop, -1, c) if c is not None else None
+    t = 1e-3 + (1 - 1e-3) * t  # times, on (1e-3, 1), and masks are for SEDD
     with run.autocast:
-        loss = run.model.loss(z, c, t, u[:, 2:], run.forward).mean()  # Eq. 4: -ln p(z | c); SEDD: DLC sec. 4
+        # line 5, Eq. 4: -ln p(z | c), here a mean over the batch; or SEDD's loss (DLC sec. 4)
+        loss = run.model.loss(z, c, t, torch.stack(masks, 1), run.forward).mean()
     training.backward(run, loss)
     training.unscale(run)
     return loss.detach()

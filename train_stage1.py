@@ -55,7 +55,7 @@ from unet import UNet
 # run
 out_dir = "out"
 init_from = ""  # initial weights: a run's folder or stage1.pt, "pretrained", or EDM's .pkl for ImageNet-64
-overwrite = False  # replace an older or finished run in out_dir; continue an unfinished run of the same command
+overwrite = False  # replace an older or finished run in out_dir; continue an unfinished run of this command
 change = ""  # "lr,tau": settings that may change when a run continues
 seed = 0
 device = "auto"  # "cpu", "cuda", "cuda:1", "mps"; auto: an NVIDIA GPU if there is one
@@ -96,8 +96,10 @@ encoder_lr = 5e-5  # beside an untrained denoiser, a fast encoder collapses to o
 warmup_images = 2_000  # linear learning-rate warm-up
 ema_halflife_images = 500_000
 ema_rampup = 0.05  # the half-life is at most this share of the images seen so far
-P_mean = -0.4  # ln(sigma) ~ N(P_mean, P_std^2); EDM has -1.2 and 1.2, but a run this short needs more
-P_std = 1.4  # of the high noise levels, where the latents help
+# ln(sigma) ~ N(P_mean, P_std^2). EDM has -1.2 and 1.2, but a run this short needs more of the high noise
+# levels, where the latents help
+P_mean = -0.4
+P_std = 1.4
 sigma_data = 0.5
 # reports, all in images
 log_every = 1_000
@@ -109,9 +111,19 @@ preview_every = 14_000  # 0: no previews
 # Alg. 1. Each step has its own seed, so a resumed run equals an uninterrupted one.
 
 
+def fetch(run, position, count):
+    """Line 3: the endless shuffle's next images -> y (count, C, H, W) in [-1, 1], labels (count,) or None"""
+    require(data.file_stamp(run.images) == run.stamp,
+            f"{dataset} changed while it was being trained on: prepare it as it was, and give the same command again. "
+            f"{run.path} is from before the change, or nearly so")
+    indices = run.batches.take(position, count)
+    c = torch.from_numpy(run.labels[indices]).to(run.device, non_blocking=True) if class_cond else None
+    return data.to_float(run.images[indices], run.device), c
+
+
 def draw_step(run, step):
-    """All random numbers of one step, for the whole batch. Each process takes its rows, so the result
-    does not depend on the number of processes. (Dropout's masks do.)
+    """Line 4, and all other random numbers of one step, for the whole batch. Each process takes its rows,
+    so the result does not depend on the number of processes. (Dropout's masks do.)
 
     -> noise n (B, C, H, W), sigma (B, 1, 1, 1), Gumbel noise (B, m, k), which images get null latents
     (B,), which are mirrored (B,)
@@ -127,7 +139,7 @@ def draw_step(run, step):
 
 
 def gradients(run, step):
-    """Leaves the gradients of one step, of the whole batch over all processes, in the parameters.
+    """Lines 3 to 7: leaves the gradients of one step, of the whole batch over all processes, in the parameters.
 
     -> of this process's images: mean loss per pixel; sum of code distributions (m, k); sum of entropies
     """
@@ -140,9 +152,9 @@ def gradients(run, step):
         exchange = run.world == 1 or rows is run.micro_batches[-1]  # processes exchange gradients once a step
         with contextlib.nullcontext() if exchange else run.forward.no_sync():
             with run.autocast:
-                # z ~ E(y), then D(y + n, sigma, z, c)
+                # lines 5 and 6: z ~ E(y), then D(y + n, sigma, z, c)
                 D, logits = run.forward(y, noise[rows], sigma[rows].flatten(), c, gumbel[rows], drop[rows], tau)
-                # Eq. 3: lambda(sigma) |D(y + n, sigma, z) - y|^2
+                # line 7, Eq. 3: lambda(sigma) |D(y + n, sigma, z, c) - y|^2, here a mean over the batch
                 loss = (loss_weight(sigma[rows], sigma_data) * (D - y) ** 2).sum() / run.local_batch
             training.backward(run, loss)
         loss_sum += loss.detach() / y[0].numel()
@@ -155,7 +167,7 @@ def gradients(run, step):
 
 
 def update(run, seen):
-    """Adam, then the moving average of the weights. seen: images before this step. -> gradient norm
+    """Line 8: Adam, then the moving average of the weights. seen: images before this step. -> gradient norm
 
     If the norm is not finite, Adam leaves the weights as they are. (EDM replaces NaN by 0 and infinity
     by 1e5, and goes on.)
@@ -168,16 +180,6 @@ def update(run, seen):
     decay = 0.5 ** (batch_size / max(halflife, 1e-8))
     get_ema_multi_avg_fn(decay)(run.ema_parameters, run.parameters, None)
     return norm
-
-
-def fetch(run, position, count):
-    """The next images of the endless shuffle -> y (count, C, H, W) in [-1, 1], labels (count,) or None"""
-    require(data.file_stamp(run.images) == run.stamp,
-            f"{dataset} changed while it was being trained on: prepare it as it was, and give the same command again. "
-            f"{run.path} is from before the change, or nearly so")
-    indices = run.batches.take(position, count)
-    c = torch.from_numpy(run.labels[indices]).to(run.device, non_blocking=True) if class_cond else None
-    return data.to_float(run.images[indices], run.device), c
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -291,9 +293,9 @@ def save_preview(run, path, rows=8, columns=8):
     c = torch.from_numpy(run.labels[shown]).to(run.device).repeat_interleave(columns) if class_cond else None
     g = seeded_generator(run.device, "preview", seed)
     z = codes_of(run, y, g).repeat_interleave(columns, dim=0) if num_latents else None
-    latents = torch.randn(len(shown) * columns, *run.model.img_shape, device=run.device, generator=g)
-    latents = latents if has_float64(run.device) else latents.cpu()
-    x = heun(denoiser(run.ema, c, z, autocast=run.autocast), latents).float().to(run.device)
+    noise = torch.randn(len(shown) * columns, *run.model.img_shape, device=run.device, generator=g)
+    noise = noise if has_float64(run.device) else noise.cpu()
+    x = heun(denoiser(run.ema, c, z, autocast=run.autocast), noise).float().to(run.device)
     grid = torch.cat([y[:, None], x.unflatten(0, (len(shown), columns))], dim=1).flatten(0, 1)
     titles = [run.classes[i] for i in run.labels[shown]] if class_cond else ()
     save_grid(data.to_uint8(grid), path, columns + 1, titles)

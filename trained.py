@@ -18,12 +18,17 @@ from unet import from_edm
 PRIORS = {"ar": Prior, "sedd": SEDD}  # a new prior needs a file of its own, and a name here
 
 
+def path_of(folder):
+    """A run's folder; "pretrained" is the one that comes with the repository, wherever the user is."""
+    return data.HERE / "pretrained" if str(folder) == "pretrained" else folder
+
+
 def load_stage1(folder, device="cpu", snapshot=""):
     """-> the trained DisCoDiff of a run's folder, or of the file `snapshot`; its checkpoint, a dict
 
     The weights are the moving average, in eval mode. Raises UserError if there are none.
     """
-    checkpoint = load_checkpoint(snapshot or f"{folder}/stage1.pt", "train_stage1")
+    checkpoint = load_checkpoint(snapshot or f"{path_of(folder)}/stage1.pt", "train_stage1")
     return build(DisCoDiff, checkpoint, device), checkpoint
 
 
@@ -33,7 +38,7 @@ def load_prior(folder, kind, device, stage1, snapshot=""):
     kind: its name in PRIORS. stage1: the checkpoint from `load_stage1`, which may be the `snapshot`.
     Raises UserError if the prior is missing, of another kind, or for other codes.
     """
-    path = f"{folder}/prior_{kind}.pt"
+    path = f"{path_of(folder)}/prior_{kind}.pt"
     mend = f"run `python train_prior.py --prior={kind} --out_dir={folder} --overwrite=True`"
     if snapshot:
         mend = (f"give codes by --code or --encode, which need no prior; or copy {snapshot} into a folder of its own "

@@ -115,7 +115,7 @@ def due(every, seen, config):
 
 
 def open_log(run):
-    """Before the first step, process 0 cuts off the log, and saves a new run's first checkpoint."""
+    """Process 0 cuts the log back to the present step, and saves a new run's first checkpoint."""
     seen = run.step * run.config["batch_size"]
     write_log(run.log, read_log(run.log, seen) if run.step else [], mode="w")
     if not run.step:

@@ -40,7 +40,7 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def attention(self, x, cache=None):
-        """cache: this block's keys and values so far, a list updated in place, to generate by token."""
+        """cache: the keys and values so far, a list updated in place, to generate token by token."""
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=2))
         if cache is not None:
             if cache:

@@ -43,7 +43,7 @@ class CrossAttention(nn.Module):
         self.norm = group_norm(channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.kv = nn.Linear(latent_dim, 2 * channels)
-        self.proj = zero(nn.Conv2d(channels, channels, 1))  # at step 0, the network is the one without latents
+        self.proj = zero(nn.Conv2d(channels, channels, 1))  # at step 0, the latents change nothing
 
     def keys_values(self, tokens):
         """tokens: (B, m, latent_dim)

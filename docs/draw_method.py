@@ -116,7 +116,8 @@ def main():
 
     # training: one noisy image in, one estimate out
     picture(1000, TOP, noisy, BLUE)
-    text(915, TOP, "y + noise", 28, BLUE, "rm")
+    text(915, TOP - 20, "y + noise,", 28, BLUE, "rm")
+    text(915, TOP + 18, "sigma, class", 28, BLUE, "rm")
     arrow(BLUE, (1000, TOP + 72), (1000, MIDDLE - 118))
     arrow(BLUE, (1280, MIDDLE - 118), (1280, TOP + 74))
     picture(1280, TOP, denoised, BLUE)
@@ -131,7 +132,7 @@ def main():
     arrow(ORANGE, (792, BOTTOM), (927, BOTTOM))
     arrow(ORANGE, (1000, BOTTOM - 76), (1000, MIDDLE + 118))
     arrow(ORANGE, (1280, MIDDLE + 118), (1280, BOTTOM - 78))
-    text(985, BOTTOM - 98, "x, sigma", 26, ORANGE, "rm")
+    text(985, BOTTOM - 98, "x, sigma, class", 26, ORANGE, "rm")
     text(1297, BOTTOM - 98, "D", 26, ORANGE, "lm")
     arrow(ORANGE, (1351, BOTTOM), (1425, BOTTOM))
     picture(1500, BOTTOM, sample, ORANGE)

@@ -195,3 +195,30 @@ def test_a_prior_of_the_other_kind_is_not_continued(trained, tmp_path):
     shutil.copy(trained / "prior_ar.pt", tmp_path / "prior_sedd.pt")
     with pytest.raises(UserError, match="prior='ar' there, 'sedd' here"):
         run("train_prior.py", f"--out_dir={tmp_path}", "--prior=sedd", "--layers=1", "--dim=16", "--heads=2", "--device=cpu")
+
+
+def test_a_prior_of_another_stage_1_is_not_continued(trained, tmp_path):
+    """Nor is one of before, whose setting `ema` is called ema_decay now, with another value of it."""
+    for file in ("stage1.pt", "prior_ar.pt"):
+        shutil.copy(trained / file, tmp_path)
+    state = checkpoint(tmp_path, "prior_ar.pt")
+    more = [f"--out_dir={tmp_path}", "--layers=1", "--dim=16", "--heads=2", "--device=cpu", "--total_images=750"]
+    torch.save(state | dict(encoder=state["encoder"] + 1), tmp_path / "prior_ar.pt")
+    with pytest.raises(UserError, match="prior_ar.pt is of another stage 1 than .*stage1.pt: start anew with --overwrite"):
+        run("train_prior.py", *more)
+    state["config"]["ema"] = state["config"].pop("ema_decay")
+    torch.save(state, tmp_path / "prior_ar.pt")
+    with pytest.raises(UserError, match="ema_decay=0.9999 there, 0.5 here"):
+        run("train_prior.py", *more, "--ema_decay=0.5")
+    run("train_prior.py", *more)
+    assert checkpoint(tmp_path, "prior_ar.pt")["step"] == 3
+
+
+def test_a_finished_prior_needs_no_place_to_write(trained, tmp_path):
+    """It prints its bits, and leaves all files as they are."""
+    for file in ("stage1.pt", "prior_ar.pt"):
+        shutil.copy(trained / file, tmp_path)
+    arguments = [f"--out_dir={tmp_path}", "--layers=1", "--dim=16", "--heads=2", "--device=cpu", "--total_images=500"]
+    printed = run("train_prior.py", *arguments)
+    assert "is finished" in printed and "this prior" in printed
+    assert {p.name for p in tmp_path.iterdir()} - {"stage1.pt", "prior_ar.pt"} == {next(tmp_path.glob("logits-*")).name}

@@ -183,3 +183,20 @@ def test_what_is_due_where_batches_do_not_divide_it():
     assert [seen for seen in steps if training.due(1_000, seen, config)] == [1024, 2048, 2688]
     assert [seen for seen in steps if training.due(50, seen, config)] == steps
     assert not any(training.due(0, seen, config) for seen in steps)
+
+
+def test_a_log_that_somebody_edited_or_a_picture_in_the_way_harms_no_run(tmp_path, capsys):
+    """The run ends well, and says that there are no curves."""
+    run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--log_every=8", "--total_images=24")
+    curves, log = tmp_path / "stage1_curves.png", tmp_path / "stage1.jsonl"
+    assert curves.exists()
+    curves.unlink()
+    for line in ('{"images": 8, "loss": "x"}', '{"images": 8, "loss": null}', '{"images": 8, "perplexity": []}'):
+        log.write_text(line + "\n" + log.read_text())
+    run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--log_every=8", "--total_images=32")
+    assert "stage1_curves.png could not be drawn" in capsys.readouterr().err and not curves.exists()
+    curves.mkdir()
+    log.write_text("")
+    run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--log_every=8")
+    assert "stage1_curves.png could not be drawn" in capsys.readouterr().err
+    assert checkpoint(tmp_path)["step"] == 6
