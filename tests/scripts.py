@@ -1,4 +1,7 @@
-"""Scripts of ours: in this process (`run`), before their first step (`Script`), and in other processes (`start`, `torchrun`)."""
+"""
+Scripts of ours: in this process (`run`), before their first step (`Script`), in other processes
+(`start`, `start_together`, `torchrun`).
+"""
 import functools
 import gc
 import inspect
@@ -24,8 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # a network that takes seconds, on the embedded data
 TINY = ["--model_channels=8", "--channel_mult=1,2", "--attn_resolutions=14,", "--num_latents=3", "--codebook_size=5",
-        "--latent_dim=8", "--latent_layers=1", "--encoder_dim=16", "--encoder_layers=1", "--encoder_patch=14", "--preview_every=0",
-        "--batch_size=8", "--total_images=48", "--warmup_images=16", "--held_out=16", "--device=cpu"]
+        "--latent_dim=8", "--latent_layers=1", "--encoder_dim=16", "--encoder_layers=1", "--encoder_patch=14",
+        "--preview_every=0", "--batch_size=8", "--total_images=48", "--warmup_images=16", "--held_out=16",
+        "--device=cpu"]
 # and a prior for it
 PRIOR = ["--layers=1", "--dim=16", "--heads=2", "--batch_size=50", "--warmup_images=100", "--device=cpu"]
 # and samples of both
@@ -80,7 +84,8 @@ class Script:
         return given
 
     def averages_of_ones(self, seen):
-        """What the moving average, 0 to begin with, is after `update` at each of these points, of weights that stay at 1."""
+        """What the moving average, 0 to begin with, is after `update` at each of these points, of weights that
+        stay at 1."""
         averages = self.run.ema_parameters
         with torch.no_grad():
             for p, average in zip(self.parameters, averages):
@@ -105,7 +110,7 @@ class Script:
 
 @functools.cache
 def warm():
-    """The process that has imported PyTorch, and forks for each script (warm.py); where its scripts leave what they print."""
+    """-> the process of warm.py, which has imported PyTorch and forks for each script; the folder for its output"""
     process = subprocess.Popen([sys.executable, Path(__file__).parent / "warm.py"], stdin=subprocess.PIPE, text=True)
     return process, tempfile.TemporaryDirectory()
 
@@ -126,7 +131,7 @@ def early(test):
 
 
 def begin(tests):
-    """Before the first of these tests: what takes seconds begins on another core, if they are more than a file or two."""
+    """Before the first of these tests. If there are many, what takes seconds begins now, on another core."""
     gc.freeze()  # PyTorch's objects stay: no need to go through them again and again
     if len(tests) > 50:
         warm()
@@ -135,23 +140,28 @@ def begin(tests):
 
 
 def end():
+    """After the last test: nothing of ours runs any more."""
     if warm.cache_info().currsize:
         process, _ = warm()
+        for started in Started.all:
+            if process.poll() is None and started.poll() is None:  # where a test failed or was not reached
+                started.send_signal(signal.SIGKILL)
         process.stdin.close()
         process.wait()
 
 
 class Started:
-    """A script in a process of its own; as subprocess.Popen, as far as it goes."""
+    """A script in a process of its own: a subprocess.Popen, as far as it goes."""
 
-    count, returncode = 0, None
+    all, returncode = [], None
 
     def __init__(self, arguments, cwd, environment):
         process, place = warm()
-        Started.count += 1
-        self.folder = Path(place.name) / str(Started.count)
+        Started.all.append(self)
+        self.folder = Path(place.name) / str(len(Started.all))
         self.folder.mkdir()
-        request = dict(arguments=[str(a) for a in arguments], cwd=str(cwd), environment=environment, folder=str(self.folder))
+        request = dict(arguments=[str(argument) for argument in arguments], cwd=str(cwd), environment=environment,
+                       folder=str(self.folder))
         print(json.dumps(request), file=process.stdin, flush=True)
 
     @functools.cached_property
@@ -174,7 +184,7 @@ class Started:
     def wait(self, timeout=120):
         began = time.time()
         while self.poll() is None:
-            assert time.time() - began < timeout, (self.folder / "stderr").read_text()
+            assert warm()[0].poll() is None and time.time() - began < timeout, (self.folder / "stderr").read_text()
             time.sleep(0.005)
         return self.returncode
 
@@ -197,8 +207,8 @@ def start_together(count, *arguments, cwd=ROOT):
     """That many processes which find each other, as torchrun's do."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    return [start(*arguments, cwd=cwd, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            for rank in range(count)]
+    of_all = dict(cwd=cwd, WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [start(*arguments, RANK=rank, LOCAL_RANK=rank, **of_all) for rank in range(count)]
 
 
 def outputs(processes):

@@ -29,8 +29,8 @@ def tiny_config(path):
 def table(tmp_path_factory):
     """bench.py's process, which begins with the first test of this file, and its folder."""
     folder = tmp_path_factory.mktemp("bench")
-    return start("bench.py", f"--config={tiny_config(folder / 'tiny.py')}", "--rounds=1", "--batch_size=2", "--device=cpu",
-                 f"--out_dir={folder}"), folder
+    settings = ["--rounds=1", "--batch_size=2", "--device=cpu", f"--out_dir={folder}"]
+    return start("bench.py", f"--config={tiny_config(folder / 'tiny.py')}", *settings), folder
 
 
 def test_flops_are_counted():

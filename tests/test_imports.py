@@ -13,8 +13,8 @@ if closed == "closed":  # as by >&- 2>&-
 
 
 def state():
-    return (torch.get_rng_state().tolist(), str(numpy.random.get_state()), random.getstate(), sys.excepthook, os.getcwd(),
-            [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], threading.active_count(),
+    return (torch.get_rng_state().tolist(), str(numpy.random.get_state()), random.getstate(), sys.excepthook,
+            os.getcwd(), [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], threading.active_count(),
             torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.is_grad_enabled(), dict(os.environ))
 
 
@@ -34,8 +34,7 @@ def test_importing_defines_things_only(tmp_path):
     assert {"train_stage1", "train_prior", "sample", "toy2d"} < {*modules}
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "empty").mkdir()
-    processes = [start(tmp_path / "program.py", how, ROOT, *modules, cwd=tmp_path / "empty") for how in ("open", "closed")]
-    for process in processes:
+    for process in [start(tmp_path / "program.py", how, ROOT, *modules, cwd=tmp_path / "empty") for how in ("open", "closed")]:
         printed, errors = process.communicate()
         assert (process.returncode, printed, errors) == (0, "", "")
     assert not list((tmp_path / "empty").iterdir())

@@ -62,7 +62,8 @@ def test_png_files_on_a_full_disk(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    np.savez(tmp_path / "a.npz", images=rng.integers(0, 256, (3, 4, 4, 1), np.uint8), labels=np.arange(3), seeds=np.arange(3))
+    arrays = dict(images=rng.integers(0, 256, (3, 4, 4, 1), np.uint8), labels=np.arange(3), seeds=np.arange(3))
+    np.savez(tmp_path / "a.npz", **arrays)
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(UserError, match="can't write .*pngs: No space left on device"):
         npz.save_pngs([tmp_path / "a.npz"], tmp_path / "pngs")

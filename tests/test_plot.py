@@ -79,11 +79,11 @@ def panel():
 
 
 def drawn(path, width, height):
-    """A picture of training curves, in panels of rows of three at most, as an array (height, width, 3, ...)"""
+    """The panels of a picture of training curves, width and height panels large, row by row."""
     picture = np.array(Image.open(path))
     w, h = panel()
     assert picture.shape == (height * h, width * w, 3)
-    return [picture[h * row:h * (row + 1), w * column:w * (column + 1)] for row in range(height) for column in range(width)]
+    return [panel for row in np.split(picture, height) for panel in np.split(row, width, axis=1)]
 
 
 def has(picture, colour):
@@ -119,8 +119,9 @@ def test_curves_of_older_logs(tmp_path):
     assert has(drawn(tmp_path / "older.png", 3, 1)[2], COLOURS[2])
     older, newer = lines_of_a_log(5, older=True), lines_of_a_log(5)
     save_curves(older[:3] + newer[3:], tmp_path / "both.png")
-    norm, whole = (np.flatnonzero((part == COLOURS[4]).all(2).any(0)) for part in np.array(drawn(tmp_path / "both.png", 3, 2))[[3, 1]])
-    assert norm.min() == pytest.approx(whole.min(), abs=2)  # each panel from its first point on
+    _, bits, _, norm, *_ = drawn(tmp_path / "both.png", 3, 2)
+    first, first_of_norm = (np.flatnonzero((part == COLOURS[4]).all(2).any(0)).min() for part in (bits, norm))
+    assert first_of_norm == pytest.approx(first, abs=2)  # each panel from its own first point on
     save_curves(older[:4] + newer[4:], tmp_path / "late.png")  # one point is no curve
     drawn(tmp_path / "late.png", 3, 1)
 
@@ -131,6 +132,7 @@ def test_what_is_no_curve_leaves_no_picture(tmp_path):
     for lines in ([], once, once * 2, [dict(images=i, loss=nan, bits=None) for i in range(3)]):
         save_curves(lines, tmp_path / "curves.png")
     assert not list(tmp_path.iterdir())
-    save_curves([dict(images=i, loss=nan if i == 1 else 0.5, perplexity=[1.0, nan if i else 1.0]) for i in range(4)], tmp_path / "curves.png")
+    lines = [dict(images=i, loss=nan if i == 1 else 0.5, perplexity=[1.0, nan if i else 1.0]) for i in range(4)]
+    save_curves(lines, tmp_path / "curves.png")
     (loss,) = drawn(tmp_path / "curves.png", 1, 1)
     assert has(loss, COLOURS[4])

@@ -19,7 +19,10 @@ sys.path.insert(0, ".")
 exchanges, init = [], DistributedDataParallel.__init__
 def hooked(self, *arguments, **options):
     init(self, *arguments, **options)
-    self.register_comm_hook(None, lambda state, bucket: (exchanges.append(bucket.buffer().numel()), allreduce_hook(state, bucket))[1])
+    def hook(state, bucket):
+        exchanges.append(bucket.buffer().numel())
+        return allreduce_hook(state, bucket)
+    self.register_comm_hook(None, hook)
 DistributedDataParallel.__init__ = hooked
 sys.argv.pop(0)
 runpy.run_path("train_stage1.py", run_name="__main__")
@@ -28,15 +31,17 @@ print(f"{sum(exchanges)} numbers exchanged")
 
 
 def test_processes_and_accumulation_change_nothing(tmp_path):
-    """One step: Adam's first moment is 0.1 times the gradient of the whole batch. Then the weights after ten, and the logs.
+    """One step: Adam's first moment is 0.1 times the gradient of the whole batch. Then the weights after
+    ten, and the logs.
 
-    Two processes take four micro-steps each, and exchange gradients after the last of them alone: counted by a hook that
-    stands for the exchange.
+    Two processes take four micro-steps each, and exchange gradients after the last of them alone: counted
+    by a hook that stands for the exchange.
     """
     (tmp_path / "counted.py").write_text(COUNTED)
     for images in (8, 80):
         settings = [*TINY, "--log_every=8", f"--total_images={images}", "--overwrite=True"]
-        two = start_together(2, tmp_path / "counted.py", "train_stage1.py", f"--out_dir={tmp_path / 'two'}", *settings, "--batch_gpu=1")
+        two = start_together(2, tmp_path / "counted.py", "train_stage1.py", f"--out_dir={tmp_path / 'two'}", *settings,
+                             "--batch_gpu=1")
         run("train_stage1.py", f"--out_dir={tmp_path / 'one'}", *settings)
         run("train_stage1.py", f"--out_dir={tmp_path / 'micro'}", *settings, "--batch_gpu=2")
         printed = "".join(out for out, _ in outputs(two))

@@ -16,7 +16,7 @@ from configurator import UserError
 
 
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path):
-    """To the bit: weights, average and optimiser, with dropout and mirroring too; and a prior's log but for the speed."""
+    """To the bit: weights, average and optimiser, with dropout and mirroring too; a prior's log but for the speed."""
     settings = [*TINY, "--dropout=0.2", "--xflip=True", "--log_every=16"]
     run("train_stage1.py", f"--out_dir={tmp_path / 'whole'}", *settings)
     for images in (16, 40, 48):
@@ -27,8 +27,8 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path):
     assert not same(whole["ema"], checkpoint(tmp_path / "other")["ema"])
     for prior in ("ar", "sedd"):
         for name, images in (("whole", 200), ("parts", 100), ("parts", 200)):
-            run("train_prior.py", f"--out_dir={tmp_path / name}", *PRIOR, f"--prior={prior}", f"--total_images={images}",
-                "--log_every=50")
+            run("train_prior.py", f"--out_dir={tmp_path / name}", *PRIOR, f"--prior={prior}", "--log_every=50",
+                f"--total_images={images}")
         whole, parts = (checkpoint(tmp_path / name, f"prior_{prior}.pt") for name in ("whole", "parts"))
         assert whole["step"] == 4 and same_training(whole, parts) and not same(whole["model"], whole["ema"])
         whole, parts = (log_of(tmp_path / name / f"prior_{prior}.jsonl") for name in ("whole", "parts"))

@@ -1,9 +1,10 @@
 """
-`python SCRIPT ARGUMENTS`, but for the two seconds in which PyTorch is imported: this process has imported it, and forks for
-each script that conftest.py asks for, by a line of JSON on stdin: arguments (of Python: a script, or -m and a module, and what
-follows), cwd, environment (what is added), folder (where stdout, stderr, pid and, in the end, the exit code go).
+Does what `python SCRIPT ARGUMENTS` does, without the two seconds that importing PyTorch takes.
 
-A script ends here as it does anywhere: sys.excepthook, atexit and the end of the interpreter take place.
+This process has imported it, and forks for each script that scripts.py asks for, by a line of JSON on
+stdin: arguments (of Python: a script, or -m and a module, then the rest), cwd, environment, and folder,
+where stdout, stderr, pid and finally exitcode go. A script ends as it does elsewhere: sys.excepthook,
+atexit and the interpreter's own end take place.
 """
 import gc
 import json
