@@ -69,7 +69,7 @@ def unet(x, y):
 
 def main():
     # ----------------------------------------------------------------------------------------------------
-    # images: a boot of the data set, with noise, denoised (blue); noise, and a bag that the trained network drew (orange)
+    # images: a boot of the data set, with noise, denoised (blue); noise, and a bag that the network drew (orange)
 
     with gzip.open(ROOT / "datasets/embedded/t10k-images-idx3-ubyte.gz") as f:
         y_image = np.frombuffer(f.read(28 * 28 + 16), np.uint8, offset=16).reshape(28, 28)
