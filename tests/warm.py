@@ -52,7 +52,8 @@ else:
 
 # from here on, a process of a script
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+for number in (signal.SIGTERM, signal.SIGCHLD):
+    signal.signal(number, signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, CHILDREN)
 for number, name in enumerate((os.devnull, "stdout", "stderr")):
     os.dup2(os.open(os.path.join(request["folder"], name), os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
