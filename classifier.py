@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from checkpoint import load_checkpoint, save_checkpoint
 from data import Shuffle, data_checksum, split, to_float
-from feature_files import reserve
+from feature_files import reserved
 from processes import barrier
-from run import progress, release
+from run import progress
 
 
 class Classifier(nn.Module):
@@ -76,10 +76,9 @@ def find_classifier(folder, name, images, labels, num_classes, device, rank):
     """
     path = folder / f"classifier-{name}-{data_checksum(images, labels):08x}.pt"
     if rank == 0 and not path.exists():
-        reserve(path)
-        net, share = train_classifier(images, labels, num_classes, device)
-        save_checkpoint(path, dict(made_by="eval_fid", model=net.state_dict(), accuracy=share))
-        release(path)
+        with reserved(path):
+            net, share = train_classifier(images, labels, num_classes, device)
+            save_checkpoint(path, dict(made_by="eval_fid", model=net.state_dict(), accuracy=share))
     barrier()
     checkpoint = load_checkpoint(path, "eval_fid")
     net = Classifier(images.shape[3], num_classes)

@@ -31,6 +31,7 @@ empty --images= these files are all that is made.
 metrics.py has the formulas, inception.py and classifier.py the networks.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -44,7 +45,7 @@ from checkpoint import atomic, weights_checksum
 from classifier import find_classifier
 from configurator import configure, require
 from data import HERE, class_names, data_checksum, load, made_of, open_images, split, to_float
-from feature_files import IMAGES, array_in, names_in, npz_checksum, read_features, read_statistics, reserve
+from feature_files import IMAGES, array_in, names_in, npz_checksum, read_features, read_statistics, reserved
 from inception import find_inception
 from metrics import (
     NEIGHBOURS,
@@ -57,7 +58,7 @@ from metrics import (
 )
 from npz import open_npz
 from processes import barrier, leave_processes, start_processes, sum_over_processes
-from run import progress, release
+from run import progress
 
 images = "out/samples.npz"  # an .npz with `images` (and `labels`), a folder or .zip, or a prepared data set's name
 reference = "fashion-mnist-10k"  # a prepared data set's name; for Inception also an .npz (EDM's, ADM's, or images)
@@ -164,13 +165,11 @@ def measured_once(net, made_with, real_images, real_labels, place, rank, world):
     missing = not path.exists()
     barrier()  # all have looked
     if missing:
-        if rank == 0:
-            reserve(path)
-        measured = measure(net, real_images, real_labels, place, rank, world, name=reference)
-        if rank == 0:
-            with atomic(path) as f:
-                np.savez(f, made_with=made_with, **measured)
-            release(path)
+        with reserved(path) if rank == 0 else contextlib.nullcontext():
+            measured = measure(net, real_images, real_labels, place, rank, world, name=reference)
+            if rank == 0:
+                with atomic(path) as f:
+                    np.savez(f, made_with=made_with, **measured)
         barrier()
     return read_statistics(path, made_with, net.pool_dim, net.spatial_dim, advice=": delete it, and start again"), path
 

@@ -13,19 +13,21 @@ import numpy as np
 from configurator import UserError, require
 from metrics import NEIGHBOURS
 from npz import open_npz
-from run import hold
+from run import alone
 
 IMAGES = ("images.npy", "arr_0.npy")  # these may be larger than memory, in sample.py's files and in ADM's
 
 
-def reserve(path):
-    """Call this before the long work whose result will be `path`, and `release(path)` after it.
-    Raises UserError if its folder can't be written, or another run is doing the same work."""
-    hold(path)
-    with contextlib.suppress(OSError):  # said in the next line
-        path.parent.mkdir(parents=True, exist_ok=True)
-    require(os.access(path.parent, os.W_OK), f"can't write {path.parent}, where what is computed on a data set is "
-            "kept: make it writable, or work in a copy of the repository")
+@contextlib.contextmanager
+def reserved(path):
+    """For the long work whose result will be `path`: `alone`, and sure of its folder.
+    Raises UserError if the folder can't be written, or another run is doing the same work."""
+    with alone(path):
+        with contextlib.suppress(OSError):  # said in the next line
+            path.parent.mkdir(parents=True, exist_ok=True)
+        require(os.access(path.parent, os.W_OK), f"can't write {path.parent}, where what is computed on a data set is "
+                "kept: make it writable, or work in a copy of the repository")
+        yield
 
 
 def names_in(path):

@@ -100,7 +100,8 @@ def catch_signals():
 
 @contextlib.contextmanager
 def running(product):
-    """A training run: `alone`, and as the list of `catch_signals`. Afterwards the signals' handlers are as before."""
+    """A training run: it is `alone`, and gets the list of `catch_signals`. Afterwards the signals' handlers
+    are as before."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with alone(product):
         try:

@@ -289,11 +289,8 @@ def main(argv=()):
 def train(run, signals):
     """Alg. 2, over and over, until total_images are seen or a signal comes."""
     stopped, seen = 0, run.step * batch_size
-    if run.master and seen >= total_images:
-        print(f"{run.path} is finished: it has seen {seen:,} codes. "
-              "A larger --total_images continues it, --overwrite=True starts anew")
-    elif run.master:
-        training.open_log(run)
+    if run.master:
+        training.open_log(run, "codes")
     bar = progress(total=total_images, initial=seen, unit="img", disable=not run.master, mininterval=1)
     run.model.train()
     while seen < total_images and not stopped:

@@ -364,11 +364,7 @@ def train(run, signals):
         shape = " x ".join(map(str, run.images.shape[1:]))
         print(f"{dataset}: {len(run.train_indices):,} images to train on, {shape}, {len(run.classes)} classes; "
               f"U-Net {of_unet:,} parameters, latents {in_all - of_unet:,}; on {run.device}")
-        if seen >= total_images:
-            print(f"{run.path} is finished: it has seen {seen:,} images. "
-                  "A larger --total_images continues it, --overwrite=True starts anew")
-        else:
-            training.open_log(run)
+        training.open_log(run, "images")
         for snapshot in Path(out_dir).glob("stage1-*.pt") if overwrite and not run.step else ():
             snapshot.unlink()  # of the run that this one replaces
     bar = progress(total=total_images, initial=seen, unit="img", disable=not run.master, mininterval=1)

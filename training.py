@@ -34,14 +34,13 @@ def start(config, name, made_by):
     rank, world, device = start_processes(config["device"])
     require(config["batch_size"] % world == 0,
             f"batch_size {config['batch_size']} can't be shared among {world} processes equally")
-    run = SimpleNamespace(
+    return SimpleNamespace(
         config=config, made_by=made_by, path=f"{config['out_dir']}/{name}.pt",
         log=f"{config['out_dir']}/{name}.jsonl", curves=f"{config['out_dir']}/{name}_curves.png",
         rank=rank, world=world, master=rank == 0, device=device,
         local_batch=config["batch_size"] // world,
         autocast=set_precision(config["precision"], device),
         scale=config["loss_scale"] if config["precision"] == "fp16" and device.type == "cuda" else 1)
-    return run
 
 
 def resume_run(run, free, changeable, prepare=None, **others):
@@ -114,9 +113,14 @@ def due(every, seen, config):
     return every and (seen // every != (seen - config["batch_size"]) // every or seen >= config["total_images"])
 
 
-def open_log(run):
-    """Process 0 cuts the log back to the present step, and saves a new run's first checkpoint."""
+def open_log(run, what):
+    """Process 0 cuts the log back to the present step, and saves a new run's first checkpoint; of a finished
+    run it says that it is finished. what: "images" or "codes"."""
     seen = run.step * run.config["batch_size"]
+    if seen >= run.config["total_images"]:
+        print(f"{run.path} is finished: it has seen {seen:,} {what}. "
+              "A larger --total_images continues it, --overwrite=True starts anew")
+        return
     write_log(run.log, read_log(run.log, seen) if run.step else [], mode="w")
     if not run.step:
         # a full disk shows now; and a restart by torchrun finds this run, not the one it replaces

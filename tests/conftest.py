@@ -17,6 +17,8 @@ sys.path.insert(0, str(ROOT))
 
 import scripts
 
+from noise import seeded_generator
+
 
 def fill(name, shape):
     """The parameter values that the reference outputs were computed with: a function of name and shape."""
@@ -33,6 +35,16 @@ def fill(name, shape):
 def moments(x):
     """Mean and covariance of the rows of an array."""
     return x.mean(0), np.cov(x, rowvar=False)
+
+
+@pytest.fixture
+def g():
+    return seeded_generator("cpu", "test", 0)
+
+
+def randn(n, g):
+    """Points of the plane."""
+    return torch.randn(n, 2, generator=g, dtype=torch.float64)
 
 
 def checkpoint(folder, file="stage1.pt"):

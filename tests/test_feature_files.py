@@ -8,9 +8,8 @@ from conftest import moments
 from scripts import run
 
 from configurator import UserError
-from feature_files import reserve
+from feature_files import reserved
 from metrics import equally_many, frechet_distance, kernel_distance, precision_recall
-from run import release
 
 rng = np.random.default_rng(0)
 
@@ -84,12 +83,10 @@ def test_features_that_are_no_file_are_refused(given, tmp_path):
 def test_what_is_kept_is_begun_by_one_run_where_it_can_be_written(tmp_path):
     """Both are told before the classifier is trained, and before the data set is measured."""
     path = tmp_path / "busy" / "a.npz"
-    reserve(path)
-    with pytest.raises(UserError, match="another run is writing .*busy/a.npz: wait"):
-        reserve(path)
-    release(path)
+    with reserved(path), pytest.raises(UserError, match="another run is writing .*busy/a.npz: wait"):
+        reserved(path).__enter__()
     assert not list((tmp_path / "busy").iterdir())
     (tmp_path / "file").write_text("")
     words = "can't write .*, where what is computed on a data set is kept: make it writable"
     with pytest.raises(UserError, match=words):
-        reserve(tmp_path / "file" / "features" / "a.npz")  # nobody can make a folder there
+        reserved(tmp_path / "file" / "features" / "a.npz").__enter__()  # nobody can make a folder there

@@ -7,29 +7,19 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, randn
 from PIL import Image
 from scripts import early, outputs, run, start
 
 import toy2d
 from configurator import UserError
 from diffusion import heun
-from noise import seeded_generator
 from run import release
 from toy2d import Denoiser, train, trajectories
 from toy_grids import KINDS, grid
 from toy_measures import around, exact_denoiser, purity
 
 ONE = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
-
-
-@pytest.fixture
-def g():
-    return seeded_generator("cpu", "test", 0)
-
-
-def randn(n, g):
-    return torch.randn(n, 2, generator=g, dtype=torch.float64)
 
 
 def test_without_codes_it_is_edms_preconditioning(g):

@@ -4,20 +4,12 @@ import math
 
 import pytest
 import torch
+from conftest import randn
 
 from noise import seeded_generator
 from toy2d import ring
 from toy_grids import fit_gmm, grid, kl_divergence, silverman
 from toy_measures import around, log_density
-
-
-@pytest.fixture
-def g():
-    return seeded_generator("cpu", "test", 0)
-
-
-def randn(n, g):
-    return torch.randn(n, 2, generator=g, dtype=torch.float64)
 
 
 def test_centres():

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import randn
 
-from noise import seeded_generator
 from toy2d import Denoiser, ring
 from toy_measures import (
     around,
@@ -22,15 +22,6 @@ from toy_measures import (
 )
 
 ONE = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
-
-
-@pytest.fixture
-def g():
-    return seeded_generator("cpu", "test", 0)
-
-
-def randn(n, g):
-    return torch.randn(n, 2, generator=g, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("t", [0.01, 0.3, 5.0])
