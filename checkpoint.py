@@ -61,6 +61,7 @@ CHECKPOINT = {"train_stage1": {"config", "model_args", "step", "ema"},
               "eval_fid": {"model", "accuracy"}}
 TO_TRAIN_ON = {"model", "optimizer"}
 RENAMED = {"ema": "ema_decay"}  # settings in older checkpoints, and what they are called now
+OLDER = {"latents_to_emb": False, "coarse_images": 0}  # settings that older checkpoints lack, and what they mean
 
 
 def save_checkpoint(path, state):
@@ -147,7 +148,7 @@ def resume(path, config, model_args, free, changeable, made_by, **others):
 
     config, model_args: this run's settings, as the checkpoint carries them.
     free: settings that may always change. changeable: settings that may change if --change names them.
-    Settings that an older checkpoint lacks are not compared. With --overwrite=True, only an unfinished
+    Settings that an older checkpoint lacks are compared if `OLDER` has them. With --overwrite=True, only an unfinished
     run of the same command continues: its settings, and `others` in its checkpoint, must be the same.
     Raises UserError, which names the differences.
     """
@@ -165,7 +166,8 @@ def resume(path, config, model_args, free, changeable, made_by, **others):
 
     def different(state, *but):
         """-> {setting: (its value there, here)}"""
-        old = {RENAMED.get(name, name): value for name, value in {**state["model_args"], **state["config"]}.items()}
+        had = {**OLDER, **state["model_args"], **state["config"]}
+        old = {RENAMED.get(name, name): value for name, value in had.items()}
         return {k: (old[k], new[k]) for k in sorted((old.keys() & new.keys()) - {*but}) if old[k] != new[k]}
 
     if config["overwrite"]:

@@ -114,7 +114,7 @@ class DisCoDiff(nn.Module):
                                    encoder_patch, encoder_dim, encoder_layers, encoder_heads)
 
     def condition(self, z, drop=None):
-        """What the U-Net reads of the codes z. -> the `keys_values` of `denoise`; {} without latents
+        """What the U-Net reads of the codes z. -> the `condition` of `denoise`; {} without latents
 
         It depends on neither x nor sigma: compute it once per image, not once per evaluation.
         z: (B, m, k) relaxed, or (B, m) int64 hard codes in 0 ... k - 1.
@@ -124,9 +124,9 @@ class DisCoDiff(nn.Module):
             return {}
         if z.ndim == 2:
             z = F.one_hot(z, self.codebook_size)
-        return self.model.keys_values(self.latents(z, drop))
+        return self.model.condition(self.latents(z, drop))
 
-    def denoise(self, x, sigma, labels=None, keys_values=None):
+    def denoise(self, x, sigma, labels=None, condition=None):
         """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7 and Table 1.
 
         x: (B, C, H, W) = y + sigma n; sigma: (B,) -> (B, C, H, W) float32
@@ -136,7 +136,7 @@ class DisCoDiff(nn.Module):
         c_out = sigma * sd / (sigma ** 2 + sd ** 2).sqrt()
         c_in = 1 / (sigma ** 2 + sd ** 2).sqrt()
         c_noise = sigma.flatten().log() / 4
-        return c_skip * x + c_out * self.model(c_in * x, c_noise, labels, keys_values).float()
+        return c_skip * x + c_out * self.model(c_in * x, c_noise, labels, condition).float()
 
     def forward(self, y, noise, sigma, labels=None, gumbel=None, drop=None, tau=1.0):
         """Alg. 1: infers z from the clean images y, and denoises y + noise with it.
@@ -144,12 +144,12 @@ class DisCoDiff(nn.Module):
         y, noise: (B, C, H, W), noise already scaled by sigma (B,); gumbel: (B, m, k); drop: (B,) bool.
         -> D (B, C, H, W) and the encoder's logits (B, m, k), None without latents
         """
-        logits, keys_values = None, {}
+        logits, condition = None, {}
         if self.num_latents:
             logits = self.encoder(y)
             z = gumbel_softmax(logits, tau, gumbel)
-            keys_values = self.condition(z, drop)
-        return self.denoise(y + noise, sigma, labels, keys_values), logits
+            condition = self.condition(z, drop)
+        return self.denoise(y + noise, sigma, labels, condition), logits
 
 
 def denoiser(model, labels=None, codes=None, guidance=1.0, autocast=contextlib.nullcontext()):
@@ -162,17 +162,17 @@ def denoiser(model, labels=None, codes=None, guidance=1.0, autocast=contextlib.n
     """
     if (model.num_latents or guidance != 1) and codes is None:
         raise ValueError("discrete latents, and guidance by them, need codes")
-    keys_values = model.condition(codes)
+    condition = model.condition(codes)
     if guidance != 1:  # 2B images: with their codes, with null latents
         null = model.condition(codes[:1], drop=torch.ones(1, dtype=torch.bool, device=codes.device))
-        keys_values = {block: [torch.cat([t, n.expand_as(t)]) for t, n in zip(keys_values[block], null[block])]
-                       for block in null}
+        condition = {part: [torch.cat([t, n.expand_as(t)]) for t, n in zip(condition[part], null[part])]
+                       for part in null}
         labels = None if labels is None else labels.repeat(2)
     place = next(model.parameters()).device
 
     def denoise(x, sigma):
         with torch.no_grad(), autocast:
-            D = model.denoise(x.float().to(place), sigma.float().to(place).expand(len(x)), labels, keys_values)
+            D = model.denoise(x.float().to(place), sigma.float().to(place).expand(len(x)), labels, condition)
         return D.to(x.device)
 
     return denoise if guidance == 1 else guided(denoise, guidance)

@@ -13,12 +13,13 @@ from trained import path_of
 from unet import edm_settings, from_edm
 
 # settings of the encoder and its codes; the U-Net's are read off its weights
-OF_LATENTS = ("num_latents", "codebook_size", "latent_dim", "latent_layers", "latent_heads",
+OF_LATENTS = ("num_latents", "codebook_size", "latent_dim", "latent_layers", "latent_heads", "latents_to_emb",
               "encoder_patch", "encoder_dim", "encoder_layers", "encoder_heads")
 
 
 def start_from(source, model, model_args):
     """Loads the weights at `source` (see `read_network`) into `model`, a DisCoDiff of these model_args.
+    -> whether a trained encoder was among them
 
     Layers that plain EDM lacks keep their initial weights: the cross-attentions start as the identity
     (sec. 4.1), so D is the source's for any codes. With another number of classes, the class embedding
@@ -46,13 +47,14 @@ def start_from(source, model, model_args):
                 "it adds nothing without augmentation")
 
         def starts_afresh(name):
-            of_latents = not name.startswith("model.") or ".cross." in name
+            of_latents = not name.startswith("model.") or ".cross." in name or ".map_latents." in name
             return of_latents and not there["num_latents"] or name == "model.map_label.weight" and classes != wanted
 
         missing, unexpected = model.load_state_dict(weights, strict=False)
         missing = [name for name in missing if not starts_afresh(name)]
         if missing or unexpected:
             raise ValueError(f"it has no {missing[0]}" if missing else f"it has {unexpected[0]}, which ours lacks")
+        return there["num_latents"] > 0
     except (LookupError, ValueError, TypeError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not a network of ADM's architecture: {why}") from None

@@ -37,11 +37,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import data
 import training
+from coarse import warm_up
 from configurator import UserError, arguments_of, configure, require, require_numbers
 from diffusion import heun, loss_weight
 from model import DisCoDiff, denoiser, draw_codes
@@ -82,17 +82,22 @@ null_prob = 0.1  # probability that the null embedding replaces an image's laten
 latent_dim = 64
 latent_layers = 6
 latent_heads = 2
+latents_to_emb = True  # the codes also join the embedding of noise level and class (DLC), not in DisCo-Diff
 # encoder: ViT
 encoder_patch = 0  # pixels per side; 0: a quarter of the image
 encoder_dim = 128
 encoder_layers = 3
 encoder_heads = 4
+# the encoder's first phase, beside a small denoiser of averaged images; 0 images: none, as in DisCo-Diff
+coarse_images = 100_000
+coarse_batch = 128
+coarse_lr = 1e-3
 # optimisation: EDM's
 total_images = 28_000  # to train on, in all
 batch_size = 32  # over all processes
 batch_gpu = 512  # the most images in one process at once; a larger share accumulates gradients
 lr = 2e-3
-encoder_lr = 5e-5  # beside an untrained denoiser, a fast encoder collapses to one code (bits go to 0)
+encoder_lr = 0.0  # after its first phase; 0 holds it. A fast encoder collapses to one code (bits go to 0)
 warmup_images = 2_000  # linear learning-rate warm-up
 ema_halflife_images = 500_000
 ema_rampup = 0.05  # the half-life is at most this share of the images seen so far
@@ -159,9 +164,8 @@ def gradients(run, step):
             training.backward(run, loss)
         loss_sum += loss.detach() / y[0].numel()
         if num_latents:
-            p = logits.detach().softmax(-1)  # (B, m, k)
-            code_sum += p.sum(0)
-            entropy_sum += torch.special.entr(p).sum()
+            codes, entropies = training.usage(logits)
+            code_sum, entropy_sum = code_sum + codes, entropy_sum + entropies
     training.unscale(run)
     return loss_sum, code_sum, entropy_sum
 
@@ -174,7 +178,7 @@ def update(run, seen):
     """
     for group, peak in zip(run.optimizer.param_groups, (lr, lr, encoder_lr)):  # U-Net, latent tokens, encoder
         group["lr"] = peak * min(seen / max(warmup_images, 1), 1)
-    norm = get_total_norm([p.grad for p in run.parameters])
+    norm = training.gradient_norm(run)
     training.guarded_step(run.optimizer, norm, run.skipped)
     halflife = min(ema_halflife_images, seen * ema_rampup)
     decay = 0.5 ** (batch_size / max(halflife, 1e-8))
@@ -203,7 +207,8 @@ def setup(config):
     global _checkpoint_path, _micro_batch  # for the line printed when memory runs out
     require_numbers(config, but=("held_out", "P_mean"), or_zero=(
         "seed", "num_latents", "latent_layers", "encoder_layers", "encoder_patch", "warmup_images", "ema_rampup",
-        "ema_halflife_images", "P_std", "keep_every", "preview_every", "null_prob", "dropout"))
+        "ema_halflife_images", "P_std", "encoder_lr", "coarse_images", "keep_every", "preview_every", "null_prob",
+        "dropout"))
     require(math.isfinite(P_mean), f"P_mean must be finite, not {P_mean}")
     require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
     require(channel_mult and min(channel_mult) > 0,
@@ -224,7 +229,8 @@ def setup(config):
     run.batches, run.stamp = data.Shuffle(run.train_indices, seed), data.file_stamp(run.images)
     run.classes = data.class_names(dataset)
     config["data_identity"] = data.data_checksum(run.images, run.labels)  # in the checkpoint, to notice changes
-    run.carries = dict(classes=run.classes, made=data.made_of(dataset), qkv="sorted")  # also in the checkpoint
+    run.carries = dict(  # also in the checkpoint
+        classes=run.classes, made=data.made_of(dataset), qkv="sorted", coarse=dict(step=0))
 
     run.model_args = arguments_of(config, DisCoDiff, UNet) | dict(
         img_resolution=run.images.shape[1], img_channels=run.images.shape[3],
@@ -239,14 +245,22 @@ def setup(config):
     parts = (run.model.model, run.model.latents, run.model.encoder) if num_latents else (run.model.model,)
     groups = [dict(params=part.parameters()) for part in parts]
     run.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    if not training.resume_run(run, FREE, CHANGEABLE, prepare=partial(sort_older, run.model)):
-        if init_from:
-            start_from(init_from, run.model, run.model_args)
+    if not training.resume_run(run, FREE, CHANGEABLE, prepare=partial(take_over, run)):
+        if init_from and start_from(init_from, run.model, run.model_args):
+            run.carries["coarse"] = dict(step=coarse_images)
         run.ema.load_state_dict(run.model.state_dict())
+    if num_latents:
+        run.model.encoder.requires_grad_(encoder_lr > 0)
     warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP's; harmless for 1 x 1 convolutions
     network = torch.compile(run.model) if compile and can_compile(run.device) else run.model
     run.forward = training.distributed(run, network)
     return run
+
+
+def take_over(run, checkpoint):
+    """What a checkpoint needs before its state is loaded, and what it says besides."""
+    sort_older(run.model, checkpoint)
+    run.carries["coarse"] = checkpoint.get("coarse", run.carries["coarse"])
 
 
 def fit_to_images(config, shape, num_classes):
@@ -336,13 +350,8 @@ def report(run, seen, bar):
     line = dict(images=seen, loss=loss.item() / steps)
     shown = {"loss": f"{line['loss']:.4f}"}
     if num_latents:
-        p = code_sum / (steps * run.local_batch)  # (m, k) averaged code distribution
-        entropy = torch.special.entr(p).sum(1)
-        line["perplexity"] = entropy.exp().tolist()  # codes that each latent uses, 1 ... k
-        # what the codes tell about the image: I(z; y) = H(z) - H(z | y), 0 where the encoder ignores it
-        line["bits"] = (entropy.sum() - entropy_sum / (steps * run.local_batch)).item() / math.log(2)
-        used = "/".join(f"{u:.0f}" for u in line["perplexity"][:16])
-        shown |= {"codes used": f"{used} of {codebook_size}", "bits": f"{line['bits']:.1f}"}
+        usage, used = training.of_usage(code_sum, entropy_sum, steps * run.local_batch)
+        line, shown = line | usage, shown | used
     training.write_line(run, line | dict(grad_norm=norm.item() / steps), bar, shown)
 
 
@@ -357,8 +366,8 @@ def main(argv=()):
 
 
 def train(run, signals):
-    """Alg. 1, over and over, until total_images are seen or a signal comes."""
-    stopped, seen = 0, run.step * batch_size
+    """The encoder's first phase, then Alg. 1 over and over, until total_images are seen or a signal comes."""
+    seen = run.step * batch_size
     if run.master:
         of_unet, in_all = (sum(p.numel() for p in part.parameters()) for part in (run.model.model, run.model))
         shape = " x ".join(map(str, run.images.shape[1:]))
@@ -367,6 +376,7 @@ def train(run, signals):
         training.open_log(run, "images")
         for snapshot in Path(out_dir).glob("stage1-*.pt") if overwrite and not run.step else ():
             snapshot.unlink()  # of the run that this one replaces
+    stopped = warm_up(run, fetch, signals) if num_latents and not run.step else 0
     bar = progress(total=total_images, initial=seen, unit="img", disable=not run.master, mininterval=1)
     run.model.train()
     while seen < total_images and not stopped:

@@ -86,7 +86,13 @@ def backward(run, loss):
 def unscale(run):
     if run.scale != 1:
         for p in run.parameters:
-            p.grad /= run.scale
+            if p.grad is not None:
+                p.grad /= run.scale
+
+
+def gradient_norm(run):
+    """The norm of all gradients; a parameter that is held has none."""
+    return get_total_norm([p.grad for p in run.parameters if p.grad is not None])
 
 
 def guarded_step(optimizer, norm, skipped):
@@ -132,6 +138,23 @@ def open_log(run, what):
 def reset(run):
     """Begins a new line of the log."""
     run.sums, run.good, run.steps, run.since = None, 0, 0, time.time()
+
+
+def usage(logits):
+    """Of an encoder's logits (B, m, k) -> sums over the images of code distributions (m, k), and of entropies"""
+    p = logits.detach().softmax(-1)
+    return p.sum(0), torch.special.entr(p).sum()
+
+
+def of_usage(code_sum, entropy_sum, count):
+    """What the codes of `count` images say, from `usage`'s sums. -> a part of the log's line, and of the bar's"""
+    p = code_sum / count  # (m, k) averaged code distribution
+    entropy = torch.special.entr(p).sum(1)
+    perplexity = entropy.exp().tolist()  # codes that each latent uses, 1 ... k
+    # what the codes tell about the image: I(z; y) = H(z) - H(z | y), 0 where the encoder ignores it
+    bits = (entropy.sum() - entropy_sum / count).item() / math.log(2)
+    used = "/".join(f"{u:.0f}" for u in perplexity[:16])
+    return dict(perplexity=perplexity, bits=bits), {"codes used": f"{used} of {p.shape[1]}", "bits": f"{bits:.1f}"}
 
 
 def add_up(run, norm, *measured):
@@ -193,10 +216,16 @@ def save(run, keep=""):
 def finish(run, stopped, what):
     """Draws the curves and ends a run, finished or stopped by a signal. what: "images" or "codes"."""
     seen = run.step * run.config["batch_size"]
-    if run.master and run.step > run.began:
+    if run.step > run.began:
+        draw_curves(run)
+    end(stopped if seen < run.config["total_images"] else 0, f"{seen:,} {what}", run.path)
+
+
+def draw_curves(run):
+    """Process 0 draws the log."""
+    if run.master:
         try:
             lines = [json.loads(line) for line in read_log(run.log, math.inf)]
             save_curves(lines, run.curves)
         except (UserError, ValueError, TypeError) as error:  # a full disk, a log that somebody edited: the run is safe
             say(f"{run.curves} could not be drawn: {error}")
-    end(stopped if seen < run.config["total_images"] else 0, f"{seen:,} {what}", run.path)

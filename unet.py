@@ -2,8 +2,10 @@
 ADM's U-Net (Dhariwal & Nichol 2021) in EDM's form and with EDM's parameter names (Karras et al. 2022).
 A cross-attention to the discrete latents follows each self-attention (DisCo-Diff sec. 3.3).
 
-A code's way into the picture: `UNet.keys_values` prepares the latent tokens for every block, once per
+A code's way into the picture: `UNet.condition` prepares the latent tokens for every block, once per
 image; `UNet.forward` hands each block its part; `UNetBlock.forward` ends in `CrossAttention.forward`.
+With latents_to_emb the mean token also joins the embedding of noise level and class, which modulates
+every block: DLC's way (DLC sec. 4).
 """
 
 import math
@@ -115,11 +117,12 @@ class UNet(nn.Module):
 
     attn_resolutions: sizes of the feature maps with attention (the bottleneck always has it).
     latent_dim: width of the latent tokens that the cross-attentions read; 0 builds plain EDM.
+    latents_to_emb: whether the tokens' mean is also added to the embedding.
     Raises ValueError for sizes that don't fit each other.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim, model_channels=192, channel_mult=(1, 2, 3, 4),
-                 channel_mult_emb=4, num_blocks=3, attn_resolutions=(32, 16, 8), dropout=0.1, latent_dim=0):
+                 channel_mult_emb=4, num_blocks=3, attn_resolutions=(32, 16, 8), dropout=0.1, latent_dim=0, latents_to_emb=False):
         super().__init__()
         levels = len(channel_mult)
         if img_resolution % 2 ** (levels - 1):
@@ -138,6 +141,7 @@ class UNet(nn.Module):
         self.map_label = nn.Linear(label_dim, emb_dim, bias=False) if label_dim else None
         if label_dim:
             nn.init.normal_(self.map_label.weight)
+        self.map_latents = zero(nn.Linear(latent_dim, emb_dim)) if latent_dim and latents_to_emb else None
 
         def block(cin, cout, attention=False, resample=None):
             return UNetBlock(cin, cout, emb_dim, attention, latent_dim, resample, dropout)
@@ -168,31 +172,40 @@ class UNet(nn.Module):
         self.out_norm = group_norm(channels)
         self.out_conv = zero(nn.Conv2d(channels, img_channels, 3, padding=1))
 
-    def keys_values(self, tokens):
-        """Latent tokens (B, m, latent_dim) -> what cross-attentions read, {"enc.8x8_block0": ...}"""
-        blocks = [(name, block) for name, block in self.named_modules() if isinstance(block, UNetBlock)]
-        return {name: block.cross.keys_values(tokens) for name, block in blocks if block.cross is not None}
+    def condition(self, tokens):
+        """Latent tokens (B, m, latent_dim) -> what the network reads of them, {name: tensors (B, ...)}
 
-    def forward(self, x, c_noise, labels=None, keys_values=None):
+        "enc.8x8_block0", ...: keys and values of cross-attentions; "emb": a part of the embedding.
+        """
+        blocks = [(name, block) for name, block in self.named_modules() if isinstance(block, UNetBlock)]
+        condition = {name: block.cross.keys_values(tokens) for name, block in blocks if block.cross is not None}
+        if self.map_latents is not None:
+            condition["emb"] = [float32(self.map_latents, tokens.mean(1))]
+        return condition
+
+    def forward(self, x, c_noise, labels=None, condition=None):
         """x: (B, C, H, W); c_noise: (B,); labels: (B,) int64, -1 for none, or None
 
-        keys_values: as above, None without latents
+        condition: as above, None without latents
         """
+        condition = condition or {}
         emb = F.silu(float32(self.map_layer0, sinusoids(c_noise, self.map_layer0.in_features)))
         emb = float32(self.map_layer1, emb)
         if self.map_label is not None and labels is not None:
             one_hot = labels[:, None] == torch.arange(self.map_label.in_features, device=x.device)
             emb = emb + float32(self.map_label, one_hot)  # label -1: a row of zeros
+        if "emb" in condition:
+            emb = emb + condition["emb"][0]
         emb = F.silu(emb)
 
-        keys_values, skips = keys_values or {}, []
+        skips = []
         for name, block in self.enc.items():
-            x = block(x, emb, keys_values.get(f"enc.{name}")) if isinstance(block, UNetBlock) else block(x)
+            x = block(x, emb, condition.get(f"enc.{name}")) if isinstance(block, UNetBlock) else block(x)
             skips.append(x)
         for name, block in self.dec.items():
             if x.shape[1] != block.cin:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = block(x, emb, keys_values.get(f"dec.{name}"))
+            x = block(x, emb, condition.get(f"dec.{name}"))
         return self.out_conv(F.silu(self.out_norm(x)))
 
 

@@ -26,11 +26,13 @@ null_prob = 0.1
 latent_dim = 192
 latent_layers = 6
 latent_heads = 3
+latents_to_emb = False
 # encoder: ViT-B/8
 encoder_patch = 8
 encoder_dim = 768
 encoder_layers = 12
 encoder_heads = 12
+coarse_images = 0
 # optimisation
 total_images = 200_000_000
 batch_size = 4096

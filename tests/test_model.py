@@ -51,9 +51,9 @@ def test_latents_change_nothing_at_step_0():
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and all("cross" in n or n.startswith(("latents", "encoder")) for n in missing)
     x, sigma, c = torch.randn(4, 3, 16, 16), torch.rand(4) + 0.1, torch.arange(4)
-    keys_values = model.condition(torch.randint(5, (4, 3)))
-    assert len(keys_values) == sum("cross.kv.weight" in n for n in missing) > 2
-    assert torch.equal(model.denoise(x, sigma, c, keys_values), plain.denoise(x, sigma, c))
+    condition = model.condition(torch.randint(5, (4, 3)))
+    assert len(condition) == sum("cross.kv.weight" in n for n in missing) > 2
+    assert torch.equal(model.denoise(x, sigma, c, condition), plain.denoise(x, sigma, c))
 
 
 def used_model():
