@@ -126,7 +126,7 @@ def warm_up(run, fetch, signals):
     phase, stopped = prepare(run, state), 0
     seen = phase.step * count
     if run.master:
-        write_log(phase.log, read_log(phase.log, seen) if seen else [], mode="w")
+        write_log(phase.log, read_log(phase.log, seen), mode="w")
     bar = progress(total=total, initial=seen, unit="img", desc="encoder", disable=not run.master, mininterval=1)
     while seen < total and not stopped:
         y, c = fetch(run, seen + phase.rank * phase.local_batch, phase.local_batch)
