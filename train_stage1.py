@@ -92,6 +92,7 @@ encoder_heads = 4
 coarse_images = 100_000
 coarse_batch = 128
 coarse_lr = 1e-3
+coarse_spread = 0.003  # weight of the entropy, in nats, of each latent's codes: it keeps all codes in use
 # optimisation: EDM's
 total_images = 28_000  # to train on, in all
 batch_size = 32  # over all processes
@@ -207,8 +208,8 @@ def setup(config):
     global _checkpoint_path, _micro_batch  # for the line printed when memory runs out
     require_numbers(config, but=("held_out", "P_mean"), or_zero=(
         "seed", "num_latents", "latent_layers", "encoder_layers", "encoder_patch", "warmup_images", "ema_rampup",
-        "ema_halflife_images", "P_std", "encoder_lr", "coarse_images", "keep_every", "preview_every", "null_prob",
-        "dropout"))
+        "ema_halflife_images", "P_std", "encoder_lr", "coarse_images", "coarse_spread", "keep_every", "preview_every",
+        "null_prob", "dropout"))
     require(math.isfinite(P_mean), f"P_mean must be finite, not {P_mean}")
     require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
     require(channel_mult and min(channel_mult) > 0,
