@@ -43,7 +43,7 @@ import data
 import training
 from coarse import warm_up
 from configurator import UserError, arguments_of, configure, require, require_numbers
-from diffusion import heun, loss_weight
+from diffusion import heun, loss_at, loss_weight
 from model import DisCoDiff, denoiser, draw_codes
 from noise import gumbel_noise, has_float64, seed_of, seeded_generator
 from plot import save_grid
@@ -332,15 +332,11 @@ def print_losses(run, count=256, sigmas=(0.02, 0.1, 0.3, 1, 3, 10, 30, 80)):
         for part in np.array_split(shown, -(-len(shown) // batch_gpu)):
             y = data.to_float(run.images[part], run.device)
             c = torch.from_numpy(run.labels[part]).to(run.device) if class_cond else None
-            sigma = torch.full((len(y),), float(level), device=run.device)
-            x = y + level * torch.randn(y.shape, device=run.device, generator=g)
+            n = torch.randn(y.shape, device=run.device, generator=g)
             z = codes_of(run, y, g) if num_latents else None
             for i in range(2 if num_latents else 1):
-                drop = torch.full((len(y),), bool(i), device=run.device)
-                with run.autocast:
-                    D = run.ema.denoise(x, sigma, c, run.ema.condition(z, drop))
-                weight = loss_weight(sigma, sigma_data)[:, None, None, None]
-                sums[i] += (weight * (D - y) ** 2).sum().item() / y[0].numel()
+                denoise = denoiser(run.ema, c, z, guidance=1 - i, autocast=run.autocast)  # w = 0: null latents
+                sums[i] += loss_at(denoise, y, n, torch.tensor(float(level)), sigma_data).sum().item()
         own, null = sums[0] / len(shown), sums[1] / len(shown)
         print(f"{level:8g}  {own:10.4f}" + (f"  {null:10.4f}  {null / own:10.2f}" if num_latents else ""))
 
