@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import training
 from checkpoint import read_log, write_log
-from configurator import require
+from configurator import arguments_of
 from diffusion import loss_weight
 from model import gumbel_softmax
 from noise import gumbel_noise, seeded_generator
@@ -55,8 +55,8 @@ class CoarseDenoiser(nn.Module):
         return F.avg_pool2d(y, self.pool).flatten(1)
 
     def forward(self, y, noise, sigma, labels, gumbel, drop, tau):
-        """y: (B, C, H, W) clean images; noise: (B, pixels), scaled by sigma (B, 1); labels: (B,), or None if label_dim is 0;
-        gumbel: (B, m, k); drop: (B,) bool, True for the null embedding
+        """y: (B, C, H, W) clean images; noise: (B, pixels), scaled by sigma (B, 1); labels: (B,), -1 for none,
+        or None if label_dim is 0; gumbel: (B, m, k); drop: (B,) bool, True for the null embedding
 
         -> D (B, pixels) and the encoder's logits (B, m, k)
         """
@@ -74,17 +74,13 @@ class CoarseDenoiser(nn.Module):
 def prepare(run, state):
     """-> the phase, a run like stage 1's `run`, whose encoder it trains. state: run.carries["coarse"]"""
     config = run.config | dict(batch_size=run.config["coarse_batch"], total_images=run.config["coarse_images"])
-    require(config["batch_size"] % run.world == 0,
-            f"coarse_batch {config['batch_size']} can't be shared among {run.world} processes equally")
     torch.manual_seed(config["seed"])
-    sizes = {name: run.model_args[name] for name in (
-        "img_resolution", "img_channels", "label_dim", "num_latents", "codebook_size", "sigma_data")}
+    model = CoarseDenoiser(run.model.encoder, **arguments_of(run.model_args, CoarseDenoiser)).to(run.device)
+    model.requires_grad_(True)
     phase = SimpleNamespace(**vars(run) | dict(
-        config=config, model=CoarseDenoiser(run.model.encoder, **sizes).to(run.device), step=state["step"],
+        config=config, model=model, parameters=list(model.parameters()), step=state["step"],
         local_batch=config["batch_size"] // run.world, skipped=torch.zeros(2, device=run.device),
         log=f"{config['out_dir']}/coarse.jsonl", curves=f"{config['out_dir']}/coarse_curves.png"))
-    phase.model.requires_grad_(True)
-    phase.parameters = list(phase.model.parameters())
     phase.optimizer = torch.optim.Adam(phase.parameters, lr=config["coarse_lr"], fused=True)
     if phase.step:
         phase.model.load_state_dict(state["model"])
@@ -122,14 +118,14 @@ def gradients(phase, y, c):
 
 
 def warm_up(run, fetch, signals):
-    """Trains run.model.encoder until coarse_images are seen or a signal comes. -> the signal, or 0
+    """Trains run.model.encoder until coarse_images are seen. A signal ends the run before.
 
     fetch: the one of train_stage1.py. run.carries["coarse"] says in the checkpoint how far the phase is.
     """
     state = run.carries["coarse"]
     total, count = run.config["coarse_images"], run.config["coarse_batch"]
     if state["step"] * count >= total:
-        return 0
+        return
     phase, stopped = prepare(run, state), 0
     seen = phase.step * count
     if run.master:
@@ -158,8 +154,8 @@ def warm_up(run, fetch, signals):
             if run.master:
                 training.save(run)
     bar.close()
-    run.model.encoder.requires_grad_(run.config["encoder_lr"] > 0)
-    run.optimizer.zero_grad()
+    if seen < total:
+        training.finish(phase, stopped, "images of the encoder's first phase")
     training.draw_curves(phase)
+    run.model.encoder.requires_grad_(run.config["encoder_lr"] > 0)
     training.reset(run)
-    return stopped

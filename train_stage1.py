@@ -21,6 +21,7 @@ Writes to out_dir:
     stage1.pt              weights, their moving average, optimiser, settings
     stage1.previous.pt     the checkpoint before
     stage1.jsonl           the log; stage1_curves.png draws it
+    coarse.jsonl           the log of the encoder's first phase; coarse_curves.png draws it
     preview_*.png          samples along the way
 
 The same command again, with --overwrite=True or without, continues after a crash, Ctrl-C or SIGTERM.
@@ -215,6 +216,8 @@ def setup(config):
     require(channel_mult and min(channel_mult) > 0,
             f"channel_mult has a positive number for each level, not {channel_mult}")
     run = training.start(config, "stage1", "train_stage1")
+    require(not (num_latents and coarse_images) or coarse_batch % run.world == 0,
+            f"coarse_batch {coarse_batch} can't be shared among {run.world} processes equally")
     run.lower = "--lr or --encoder_lr"  # what may help a run that diverges
     micro_steps = -(-run.local_batch // batch_gpu)
     require(run.local_batch % micro_steps == 0,
@@ -364,7 +367,7 @@ def main(argv=()):
 
 def train(run, signals):
     """The encoder's first phase, then Alg. 1 over and over, until total_images are seen or a signal comes."""
-    seen = run.step * batch_size
+    stopped, seen = 0, run.step * batch_size
     if run.master:
         of_unet, in_all = (sum(p.numel() for p in part.parameters()) for part in (run.model.model, run.model))
         shape = " x ".join(map(str, run.images.shape[1:]))
@@ -373,7 +376,8 @@ def train(run, signals):
         training.open_log(run, "images")
         for snapshot in Path(out_dir).glob("stage1-*.pt") if overwrite and not run.step else ():
             snapshot.unlink()  # of the run that this one replaces
-    stopped = warm_up(run, fetch, signals) if num_latents and not run.step else 0
+    if num_latents and not run.step:
+        warm_up(run, fetch, signals)
     bar = progress(total=total_images, initial=seen, unit="img", disable=not run.master, mininterval=1)
     run.model.train()
     while seen < total_images and not stopped:

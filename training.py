@@ -214,7 +214,7 @@ def save(run, keep=""):
 
 
 def finish(run, stopped, what):
-    """Draws the curves and ends a run, finished or stopped by a signal. what: "images" or "codes"."""
+    """Draws the curves and ends a run, finished or stopped by a signal. what: it has seen, "images" or "codes"."""
     seen = run.step * run.config["batch_size"]
     if run.step > run.began:
         draw_curves(run)

@@ -122,7 +122,8 @@ class UNet(nn.Module):
     """
 
     def __init__(self, img_resolution, img_channels, label_dim, model_channels=192, channel_mult=(1, 2, 3, 4),
-                 channel_mult_emb=4, num_blocks=3, attn_resolutions=(32, 16, 8), dropout=0.1, latent_dim=0, latents_to_emb=False):
+                 channel_mult_emb=4, num_blocks=3, attn_resolutions=(32, 16, 8), dropout=0.1, latent_dim=0,
+                 latents_to_emb=False):
         super().__init__()
         levels = len(channel_mult)
         if img_resolution % 2 ** (levels - 1):

@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # a network that takes seconds, on the embedded data
 TINY = ["--model_channels=8", "--channel_mult=1,2", "--attn_resolutions=14,", "--num_latents=3", "--codebook_size=5",
         "--latent_dim=8", "--latent_layers=1", "--encoder_dim=16", "--encoder_layers=1", "--encoder_patch=14",
-        "--preview_every=0", "--batch_size=8", "--total_images=48", "--warmup_images=16", "--held_out=16",
-        "--device=cpu"]
+        "--coarse_images=16", "--coarse_batch=8", "--preview_every=0", "--batch_size=8", "--total_images=48",
+        "--warmup_images=16", "--held_out=16", "--device=cpu"]
 # and a prior for it
 PRIOR = ["--layers=1", "--dim=16", "--heads=2", "--batch_size=50", "--warmup_images=100", "--device=cpu"]
 # and samples of both

@@ -190,20 +190,21 @@ def test_the_loss_of_the_best_denoiser_of_one_gaussian_is_1(sigma, g):
     assert nothing.mean().item() == pytest.approx(1 + (0.5 / sigma) ** 2, rel=0.02)
 
 
-def small_model():
+def small_model(to_emb):
     torch.manual_seed(0)
     model = DisCoDiff(8, 1, 3, num_latents=2, codebook_size=4, latent_dim=8, latent_layers=1, latent_heads=1,
                       encoder_patch=4, encoder_dim=8, encoder_layers=1, encoder_heads=1, model_channels=8,
-                      channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.0).eval()
+                      channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.0, latents_to_emb=to_emb).eval()
     for p in model.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.3)
     return model
 
 
+@pytest.mark.parametrize("to_emb", [False, True])
 @torch.no_grad()
-def test_guidance():
-    model = small_model()
+def test_guidance(to_emb):
+    model = small_model(to_emb)
     x, sigma, c, z = torch.randn(3, 1, 8, 8), torch.tensor(2.0), torch.tensor([0, 1, 2]), torch.tensor([[0, 1], [2, 3], [1, 1]])
     batches, condition_calls = [], []
     model.model.register_forward_hook(lambda m, args, out: batches.append(len(args[0])))

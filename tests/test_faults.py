@@ -47,13 +47,13 @@ def workers_of(process):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_step_without_finite_gradients_is_skipped(tmp_path, monkeypatch, value):
-    """One bad pixel in the third batch: weights, moments and Adam's step count stay to the bit, and training goes on."""
+    """One bad pixel in the third batch, after the encoder's first phase: weights, moments and Adam's step count stay to the bit, and training goes on."""
     to_float, save, calls, states = data.to_float, training.save_checkpoint, [], []
 
     def injected(images, device="cpu"):
         calls.append(1)
         y = to_float(images, device)
-        if len(calls) == 3:
+        if len(calls) == 5:
             y[0, 0, 5, 5] = value
         return y
 
@@ -61,6 +61,7 @@ def test_a_step_without_finite_gradients_is_skipped(tmp_path, monkeypatch, value
     monkeypatch.setattr(data, "to_float", injected)
     monkeypatch.setattr(training, "save_checkpoint", lambda path, state: (states.append(copy.deepcopy(state)), save(path, state)))
     run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--save_every=8", "--log_every=24")
+    states = states[2:]  # from the end of that phase on
     assert [s["step"] for s in states] == [0, 1, 2, 3, 4, 5, 6]
     trained = [(s["model"], s["optimizer"]["state"]) for s in states]
     assert [same(a, b) for a, b in zip(trained[1:], trained[2:])] == [False, True, False, False, False]
@@ -72,10 +73,13 @@ def test_a_step_without_finite_gradients_is_skipped(tmp_path, monkeypatch, value
     assert reports[0]["bits"] == pytest.approx(two["bits"], rel=1e-4)
 
 
-@pytest.mark.parametrize("script, name", [("train_stage1.py", "stage1.pt"), ("train_prior.py", "prior_ar.pt")])
-def test_a_run_whose_gradients_stay_bad_stops(trained, tmp_path, monkeypatch, script, name):
+@pytest.mark.parametrize("script, name, settings", [
+    ("train_stage1.py", "stage1.pt", [*TINY, "--coarse_images=0"]), ("train_stage1.py", "stage1.pt", [*TINY, "--coarse_images=800"]),
+    ("train_prior.py", "prior_ar.pt", ["--layers=1", "--dim=16", "--heads=2", "--batch_size=8", "--device=cpu"])],
+    ids=["stage 1", "the encoder's first phase", "prior"])
+def test_a_run_whose_gradients_stay_bad_stops(trained, tmp_path, monkeypatch, script, name, settings):
     """NaN in a gradient of each step from the 20th on: a message, and the weights of before."""
-    settings = TINY if script == "train_stage1.py" else ["--layers=1", "--dim=16", "--heads=2", "--batch_size=8", "--device=cpu"]
+    in_phase = "--coarse_images=800" in settings
     (tmp_path / "stage1.pt").write_bytes((trained / "stage1.pt").read_bytes())
     steps, init, step = [], torch.nn.Linear.__init__, torch.optim.Adam.step
 
@@ -88,7 +92,9 @@ def test_a_run_whose_gradients_stay_bad_stops(trained, tmp_path, monkeypatch, sc
     with pytest.raises(UserError, match=r"the gradients of the last 20 steps were not finite.*has the weights from before") as error:
         run(script, f"--out_dir={tmp_path}", *settings, "--total_images=800", "--log_every=80", "--save_every=80", "--overwrite=True")
     left = checkpoint(tmp_path, name)
-    assert len(steps) == 40 and left["step"] == 30 and left["skipped"].tolist() == [10, 10] and "\n" not in str(error.value)
+    assert len(steps) == 40 and "\n" not in str(error.value) and in_phase == ("try a lower --coarse_lr;" in str(error.value))
+    assert (left["coarse"]["step"], left["step"]) == (30, 0) if in_phase else \
+        (left["step"], left["skipped"].tolist()) == (30, [10, 10])
     assert all(p.isfinite().all() for key in ("model", "ema") for p in left[key].values())
 
 
@@ -157,6 +163,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(trained, tmp_pat
 STOPS = {signal.SIGTERM: ("SIGTERM", 143), signal.SIGINT: ("Ctrl-C", 130)}
 LONG = {"train_stage1.py": [*TINY, "--total_images=240"],
         "train_prior.py": ["--layers=1", "--dim=16", "--heads=2", "--batch_size=50", "--total_images=20000", "--device=cpu"]}
+BEGUN = {"stage1.pt": "stage1.previous.pt"}  # is there when the encoder's first phase is over
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +183,7 @@ def test_sigterm_and_ctrl_c_save_and_the_same_command_goes_on(trained, undisturb
         shutil.copy(trained / "stage1.pt", tmp_path)
     command = [f"--out_dir={tmp_path}", *LONG[script], "--save_every=1000000", "--log_every=1000000"]
     process = start(script, *command)
-    until((tmp_path / name).exists, process)
+    until((tmp_path / BEGUN.get(name, name)).exists, process)
     time.sleep(0.1)
     process.send_signal(stop)
     printed, errors = process.communicate(timeout=60)
@@ -196,7 +203,7 @@ def test_a_signal_to_several_processes(tmp_path, to, stop):
     """All stop after the same step, with the same exit code, whichever of them has heard the signal."""
     settings = [*TINY, "--total_images=4800", "--save_every=1000000"]
     process = torchrun("--nproc_per_node=2", "train_stage1.py", f"--out_dir={tmp_path}", *settings)
-    until((tmp_path / "stage1.pt").exists, process)
+    until((tmp_path / BEGUN["stage1.pt"]).exists, process)
     time.sleep(0.5)
     os.kill(process.pid if to == "torchrun" else workers_of(process)[1], stop)
     printed, errors = process.communicate(timeout=90)

@@ -17,7 +17,7 @@ from unet import UNet
 SHAPES = json.loads((ROOT / "tests/reference/edm_shapes.json").read_text())
 SMALL = dict(img_resolution=16, img_channels=3, label_dim=10, model_channels=64, channel_mult=(1, 2), num_blocks=1,
              attn_resolutions=(8,), dropout=0.1, num_latents=3, codebook_size=5, latent_dim=12, latent_layers=2,
-             encoder_dim=24, encoder_layers=2, encoder_heads=3)
+             latents_to_emb=True, encoder_dim=24, encoder_layers=2, encoder_heads=3)
 
 
 def test_imagenet64_has_edms_parameters():
@@ -43,16 +43,18 @@ def test_imagenet64_has_edms_parameters():
     assert {k: config[k] for k in wanted} == wanted
 
 
-def test_latents_change_nothing_at_step_0():
+@pytest.mark.parametrize("to_emb", [False, True])
+def test_latents_change_nothing_at_step_0(to_emb):
     """New layers start as the identity: fine-tuning starts from EDM's output, to the bit."""
-    model, plain = DisCoDiff(**SMALL).eval(), DisCoDiff(**{**SMALL, "num_latents": 0}).eval()
+    model, plain = (DisCoDiff(**{**SMALL, "latents_to_emb": to_emb, "num_latents": m}).eval() for m in (3, 0))
     state = {n: fill(n, tuple(p.shape)) for n, p in plain.state_dict().items()}
     plain.load_state_dict(state)
     missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and all("cross" in n or n.startswith(("latents", "encoder")) for n in missing)
+    assert not unexpected and all("cross" in n or n.startswith(("latents", "encoder", "model.map_latents")) for n in missing)
     x, sigma, c = torch.randn(4, 3, 16, 16), torch.rand(4) + 0.1, torch.arange(4)
     condition = model.condition(torch.randint(5, (4, 3)))
-    assert len(condition) == sum("cross.kv.weight" in n for n in missing) > 2
+    assert len(condition) == sum("cross.kv.weight" in n for n in missing) + to_emb > 2
+    assert ("emb" in condition) == to_emb == ("model.map_latents.weight" in missing)
     assert torch.equal(model.denoise(x, sigma, c, condition), plain.denoise(x, sigma, c))
 
 
@@ -79,6 +81,28 @@ def test_each_latent_matters_and_dropped_ones_do_not():
     dropped = torch.tensor([True])
     assert torch.equal(D([0, 0, 0], dropped), D([4, 2, 1], dropped))
     assert (D([0, 0, 0], dropped) - D([0, 0, 0])).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_codes_enter_by_the_embedding():
+    """A linear map of the tokens' mean is added to the embedding, as a class label is: alone, with the cross-attentions still
+    the identity, it changes D; each code does, and null latents do."""
+    model = DisCoDiff(**SMALL).eval()
+    for n, p in model.named_parameters():
+        if not p.any() and ".cross." not in n:
+            torch.nn.init.normal_(p, std=0.2)
+    x, sigma, z = torch.randn(2, 3, 16, 16), torch.ones(2), torch.tensor([[1, 4, 0], [2, 2, 3]])
+    condition = model.condition(z)
+    mean = model.latents(F.one_hot(z, 5)).mean(1)  # (B, latent_dim)
+    weight, bias = model.model.map_latents.weight, model.model.map_latents.bias
+    assert torch.allclose(condition["emb"][0], mean @ weight.T + bias, atol=1e-6)
+    D = model.denoise(x, sigma, None, condition)
+    plain = model.denoise(x, sigma, None, {name: part for name, part in condition.items() if name != "emb"})
+    assert (D - plain).abs().amax((1, 2, 3)).min() > 1e-3
+    for other in (z.flip(0), z.roll(1, 1)):
+        assert (model.denoise(x, sigma, None, model.condition(other)) - D).abs().amax((1, 2, 3)).min() > 1e-4
+    null = model.denoise(x, sigma, None, model.condition(z, torch.tensor([True, False])))
+    assert (null - D)[0].abs().max() > 1e-4 and torch.allclose(null[1], D[1], atol=1e-6)
 
 
 @torch.no_grad()

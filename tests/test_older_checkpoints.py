@@ -1,7 +1,11 @@
-"""Checkpoints of before the channels of qkv were sorted, in which q, k and v are interleaved, as EDM has them."""
+"""Checkpoints of before the channels of qkv were sorted, in which q, k and v are interleaved, as EDM has them; and of before
+some settings."""
+import pytest
 import torch
-from scripts import TINY, run
+from conftest import checkpoint, same_training
+from scripts import SAMPLE, TINY, run
 
+from configurator import UserError
 from model import DisCoDiff
 from trained import load_stage1
 from unet import from_edm, num_heads
@@ -37,3 +41,28 @@ def test_they_are_sampled_from_and_trained_on(trained, tmp_path):
     for state, wanted in zip(sorted_again, (whole["model"], whole["ema"], whole["ema"])):
         assert any(not torch.equal(older["model"][name], state[name]) for name in state if ".qkv.weight" in name)
         assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+
+
+def test_settings_that_they_lack_mean_what_was_done_then(tmp_path):
+    """No codes in the embedding, no first phase of the encoder: with these settings they go on, with others they are refused."""
+    settings = [*TINY, "--encoder_lr=5e-5"]
+    then = [*settings, "--latents_to_emb=False", "--coarse_images=0"]
+    for name in ("older", "whole"):
+        run("train_stage1.py", f"--out_dir={tmp_path / name}", *then, f"--total_images={24 if name == 'older' else 48}")
+    path = tmp_path / "older" / "stage1.pt"
+    state = torch.load(path)
+    del state["coarse"], state["model_args"]["latents_to_emb"]
+    for name in ("latents_to_emb", "coarse_images", "coarse_batch", "coarse_lr"):
+        del state["config"][name]
+    torch.save(state, path)
+    run("sample.py", f"--out_dir={tmp_path / 'older'}", *SAMPLE, "--code=0,1,2")
+    for arguments, differences in ((settings, "coarse_images=0 there, 16 here; latents_to_emb=False there, True here"),
+                                   ([*settings, "--coarse_images=0"], "latents_to_emb=False there, True here"),
+                                   ([*settings, "--latents_to_emb=False"], "coarse_images=0 there, 16 here")):
+        with pytest.raises(UserError) as error:
+            run("train_stage1.py", f"--out_dir={tmp_path / 'older'}", *arguments)
+        assert str(error.value) == (f"{path} is from a run with other settings ({differences}): choose another --out_dir, or start anew "
+                                    "with --overwrite=True")
+    run("train_stage1.py", f"--out_dir={tmp_path / 'older'}", *then)
+    assert same_training(checkpoint(tmp_path / "older"), checkpoint(tmp_path / "whole"))
+    assert not (tmp_path / "older" / "coarse.jsonl").exists()

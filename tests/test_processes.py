@@ -8,7 +8,9 @@ import torch
 from conftest import checkpoint
 from scripts import PRIOR, TINY, outputs, run, start_together
 
-from configurator import UserError
+from coarse import CoarseDenoiser
+from configurator import UserError, arguments_of
+from model import DisCoDiff
 from processes import start_processes
 
 COUNTED = """
@@ -31,22 +33,24 @@ print(f"{sum(exchanges)} numbers exchanged")
 
 
 def test_processes_and_accumulation_change_nothing(tmp_path):
-    """One step: Adam's first moment is 0.1 times the gradient of the whole batch. Then the weights after
-    ten, and the logs.
+    """One step after the encoder's first phase: Adam's first moment is 0.1 times the gradient of the whole batch.
+    Then the weights after ten, and the logs.
 
     Two processes take four micro-steps each, and exchange gradients after the last of them alone: counted
-    by a hook that stands for the exchange.
+    by a hook that stands for the exchange. The phase takes two steps.
     """
     (tmp_path / "counted.py").write_text(COUNTED)
     for images in (8, 80):
-        settings = [*TINY, "--log_every=8", f"--total_images={images}", "--overwrite=True"]
+        settings = [*TINY, "--encoder_lr=5e-5", "--log_every=8", f"--total_images={images}", "--overwrite=True"]
         two = start_together(2, tmp_path / "counted.py", "train_stage1.py", f"--out_dir={tmp_path / 'two'}", *settings,
                              "--batch_gpu=1")
         run("train_stage1.py", f"--out_dir={tmp_path / 'one'}", *settings)
         run("train_stage1.py", f"--out_dir={tmp_path / 'micro'}", *settings, "--batch_gpu=2")
         printed = "".join(out for out, _ in outputs(two))
-        weights = sum(p.numel() for p in checkpoint(tmp_path / "two")["model"].values())
-        assert re.findall(r"(\d+) numbers exchanged", printed) == [str(images // 8 * weights)] * 2
+        state = checkpoint(tmp_path / "two")
+        model, args = DisCoDiff(**state["model_args"]), arguments_of(state["model_args"], CoarseDenoiser)
+        weights, of_phase = (sum(p.numel() for p in net.parameters()) for net in (model, CoarseDenoiser(model.encoder, **args)))
+        assert re.findall(r"(\d+) numbers exchanged", printed) == [str(images // 8 * weights + 2 * of_phase)] * 2
         if images == 8:
             gradients = {name: [s["exp_avg"] for s in checkpoint(tmp_path / name)["optimizer"]["state"].values()]
                          for name in ("one", "micro", "two")}

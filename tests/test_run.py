@@ -149,7 +149,7 @@ def test_a_training_script_without_memory(tmp_path):
     folder, program = tmp_path / "run", tmp_path / "limited.py"
     program.write_text("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (8 * 2 ** 30,) * 2); sys.argv.pop(0); "
                        "sys.path.insert(0, '.'); runpy.run_path('train_stage1.py', run_name='__main__')")
-    process = start(program, "train_stage1.py", f"--out_dir={folder}", *TINY, "--batch_size=8000000")
+    process = start(program, "train_stage1.py", f"--out_dir={folder}", *TINY, "--coarse_images=0", "--batch_size=8000000")
     _, errors = process.communicate()
     assert process.returncode == 2 and errors == (
         "error: out of memory: a smaller --batch_gpu may help; it is 512, 512 images at once. "

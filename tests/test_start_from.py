@@ -16,7 +16,7 @@ def small(**changes):
     """Settings that TINY makes on Fashion-MNIST."""
     return dict(img_resolution=28, img_channels=1, label_dim=10, sigma_data=0.5, model_channels=8, channel_mult=(1, 2), num_blocks=1,
                 channel_mult_emb=4, attn_resolutions=(14,), dropout=0.0, num_latents=3, codebook_size=5, latent_dim=8, latent_layers=1,
-                latent_heads=2, encoder_patch=14, encoder_dim=16, encoder_layers=1, encoder_heads=4) | changes
+                latent_heads=2, latents_to_emb=True, encoder_patch=14, encoder_dim=16, encoder_layers=1, encoder_heads=4) | changes
 
 
 def filled(**changes):
@@ -43,7 +43,7 @@ def test_plain_edm_of_our_own_gets_codes(tmp_path):
     save(tmp_path / "run" / "stage1.pt", plain, num_latents=0)
     for source in (tmp_path / "run", tmp_path / "run" / "stage1.pt"):
         disco = DisCoDiff(**small()).eval()
-        start_from(str(source), disco, small())
+        assert start_from(str(source), disco, small()) is False  # no trained encoder
         for z in (torch.tensor([[0, 1, 2]] * 4), torch.tensor([[4, 4, 0]] * 4)):
             assert torch.equal(disco.denoise(x, sigma, c, disco.condition(z)), plain.denoise(x, sigma, c))
     start_from(save(tmp_path / "half.pt", plain, half=True, num_latents=0), again := DisCoDiff(**small(num_latents=0)).eval(), small(num_latents=0))
@@ -54,7 +54,7 @@ def test_plain_edm_of_our_own_gets_codes(tmp_path):
 def test_disco_diff_goes_on(tmp_path, capsys):
     """With all weights; a class embedding of as many classes is kept, another starts afresh."""
     path = save(tmp_path / "run" / "stage1.pt", source := filled())
-    start_from(path, net := DisCoDiff(**small()), small())
+    assert start_from(path, net := DisCoDiff(**small()), small())
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), source.parameters())) and not capsys.readouterr().err
     for classes in (7, 0):
         net = DisCoDiff(**small(label_dim=classes))
@@ -67,12 +67,19 @@ def test_disco_diff_goes_on(tmp_path, capsys):
 
 def test_networks_of_our_own_that_do_not_fit(tmp_path):
     path, plain = save(tmp_path / "run" / "stage1.pt", filled()), save(tmp_path / "plain.pt", filled(num_latents=0), num_latents=0)
-    for source, changes, message in ((path, dict(num_latents=0), "has discrete latents, which its denoiser relies on: it can't go on with num_latents=0"),
+    older = small(latents_to_emb=False)
+    del older["latents_to_emb"]  # as before there was such a setting
+    torch.save(torch.load(path) | dict(model_args=older, ema=filled(latents_to_emb=False).state_dict()), tmp_path / "older.pt")
+    start_from(tmp_path / "older.pt", DisCoDiff(**older), older)
+    for source, changes, message in ((tmp_path / "older.pt", {}, "of other settings: latents_to_emb=False there, True here$"),
+                                     (path, dict(latents_to_emb=False), "of other settings: latents_to_emb=True there, False here$"),
+                                     (path, dict(num_latents=0), "has discrete latents, which its denoiser relies on: it can't go on with num_latents=0"),
                                      (path, dict(codebook_size=6, latent_heads=1), "of other settings: codebook_size=5 there, 6 here; latent_heads=2 there, 1 here$"),
                                      (plain, dict(sigma_data=0.4), "of other settings: sigma_data=0.5 there, 0.4 here$"),
                                      (plain, dict(model_channels=16), "of other settings: model_channels=8 there, 16 here$")):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=message) as error:
             start_from(source, DisCoDiff(**small(**changes)), small(**changes))
+        assert "\n" not in str(error.value)
 
 
 def test_what_is_no_network_to_start_from_is_named(trained, tmp_path, monkeypatch):

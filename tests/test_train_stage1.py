@@ -129,11 +129,11 @@ def test_dropout_differs_from_step_to_step(stage1, monkeypatch):
 
 def test_what_stage_1_leaves_and_prints(tmp_path, monkeypatch):
     monkeypatch.setattr(diffusion, "heun", partial(diffusion.heun, num_steps=4))  # of previews
-    printed = run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--log_every=24", "--preview_every=24")
-    assert {p.name for p in tmp_path.iterdir()} == {"stage1.pt", "stage1.previous.pt", "stage1.jsonl", "stage1_curves.png",
-                                                   "preview_000000024.png", "preview_000000048.png"}
-    rows = [json.loads(line) for line in open(tmp_path / "stage1.jsonl")]
-    assert [r["images"] for r in rows] == [24, 48]
+    printed = run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--log_every=24", "--preview_every=24", "--coarse_images=48")
+    assert {p.name for p in tmp_path.iterdir()} == {"stage1.pt", "stage1.previous.pt", "stage1.jsonl", "stage1_curves.png", "coarse.jsonl",
+                                                   "coarse_curves.png", "preview_000000024.png", "preview_000000048.png"}
+    rows, coarse = ([json.loads(line) for line in open(tmp_path / f"{name}.jsonl")] for name in ("stage1", "coarse"))
+    assert [r["images"] for r in rows] == [r["images"] for r in coarse] == [24, 48] and rows[0].keys() == coarse[0].keys()
     assert all(1 <= u <= 5 for r in rows for u in r["perplexity"]) and len(rows[0]["perplexity"]) == 3
     assert 0 <= rows[0]["bits"] <= 3 * np.log2(5)
     assert all(r["grad_norm"] > 0 and r["lr"] == 2e-3 and r["skipped"] == 0 for r in rows)
@@ -180,7 +180,7 @@ def test_images_of_ones_own_at_the_first_try(tmp_path, monkeypatch):
         monkeypatch.setattr(data, function.__name__, partial(function, root=root))
     monkeypatch.setattr(plot, "save_grid", lambda images, path, columns, names=(): titles.append(names))
     monkeypatch.setattr(diffusion, "heun", partial(diffusion.heun, num_steps=2))  # of previews
-    run("train_stage1.py", "--dataset=pets", f"--out_dir={tmp_path / 'out'}", "--total_images=32", "--device=cpu")
+    run("train_stage1.py", "--dataset=pets", f"--out_dir={tmp_path / 'out'}", "--coarse_images=128", "--total_images=32", "--device=cpu")
     state = checkpoint(tmp_path / "out")
     assert {k: state["config"][k] for k in ("held_out", "attn_resolutions", "encoder_patch")} == dict(
         held_out=2, attn_resolutions=(16,), encoder_patch=16)

@@ -101,7 +101,7 @@ def test_overwrite_replaces_once_and_then_goes_on(trained, tmp_path, monkeypatch
     assert {p.name for p in (tmp_path / "run").glob("stage1-*")} == {"stage1-000000024.pt", "stage1-000000048.pt"}
     with a_crash(monkeypatch, 3) as saved, pytest.raises(ZeroDivisionError):
         run("train_stage1.py", *command)
-    assert saved == [0, 1, 2, 3] and not list((tmp_path / "run").glob("stage1-*"))
+    assert saved == [0, 0, 0, 1, 2, 3] and not list((tmp_path / "run").glob("stage1-*"))  # twice in the encoder's phase
     with a_crash(monkeypatch, -1) as saved:
         run("train_stage1.py", *command)
     assert saved == [4, 5, 6] and same_training(checkpoint(trained), checkpoint(tmp_path / "run"))
@@ -110,7 +110,7 @@ def test_overwrite_replaces_once_and_then_goes_on(trained, tmp_path, monkeypatch
         assert "is finished: it has seen 48 images" in run("train_stage1.py", *command)
     with a_crash(monkeypatch, -1) as saved:
         run("train_stage1.py", *command)
-    assert saved == [0, 1, 2, 3, 4, 5, 6]
+    assert saved == [0, 0, 0, 1, 2, 3, 4, 5, 6]
 
 
 def test_overwrite_and_the_stage_1_of_a_prior(trained, tmp_path, monkeypatch):
@@ -130,7 +130,7 @@ def test_overwrite_and_the_stage_1_of_a_prior(trained, tmp_path, monkeypatch):
 
 def test_settings_that_may_change(tmp_path):
     """The new rate is used, and recorded; what is no such setting is named."""
-    settings = [f"--out_dir={tmp_path / 'run'}", *TINY, "--warmup_images=0"]
+    settings = [f"--out_dir={tmp_path / 'run'}", *TINY, "--warmup_images=0", "--encoder_lr=5e-5"]
     run("train_stage1.py", *settings, "--total_images=16")
     state = checkpoint(tmp_path / "run")
     for group in state["optimizer"]["param_groups"]:
