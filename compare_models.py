@@ -11,9 +11,9 @@ Do codes help? The paper's experiment: codes added to a trained plain EDM (DisCo
 
 For each seed, a plain EDM trains on base_images. From there two models see total_images more, in the
 same order, with the same settings: plain EDM, trained on, and DisCo-Diff, which gets codes and a prior.
-Their samples are measured after equally many evaluations of the denoiser (NFE); guidance takes two in
-place of one. trajectories.py measures their sampling error. The ratios, one for each seed, are those of
-FD and sampling error to plain EDM, trained on, with as many steps.
+Their samples are measured after equally many evaluations of the denoiser (NFE). trajectories.py measures
+their sampling error. The ratios, one for each seed, are those of FD and sampling error to plain EDM,
+trained on, with as many steps.
 
 The other scripts do the work, in folders in out_dir, and what is finished is kept: an interrupted
 comparison continues. So seeds may run side by side, each with its --seeds="(0,)" and
@@ -42,11 +42,10 @@ prior_config = ""  # a config file for train_prior.py
 
 PLAIN = "plain EDM, trained on"
 ROWS = {  # title: model, its name in trajectories.json, settings of sample.py, numbers of steps
-    "plain EDM, at the start": ("base", "", [], (18, 9, 5)),
+    "plain EDM, at the start": ("base", "", [], (18,)),
     PLAIN: ("plain", "", [], (18, 9, 5)),
     "DisCo-Diff, codes of the prior": ("disco", ", codes of the prior", [], (18, 9, 5)),
-    "DisCo-Diff, oracle codes": ("disco", ", oracle codes", ["--encode=DATASET"], (18, 9, 5)),
-    "DisCo-Diff, guidance w = 1.5": ("disco", None, ["--guidance=1.5"], (18,)),
+    "DisCo-Diff, oracle codes": ("disco", ", oracle codes", ["--encode=DATASET"], (18,)),
 }
 
 
@@ -96,9 +95,7 @@ def measure(folders, dataset):
             if not done(result, folder / f"{name}.npz"):
                 run("eval_fid.py", f"--images={folder}/{name}.npz", f"--reference={dataset}", f"--features={features}")
             measured[title, steps] = json.loads(result.read_text())
-            if source is not None:
-                error, _ = errors[f"{folder}{source}"]["sampling error"][f"{steps}"]
-                measured[title, steps]["sampling error"] = error
+            measured[title, steps]["sampling error"] = errors[f"{folder}{source}"]["sampling error"][f"{steps}"][0]
     return measured
 
 
@@ -108,8 +105,6 @@ def table(measured, columns):
     last = ""
     for title, steps in measured[0]:
         rows, plain = ([of_seed[row, steps] for of_seed in measured] for row in (title, PLAIN))
-        if columns[0] not in rows[0]:
-            continue
         line, last = f"{'' if title == last else title:32}{rows[0]['NFE']:5.0f}", title
         for column in columns:
             values = [row[column] for row in rows]
