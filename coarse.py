@@ -5,7 +5,8 @@ A small batch has few images at whose noise level a code can help, so that the e
 mostly noise, and beside an untrained denoiser the encoder collapses to one code. The paper has 4,096
 images per step instead. Here the encoder first learns beside a small denoiser of averaged images, 7 x 7
 pixels of 28 x 28, at high noise alone. There every image needs its code, and a step costs little. The
-encoder reads whole images, as ever.
+encoder reads whole images, as ever. A small bonus on the entropy of each latent's codes, averaged over
+the batch, keeps a latent from staying with the few codes it began with.
 
 `warm_up` is a run of its own inside stage 1: with its own bar, log and place in the checkpoint.
 """
@@ -23,7 +24,7 @@ from configurator import arguments_of
 from diffusion import loss_weight
 from model import gumbel_softmax
 from noise import gumbel_noise, seeded_generator
-from processes import max_over_processes
+from processes import max_over_processes, mean_over_processes
 from run import progress
 
 SIGMA_MIN, SIGMA_MAX = 1, 30  # of averaged images: averaging p x p pixels divides their noise by p
@@ -109,7 +110,9 @@ def gradients(phase, y, c):
     with phase.autocast:
         D, logits = phase.forward(y, noise, sigma, c, gumbel, drop, phase.config["tau"])
         loss = (loss_weight(sigma, phase.model.sigma_data) * (D - phase.model.averaged(y)) ** 2).mean()
-    training.backward(phase, loss)
+    p = logits.softmax(-1).mean(0)  # (m, k)
+    used = mean_over_processes(p.detach()).clamp(min=1e-9)
+    training.backward(phase, loss + phase.config["coarse_spread"] * (p * used.log()).sum())  # -H(used) has this gradient
     training.unscale(phase)
     return loss.detach(), *training.usage(logits)
 

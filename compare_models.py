@@ -1,16 +1,24 @@
 """
-Do codes help? Plain EDM and DisCo-Diff side by side, after equally many images (DisCo-Diff Table 3).
+Do codes help? The paper's experiment: codes added to a trained plain EDM (DisCo-Diff sec. 4.1, Table 3).
 
-    python compare_models.py                              # two seeds, two hours on two CPU cores
-    python compare_models.py --seeds="(0,)" --total_images=28_000 --num_images=500    # a first look
+    python compare_models.py                              # three seeds, under three hours on two CPU cores
+    python compare_models.py --seeds="(0,)" --base_images=28_000 --total_images=14_000 --num_images=500  # a first look
+    python compare_models.py --stage1_config= --out_dir=out/compare-classes     # models that are told the class
+    python compare_models.py --base_images=0 --total_images=100_000             # both models from scratch
     python compare_models.py --stage1_config=config/cifar10.py --prior_config=config/cifar10_prior.py \
-        --total_images=20_000_000 --num_images=50_000 --features=inception \
+        --base_images=0 --total_images=20_000_000 --num_images=50_000 --features=inception \
         --out_dir=out/compare-cifar10                     # on a GPU
 
-For each seed, runs the other scripts in folders in out_dir: trains both models and a prior, draws
-samples and measures them. Finished parts are kept, so an interrupted comparison continues. Prints a
-table, and writes it to out_dir/compare_models.txt. NFE: the denoiser's evaluations per image;
-guidance takes two at a time.
+For each seed, a plain EDM trains on base_images. From there two models see total_images more, in the
+same order, with the same settings: plain EDM, trained on, and DisCo-Diff, which gets codes and a prior.
+Their samples are measured after equally many evaluations of the denoiser (NFE). trajectories.py measures
+their sampling error. The ratios, one for each seed, are those of FD and sampling error to plain EDM,
+trained on, with as many steps.
+
+The other scripts do the work, in folders in out_dir, and what is finished is kept: an interrupted
+comparison continues. So seeds may run side by side, each with its --seeds="(0,)" and
+OMP_NUM_THREADS=1, and then all together, which takes two minutes more; prepare what they share by
+`python eval_fid.py --features=classifier --images=`. Prints tables, and writes them to out_dir/compare_models.txt.
 """
 
 import json
@@ -24,21 +32,20 @@ from configurator import configure, require
 from data import HERE
 
 out_dir = "out/compare"
-seeds = (0, 1)
-total_images = 100_000  # that each model trains on
+seeds = (0, 1, 2)
+base_images = 100_000  # that the plain EDM trains on, from which both models start; 0: they start from scratch
+total_images = 50_000  # that each model trains on, from there
 num_images = 2_000  # samples measured in each row
 features = "classifier"  # for eval_fid.py; or "inception"
-stage1_config = ""  # a config file for train_stage1.py
+stage1_config = "config/finetune.py"  # a config file for train_stage1.py, of all models
 prior_config = ""  # a config file for train_prior.py
 
-ROWS = {  # title: model, settings of sample.py
-    "plain EDM": ("edm", []),
-    "DisCo-Diff, codes of the prior": ("disco", []),
-    "  guidance w = 1.5": ("disco", ["--guidance=1.5"]),
-    "  guidance w = 2": ("disco", ["--guidance=2"]),  # the paper's cfg = 1
-    "  w = 1.5, half the steps": ("disco", ["--guidance=1.5", "--num_steps=9"]),
-    "  w = 2, half the steps": ("disco", ["--guidance=2", "--num_steps=9"]),
-    "DisCo-Diff, oracle codes": ("disco", ["--encode=DATASET"]),
+PLAIN = "plain EDM, trained on"
+ROWS = {  # title: model, its name in trajectories.json, settings of sample.py, numbers of steps
+    "plain EDM, at the start": ("base", "", [], (18,)),
+    PLAIN: ("plain", "", [], (18, 9, 5)),
+    "DisCo-Diff, codes of the prior": ("disco", ", codes of the prior", [], (18, 9, 5)),
+    "DisCo-Diff, oracle codes": ("disco", ", oracle codes", ["--encode=DATASET"], (18,)),
 }
 
 
@@ -55,42 +62,78 @@ def done(result, *made_of):
     return result.exists() and result.stat().st_mtime > max(path.stat().st_mtime for path in made_of)
 
 
+def train(seed):
+    """Trains the models of a seed. -> {model: its folder}"""
+    plain, disco = (Path(f"{out_dir}/{model}-{base_images}+{total_images}-seed{seed}") for model in ("plain", "disco"))
+    folders = {"plain": plain, "disco": disco}
+    more = [f"--total_images={total_images}", f"--seed={1000 + seed}"]  # not the base's order of images, nor its noise
+    if base_images:
+        base = Path(f"{out_dir}/base-{base_images}-seed{seed}")
+        run("train_stage1.py", stage1_config, f"--total_images={base_images}", f"--seed={seed}", f"--out_dir={base}",
+            "--num_latents=0")
+        folders, more = {"base": base} | folders, [*more, f"--init_from={base}"]
+    run("train_stage1.py", stage1_config, *more, f"--out_dir={plain}", "--num_latents=0")
+    run("train_stage1.py", stage1_config, *more, f"--out_dir={disco}")
+    run("train_prior.py", prior_config, "--prior=ar", f"--seed={seed}", f"--out_dir={disco}")
+    return folders
+
+
+def measure(folders, dataset):
+    """Samples of the models in these folders, and their trajectories. -> {(title, steps): {measure: value}}"""
+    checkpoints = {model: [*folder.glob("*.pt")] for model, folder in folders.items()}
+    trajectories, measured = folders["disco"] / "trajectories.json", {}
+    if not done(trajectories, *(path for paths in checkpoints.values() for path in paths)):
+        run("trajectories.py", f"--runs={','.join(map(str, folders.values()))}", f"--out_dir={folders['disco']}")
+    errors = json.loads(trajectories.read_text())
+    for i, (title, (model, source, settings, numbers)) in enumerate(ROWS.items()):
+        for steps in numbers if model in folders else ():
+            folder, name = folders[model], f"compare-{i}-{steps}-{num_images}"
+            result = folder / f"{name}.{features}.json"
+            if not done(folder / f"{name}.npz", *checkpoints[model]):
+                run("sample.py", f"--out_dir={folder}", f"--name={name}", f"--num_images={num_images}", "--per_code=1",
+                    f"--num_steps={steps}", *(setting.replace("DATASET", dataset) for setting in settings))
+            if not done(result, folder / f"{name}.npz"):
+                run("eval_fid.py", f"--images={folder}/{name}.npz", f"--reference={dataset}", f"--features={features}")
+            measured[title, steps] = json.loads(result.read_text())
+            measured[title, steps]["sampling error"] = errors[f"{folder}{source}"]["sampling error"][f"{steps}"][0]
+    return measured
+
+
+def table(measured, columns):
+    """measured: a list of what `measure` returns, for each seed. -> lines, one for each row with these columns"""
+    lines = [f"{'':32}{'NFE':>5}" + "".join(f"{column:>20}" for column in columns) + "   ratio, for each seed"]
+    last = ""
+    for title, steps in measured[0]:
+        rows, plain = ([of_seed[row, steps] for of_seed in measured] for row in (title, PLAIN))
+        line, last = f"{'' if title == last else title:32}{rows[0]['NFE']:5.0f}", title
+        for column in columns:
+            values = [row[column] for row in rows]
+            spread = f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            line += f"{f'{statistics.mean(values):.4f}{spread}':>20}"
+        ratios = (row[columns[0]] / other[columns[0]] for row, other in zip(rows, plain))
+        lines.append(line + "   " + " ".join(f"{ratio:.3f}" for ratio in ratios))
+    return lines
+
+
 def main(argv=()):
     configure(globals(), argv)
     require(seeds and min(seeds) >= 0 and len(set(seeds)) == len(seeds),
             f"seeds takes different whole numbers, not {seeds}")
-    require(total_images > 0 and num_images >= 10,
+    require(base_images >= 0 and total_images > 0 and num_images >= 10, f"base_images {base_images} can't be negative, "
             f"total_images {total_images} must be positive, num_images {num_images} 10 or more")
     require(features in ("classifier", "inception"), f"--features is classifier or inception, not {features}")
-    measured = {title: [] for title in ROWS}
+    measured = []
     for seed in seeds:
-        folders = {model: Path(f"{out_dir}/{model}-{total_images}-seed{seed}") for model in ("edm", "disco")}
-        for model, folder in folders.items():
-            run("train_stage1.py", stage1_config, f"--seed={seed}", f"--total_images={total_images}",
-                f"--out_dir={folder}", *["--num_latents=0"] * (model == "edm"))
-        run("train_prior.py", prior_config, "--prior=ar", f"--seed={seed}", f"--out_dir={folders['disco']}")
+        folders = train(seed)
         dataset = load_checkpoint(folders["disco"] / "stage1.pt", "train_stage1")["config"]["dataset"]
-        for i, (title, (model, settings)) in enumerate(ROWS.items()):
-            folder, name = folders[model], f"compare-{i}-{num_images}"
-            result, checkpoints = folder / f"{name}.{features}.json", list(folder.glob("*.pt"))
-            if not done(folder / f"{name}.npz", *checkpoints):
-                run("sample.py", f"--out_dir={folder}", f"--name={name}", f"--num_images={num_images}", "--per_code=1",
-                    *(setting.replace("DATASET", dataset) for setting in settings))
-            if not done(result, folder / f"{name}.npz"):
-                run("eval_fid.py", f"--images={folder}/{name}.npz", f"--reference={dataset}", f"--features={features}")
-            measured[title].append(json.loads(result.read_text()))
+        measured.append(measure(folders, dataset))
 
-    columns = [key for key, value in measured["plain EDM"][0].items()
-               if type(value) is float and key not in ("seconds per image", "KID se")]
-    lines = [f"{dataset}: {total_images:,} training images per model, {num_images:,} samples per row, "
-             f"seeds {seeds}; +-: standard deviation", " " * 32 + "".join(f"{column:>18}" for column in columns)]
-    for title, rows in measured.items():
-        cells = []
-        for column in columns:
-            values = [row[column] for row in rows]
-            spread = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 and column != "NFE" else ""
-            cells.append(f"{statistics.mean(values):.{0 if column == 'NFE' else 3}f}{spread}")
-        lines.append(f"{title:32}" + "".join(f"{cell:>18}" for cell in cells))
+    columns = [key for key, value in measured[0][PLAIN, 18].items()
+               if type(value) is float and key not in ("seconds per image", "KID se", "NFE", "sampling error")]
+    training = f"{base_images:,} training images, then {total_images:,} more of each model" if base_images else \
+        f"{total_images:,} training images of each model"
+    lines = [f"{dataset}: {training}, {num_images:,} samples per row, seeds {seeds}; +-: standard deviation", "",
+             *table(measured, columns), "", *table(measured, ["sampling error"])]
     print("\n" + "\n".join(lines))
     with atomic(f"{out_dir}/compare_models.txt") as f:
         f.write(("\n".join(lines) + "\n").encode())

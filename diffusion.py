@@ -1,5 +1,5 @@
 """
-The continuous process: noise levels, loss weight, guidance and samplers (EDM: Karras et al. 2022).
+The continuous process: noise levels, loss, guidance, samplers, trajectories (EDM: Karras et al. 2022).
 
 Everything here calls only `denoise(x, sigma)`, and knows nothing of networks or images: the toy and the
 image model share the samplers. x is float64 of any shape (B, ...), with noise of standard deviation
@@ -10,6 +10,7 @@ ODE's dx/dsigma.
 import math
 
 import torch
+from torch.nn.functional import normalize
 
 from configurator import require
 
@@ -17,6 +18,14 @@ from configurator import require
 def loss_weight(sigma, sigma_data):
     """lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (EDM Table 1)."""
     return (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
+
+
+def loss_at(denoise, y, n, sigma, sigma_data):
+    """lambda(sigma) (D(y + sigma n) - y)^2 of each image, a mean over its pixels (Eq. 3). -> (B,)
+
+    y: clean images (B, ...); n: N(0, 1), shaped like y; sigma: a scalar tensor.
+    """
+    return loss_weight(sigma, sigma_data) * (denoise(y + sigma * n, sigma) - y).square().flatten(1).mean(1)
 
 
 def guided(denoise, w):
@@ -122,3 +131,20 @@ def restart(denoise, noise, num_steps, restarts, sigma_min=0.002, sigma_max=80, 
             for s_i, s_next in zip(s, s[1:]):
                 x = heun_step(denoise, x, s_i, s_next, gamma if S_min <= s_i <= S_max else 0, S_noise, randn_like)
     return x
+
+
+# ----------------------------------------------------------------------------------------------------
+# trajectories (DisCo-Diff App. F.3)
+
+
+def curvature(denoise, x, t, dt=1e-3):
+    """Curvature of the ODE's trajectories through x (B, ...) at noise level t. -> (B,)
+
+    With T the unit tangent, it is |T(t) - T(t - dt)| / |x(t) - x(t - dt)|, and one Euler step leads
+    from t to t - dt, which must be positive. On a circle it is 1 / radius.
+    """
+    drift = (x - denoise(x, t)) / t  # dx/dt
+    x_next = x - drift * dt
+    drift_next = (x_next - denoise(x_next, t - dt)) / (t - dt)
+    drift, drift_next = drift.flatten(1), drift_next.flatten(1)
+    return (normalize(drift) - normalize(drift_next)).norm(dim=1) / (drift * dt).norm(dim=1)

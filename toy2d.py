@@ -33,13 +33,13 @@ from tqdm import tqdm
 
 from checkpoint import atomic
 from configurator import UserError, configure, require
-from diffusion import heun
+from diffusion import curvature, heun
 from model import draw_codes, gumbel_softmax
 from noise import gumbel_noise, seeded_generator
 from processes import start_processes
 from run import alone, progress
 from toy_grids import KINDS, gaussian_grid
-from toy_measures import around, curvature, even_parts, exact_denoiser, jacobian_norms, purity, stray, wasserstein2
+from toy_measures import around, even_parts, exact_denoiser, jacobian_norms, purity, stray, wasserstein2
 from toy_pictures import (
     draw_curves,
     draw_eight,

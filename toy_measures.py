@@ -9,7 +9,6 @@ import math
 
 import numpy as np
 import torch
-from torch.nn.functional import normalize
 
 # ----------------------------------------------------------------------------------------------------
 # mixtures of Gaussians
@@ -44,19 +43,7 @@ def exact_denoiser(centres, std):
 
 
 # ----------------------------------------------------------------------------------------------------
-# trajectories (DisCo-Diff App. F.3)
-
-
-def curvature(denoise, x, t, dt=1e-3):
-    """Curvature of the ODE's trajectories through x (B, 2) at noise level t. -> (B,)
-
-    With T the unit tangent, it is |T(t) - T(t - dt)| / |x(t) - x(t - dt)|, and one Euler step leads
-    from t to t - dt. On a circle it is 1 / radius.
-    """
-    drift = (x - denoise(x, t)) / t  # dx/dt
-    x_next = x - drift * dt
-    drift_next = (x_next - denoise(x_next, t - dt)) / (t - dt)
-    return (normalize(drift) - normalize(drift_next)).norm(dim=1) / (drift * dt).norm(dim=1)
+# score and denoiser (DisCo-Diff App. F.3)
 
 
 def jacobian_norms(denoise, x, t):

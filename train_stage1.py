@@ -44,7 +44,7 @@ import data
 import training
 from coarse import warm_up
 from configurator import UserError, arguments_of, configure, require, require_numbers
-from diffusion import heun, loss_weight
+from diffusion import heun, loss_at, loss_weight
 from model import DisCoDiff, denoiser, draw_codes
 from noise import gumbel_noise, has_float64, seed_of, seeded_generator
 from plot import save_grid
@@ -93,6 +93,7 @@ encoder_heads = 4
 coarse_images = 100_000
 coarse_batch = 128
 coarse_lr = 1e-3
+coarse_spread = 0.003  # weight of the entropy, in nats, of each latent's codes: it keeps all codes in use
 # optimisation: EDM's
 total_images = 28_000  # to train on, in all
 batch_size = 32  # over all processes
@@ -208,8 +209,8 @@ def setup(config):
     global _checkpoint_path, _micro_batch  # for the line printed when memory runs out
     require_numbers(config, but=("held_out", "P_mean"), or_zero=(
         "seed", "num_latents", "latent_layers", "encoder_layers", "encoder_patch", "warmup_images", "ema_rampup",
-        "ema_halflife_images", "P_std", "encoder_lr", "coarse_images", "keep_every", "preview_every", "null_prob",
-        "dropout"))
+        "ema_halflife_images", "P_std", "encoder_lr", "coarse_images", "coarse_spread", "keep_every", "preview_every",
+        "null_prob", "dropout"))
     require(math.isfinite(P_mean), f"P_mean must be finite, not {P_mean}")
     require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
     require(channel_mult and min(channel_mult) > 0,
@@ -334,15 +335,11 @@ def print_losses(run, count=256, sigmas=(0.02, 0.1, 0.3, 1, 3, 10, 30, 80)):
         for part in np.array_split(shown, -(-len(shown) // batch_gpu)):
             y = data.to_float(run.images[part], run.device)
             c = torch.from_numpy(run.labels[part]).to(run.device) if class_cond else None
-            sigma = torch.full((len(y),), float(level), device=run.device)
-            x = y + level * torch.randn(y.shape, device=run.device, generator=g)
+            n = torch.randn(y.shape, device=run.device, generator=g)
             z = codes_of(run, y, g) if num_latents else None
             for i in range(2 if num_latents else 1):
-                drop = torch.full((len(y),), bool(i), device=run.device)
-                with run.autocast:
-                    D = run.ema.denoise(x, sigma, c, run.ema.condition(z, drop))
-                weight = loss_weight(sigma, sigma_data)[:, None, None, None]
-                sums[i] += (weight * (D - y) ** 2).sum().item() / y[0].numel()
+                denoise = denoiser(run.ema, c, z, guidance=1 - i, autocast=run.autocast)  # w = 0: null latents
+                sums[i] += loss_at(denoise, y, n, torch.tensor(float(level)), sigma_data).sum().item()
         own, null = sums[0] / len(shown), sums[1] / len(shown)
         print(f"{level:8g}  {own:10.4f}" + (f"  {null:10.4f}  {null / own:10.2f}" if num_latents else ""))
 

@@ -5,7 +5,7 @@ A cross-attention to the discrete latents follows each self-attention (DisCo-Dif
 A code's way into the picture: `UNet.condition` prepares the latent tokens for every block, once per
 image; `UNet.forward` hands each block its part; `UNetBlock.forward` ends in `CrossAttention.forward`.
 With latents_to_emb the mean token also joins the embedding of noise level and class, which modulates
-every block: DLC's way (DLC sec. 4).
+every block: DLC's way (DLC sec. 5).
 """
 
 import math

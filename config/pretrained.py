@@ -1,5 +1,5 @@
 """The model in pretrained/, larger than the default: 24, 48, 48 channels instead of 16, 16, 64, two
-blocks per level instead of one, and a run four times as long.
+blocks per level instead of one, a longer first phase, and a run ten times as long.
 
     python train_stage1.py config/pretrained.py
     python train_prior.py --out_dir=out/pretrained
@@ -9,6 +9,7 @@ out_dir = "out/pretrained"
 model_channels = 24
 channel_mult = (1, 2, 2)
 num_blocks = 2
-total_images = 120_000
+coarse_images = 200_000
+total_images = 300_000
 save_every = 10_000
-preview_every = 50_000
+preview_every = 100_000

@@ -1,4 +1,4 @@
-"""The samplers of images: the authors' numbers, the order of the error, one Gaussian in closed form."""
+"""The samplers of images, curvature and loss: the authors' numbers, the order of the error, closed forms."""
 import math
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 
 from configurator import UserError, configure
-from diffusion import heun, noise_levels, restart, restart_loops
+from diffusion import curvature, heun, loss_at, noise_levels, restart, restart_loops
 from model import DisCoDiff, denoiser
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "samplers.npz")
@@ -150,6 +150,44 @@ def test_one_step_is_one_denoising():
     latents = torch.ones(1, 2)
     x = heun(exact_denoiser(calls), latents, num_steps=1)
     assert calls == [80.0] and torch.allclose(x, exact_denoiser()(80 * latents.double(), torch.tensor(80.0)))
+
+
+def of_gaussian(sd, mean=0.0):
+    """The exact denoiser of N(mean, sd^2 I)."""
+    return lambda x, t: (sd ** 2 * x + t ** 2 * mean) / (sd ** 2 + t ** 2)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 8, 8)])
+@pytest.mark.parametrize("t", [0.01, 0.3, 5.0])
+def test_a_single_gaussian_has_straight_trajectories(t, shape, g):
+    x, mean = (torch.randn(9, *shape, generator=g, dtype=torch.float64) for _ in range(2))
+    assert curvature(of_gaussian(0.2, mean[:1]), 3 * x, torch.tensor(t, dtype=torch.float64)).max() < 1e-7
+    assert curvature(exact_denoiser(), 3 * x.flatten(1)[:, :2], torch.tensor(0.3, dtype=torch.float64)).max() > 1e-3
+
+
+@pytest.mark.parametrize("radius", [0.1, 1.0, 7.0])
+@pytest.mark.parametrize("shape", [(2,), (3, 4, 4)])
+def test_trajectories_on_circles_have_the_curvature_of_the_circle(radius, shape, g):
+    """Circles in any plane of the space, around any centre; the speed makes no difference."""
+    dim, angles = math.prod(shape), torch.arange(6, dtype=torch.float64)
+    plane, _ = torch.linalg.qr(torch.randn(dim, 2, generator=g, dtype=torch.float64))  # orthonormal u, v
+    turn = plane @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64) @ plane.T
+    centre = torch.randn(dim, generator=g, dtype=torch.float64)
+    x = (centre + radius * torch.stack([angles.cos(), angles.sin()], 1) @ plane.T).view(6, *shape)
+    for speed, dt in ((1, 1e-3), (5, 1e-4)):
+        kappa = curvature(lambda x, t: x - t * speed * ((x.flatten(1) - centre) @ turn).view_as(x), x,
+                          torch.tensor(2.0, dtype=torch.float64), dt)
+        torch.testing.assert_close(kappa, torch.full((6,), 1 / radius, dtype=torch.float64), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.5, 10.0])
+def test_the_loss_of_the_best_denoiser_of_one_gaussian_is_1(sigma, g):
+    """Its mean square error is sd^2 sigma^2 / (sd^2 + sigma^2) = 1 / lambda. D = 0 has sd^2 lambda."""
+    y, n = (torch.randn(50, 3, 20, 20, generator=g, dtype=torch.float64) for _ in range(2))
+    losses = loss_at(of_gaussian(0.5), 0.5 * y, n, torch.tensor(sigma), 0.5)
+    assert losses.shape == (50,) and losses.mean().item() == pytest.approx(1, abs=0.02)
+    nothing = loss_at(lambda x, sigma: 0 * x, 0.5 * y, n, torch.tensor(sigma), 0.5)
+    assert nothing.mean().item() == pytest.approx(1 + (0.5 / sigma) ** 2, rel=0.02)
 
 
 def small_model(to_emb):

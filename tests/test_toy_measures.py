@@ -11,7 +11,6 @@ from toy2d import Denoiser, ring
 from toy_measures import (
     around,
     assignment,
-    curvature,
     even_parts,
     exact_denoiser,
     jacobian_norms,
@@ -22,21 +21,6 @@ from toy_measures import (
 )
 
 ONE = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
-
-
-@pytest.mark.parametrize("t", [0.01, 0.3, 5.0])
-def test_a_single_gaussian_has_straight_trajectories(t, g):
-    x, t = ONE + 3 * randn(50, g), torch.tensor(t, dtype=torch.float64)
-    assert curvature(exact_denoiser(ONE, 0.2), x, t).max() < 1e-8
-
-
-@pytest.mark.parametrize("radius", [0.1, 1.0, 7.0])
-def test_trajectories_on_circles_have_the_curvature_of_the_circle(radius):
-    turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
-    angles = torch.arange(6, dtype=torch.float64)
-    x = radius * torch.stack([angles.cos(), angles.sin()], 1)
-    kappa = curvature(lambda x, t: x - t * (x @ turn), x, torch.tensor(2.0, dtype=torch.float64))  # dx/dt = x @ turn
-    torch.testing.assert_close(kappa, torch.full((6,), 1 / radius, dtype=torch.float64), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("t", [0.05, 1.0, 20.0])
