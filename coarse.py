@@ -111,8 +111,9 @@ def gradients(phase, y, c):
         D, logits = phase.forward(y, noise, sigma, c, gumbel, drop, phase.config["tau"])
         loss = (loss_weight(sigma, phase.model.sigma_data) * (D - phase.model.averaged(y)) ** 2).mean()
     p = logits.softmax(-1).mean(0)  # (m, k)
-    used = mean_over_processes(p.detach()).clamp(min=1e-9)
-    training.backward(phase, loss + phase.config["coarse_spread"] * (p * used.log()).sum())  # -H(used) has this gradient
+    used = mean_over_processes(p.detach()).to(p.device).clamp(min=1e-9)
+    bonus = -(p * used.log()).sum()  # has the gradient of the entropy
+    training.backward(phase, loss - phase.config["coarse_spread"] * bonus)
     training.unscale(phase)
     return loss.detach(), *training.usage(logits)
 

@@ -133,8 +133,10 @@ def test_no_class_adds_nothing(g):
 
 
 def test_the_loss_is_of_averaged_images(tmp_path, monkeypatch):
-    """lambda(sigma) |D - y|^2 of averaged y, whatever the loss is scaled by; every parameter learns."""
-    phase, found = phase_of(tmp_path, "--coarse_batch=64", "--sigma_data=0.4", "--null_prob=0.5"), []
+    """lambda(sigma) |D - y|^2 of averaged y. The gradients are of it less the bonus on the entropy of the batch's codes,
+    whatever they are scaled by, and no parameter has none."""
+    settings = ["--coarse_batch=64", "--coarse_spread=0.5", "--sigma_data=0.4", "--null_prob=0.5"]
+    phase, found = phase_of(tmp_path, *settings), []
     y, c = data.to_float(phase.images[:64]), torch.from_numpy(phase.labels[:64])
     for scale in (1, 128):
         phase.scale = scale
@@ -143,12 +145,14 @@ def test_the_loss_is_of_averaged_images(tmp_path, monkeypatch):
         found.append((loss, [p.grad for p in phase.parameters]))
     assert same(*found) and all(p.grad.any() for p in phase.parameters)
     noise, sigma, gumbel, drop = draw_step(phase)
-    with torch.no_grad():
-        D, logits = phase.model(y, noise, sigma, c, gumbel, drop, 1.0)
+    D, logits = phase.model(y, noise, sigma, c, gumbel, drop, 1.0)
     target = y.unflatten(2, (7, 4)).unflatten(4, (7, 4)).mean((3, 5)).flatten(1)
-    weight = (sigma ** 2 + 0.16) / (0.4 * sigma) ** 2
-    assert loss.item() == pytest.approx((weight * (D - target) ** 2).mean().item(), rel=1e-5)
+    want = ((sigma ** 2 + 0.16) / (0.4 * sigma) ** 2 * (D - target) ** 2).mean()
     p = logits.softmax(2)
+    entropy = -sum((q * q.log()).sum() for q in p.mean(0))
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5) and not loss.requires_grad
+    for grad, of in zip(found[0][1], torch.autograd.grad(want - 0.5 * entropy, phase.parameters, retain_graph=True)):
+        assert (grad - of).abs().max() < 1e-4 * of.abs().max() + 1e-7
     assert torch.allclose(code_sum, p.sum(0), rtol=1e-4)
     assert entropy_sum.item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-4)
 
@@ -360,6 +364,7 @@ def test_what_can_not_change(trained):
     ("--coarse_images=-1", "coarse_images can't be negative: it is -1"),
     ("--coarse_lr=0", "coarse_lr must be positive, not 0.0"), ("--coarse_lr=inf", "coarse_lr must be finite, not inf"),
     ("--coarse_batch=0", "coarse_batch must be positive, not 0"),
+    ("--coarse_spread=-1", "coarse_spread can't be negative: it is -1.0"),
     ("--encoder_lr=-1", "encoder_lr can't be negative: it is -1.0")])
 def test_bad_input(tmp_path, argument, message):
     with pytest.raises(UserError, match=message) as error:
@@ -392,7 +397,7 @@ def test_a_mistake_ends_the_script_with_one_line(tmp_path):
 def test_two_processes_do_what_one_does_and_go_on(tmp_path):
     """Weights and log are one process's, to rounding; a signal to one of two in the phase stops both, and the same
     command leads to where an undisturbed run of two leads, to the bit."""
-    settings = [*TINY, "--coarse_images=240", "--null_prob=0.3", "--log_every=80"]
+    settings = [*TINY, "--coarse_images=240", "--coarse_spread=0.2", "--null_prob=0.3", "--log_every=80"]
     two = start_together(2, "train_stage1.py", f"--out_dir={tmp_path / 'two'}", *settings)
     run("train_stage1.py", f"--out_dir={tmp_path / 'one'}", *settings)
     outputs(two)

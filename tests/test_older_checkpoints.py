@@ -52,7 +52,7 @@ def test_settings_that_they_lack_mean_what_was_done_then(tmp_path):
     path = tmp_path / "older" / "stage1.pt"
     state = torch.load(path)
     del state["coarse"], state["model_args"]["latents_to_emb"]
-    for name in ("latents_to_emb", "coarse_images", "coarse_batch", "coarse_lr"):
+    for name in ("latents_to_emb", "coarse_images", "coarse_batch", "coarse_lr", "coarse_spread"):
         del state["config"][name]
     torch.save(state, path)
     run("sample.py", f"--out_dir={tmp_path / 'older'}", *SAMPLE, "--code=0,1,2")
