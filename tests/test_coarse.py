@@ -133,8 +133,8 @@ def test_no_class_adds_nothing(g):
 
 
 def test_the_loss_is_of_averaged_images(tmp_path, monkeypatch):
-    """lambda(sigma) |D - y|^2 of averaged y, whatever the loss is scaled by; every parameter learns."""
-    phase, found = phase_of(tmp_path, "--coarse_batch=64", "--sigma_data=0.4", "--null_prob=0.5"), []
+    """lambda(sigma) |D - y|^2 of averaged y, half of them mirrored, whatever the loss is scaled by; every parameter learns."""
+    phase, found = phase_of(tmp_path, "--coarse_batch=64", "--sigma_data=0.4", "--null_prob=0.5", "--xflip=True"), []
     y, c = data.to_float(phase.images[:64]), torch.from_numpy(phase.labels[:64])
     for scale in (1, 128):
         phase.scale = scale
@@ -142,7 +142,8 @@ def test_the_loss_is_of_averaged_images(tmp_path, monkeypatch):
         loss, code_sum, entropy_sum = gradients(phase, y, c)
         found.append((loss, [p.grad for p in phase.parameters]))
     assert same(*found) and all(p.grad.any() for p in phase.parameters)
-    noise, sigma, gumbel, drop = draw_step(phase)
+    noise, sigma, gumbel, drop, flip = draw_step(phase)
+    y = torch.where(flip[:, None, None, None], torch.from_numpy(y.numpy()[..., ::-1].copy()), y)
     with torch.no_grad():
         D, logits = phase.model(y, noise, sigma, c, gumbel, drop, 1.0)
     target = y.unflatten(2, (7, 4)).unflatten(4, (7, 4)).mean((3, 5)).flatten(1)
@@ -153,11 +154,26 @@ def test_the_loss_is_of_averaged_images(tmp_path, monkeypatch):
     assert entropy_sum.item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-4)
 
 
+def test_the_bonus_is_the_entropy_of_the_codes_in_use(tmp_path):
+    """Its gradient is that of -0.5 H, summed over latents, of the batch's mean distribution."""
+    grads = []
+    for spread in (0, 0.5):
+        phase = phase_of(tmp_path, "--coarse_batch=64", f"--coarse_spread={spread}")
+        gradients(phase, data.to_float(phase.images[:64]), torch.from_numpy(phase.labels[:64]))
+        grads.append([p.grad for p in phase.model.encoder.parameters()])
+    p = phase.model.encoder(data.to_float(phase.images[:64])).softmax(2).mean(0)
+    wanted = torch.autograd.grad(0.5 * (p * p.log()).sum(), phase.model.encoder.parameters())
+    for without, with_bonus, gradient in zip(*grads, wanted):
+        torch.testing.assert_close(with_bonus - without, gradient, rtol=1e-3, atol=1e-4)
+    assert max(gradient.abs().max() for gradient in wanted) > 1e-2
+
+
 def test_what_is_drawn(tmp_path):
     """ln sigma uniform in ln 1 ... ln 30, noise of this size, and coins: 10,240 images."""
-    phase = phase_of(tmp_path, "--coarse_batch=128", "--null_prob=0.3")
+    phase = phase_of(tmp_path, "--coarse_batch=128", "--null_prob=0.3", "--xflip=True")
     steps = [draw_step(SimpleNamespace(**vars(phase) | dict(step=step))) for step in range(80)]
-    noise, sigma, gumbel, drop = (torch.cat(drawn) for drawn in zip(*steps))
+    noise, sigma, gumbel, drop, flip = (torch.cat(drawn) for drawn in zip(*steps))
+    assert flip.float().mean().item() == pytest.approx(0.5, abs=0.02) and not draw_step(phase_of(tmp_path))[-1].any()
     assert noise.shape == (10_240, 49) and sigma.shape == (10_240, 1) and gumbel.shape == (10_240, 3, 5)
     share = (sigma.flatten().log() / math.log(30)).sort().values
     assert 1 <= sigma.min() and sigma.max() <= 30
