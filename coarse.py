@@ -92,21 +92,23 @@ def prepare(run, state):
 
 def draw_step(phase):
     """All random numbers of a step, as in train_stage1.py. -> noise (B, pixels), sigma (B, 1), Gumbel noise (B, m, k),
-    which images get null latents (B,), of this process's images"""
+    which images get null latents (B,), which are mirrored (B,), of this process's images"""
     count, config = phase.config["batch_size"], phase.config
     g = seeded_generator(phase.device, "coarse", config["seed"], phase.step)
     normal = torch.randn(count, phase.model.pixels, device=phase.device, generator=g)
     u = torch.rand(count, 1, device=phase.device, generator=g)
     gumbel = gumbel_noise((count, config["num_latents"], config["codebook_size"]), g)
     drop = torch.rand(count, device=phase.device, generator=g) < config["null_prob"]
+    flip = torch.rand(count, device=phase.device, generator=g) < (0.5 if config["xflip"] else 0)
     sigma = SIGMA_MIN * (SIGMA_MAX / SIGMA_MIN) ** u
     rows = slice(phase.rank * phase.local_batch, (phase.rank + 1) * phase.local_batch)
-    return [t[rows] for t in (normal * sigma, sigma, gumbel, drop)]
+    return [t[rows] for t in (normal * sigma, sigma, gumbel, drop, flip)]
 
 
 def gradients(phase, y, c):
     """Alg. 1, lines 4 to 7, on averaged images. -> mean loss per pixel; sum of code distributions; of entropies"""
-    noise, sigma, gumbel, drop = draw_step(phase)
+    noise, sigma, gumbel, drop, flip = draw_step(phase)
+    y = torch.where(flip[:, None, None, None], y.flip(3), y)
     with phase.autocast:
         D, logits = phase.forward(y, noise, sigma, c, gumbel, drop, phase.config["tau"])
         loss = (loss_weight(sigma, phase.model.sigma_data) * (D - phase.model.averaged(y)) ** 2).mean()

@@ -132,10 +132,10 @@ def test_no_class_adds_nothing(g):
     assert net.classes.grad.any(1).tolist() == [False] * 9 + [True]
 
 
-def test_the_loss_is_of_averaged_images(tmp_path, monkeypatch):
-    """lambda(sigma) |D - y|^2 of averaged y. The gradients are of it less the bonus on the entropy of the batch's codes,
-    whatever they are scaled by, and no parameter has none."""
-    settings = ["--coarse_batch=64", "--coarse_spread=0.5", "--sigma_data=0.4", "--null_prob=0.5"]
+def test_the_loss_is_of_averaged_images(tmp_path):
+    """lambda(sigma) |D - y|^2 of averaged y, half of them mirrored. The gradients are of it less the bonus, the entropy
+    of the batch's mean code distribution, whatever they are scaled by; no parameter has none."""
+    settings = ["--coarse_batch=64", "--coarse_spread=0.5", "--sigma_data=0.4", "--null_prob=0.5", "--xflip=True"]
     phase, found = phase_of(tmp_path, *settings), []
     y, c = data.to_float(phase.images[:64]), torch.from_numpy(phase.labels[:64])
     for scale in (1, 128):
@@ -144,7 +144,8 @@ def test_the_loss_is_of_averaged_images(tmp_path, monkeypatch):
         loss, code_sum, entropy_sum = gradients(phase, y, c)
         found.append((loss, [p.grad for p in phase.parameters]))
     assert same(*found) and all(p.grad.any() for p in phase.parameters)
-    noise, sigma, gumbel, drop = draw_step(phase)
+    noise, sigma, gumbel, drop, flip = draw_step(phase)
+    y = torch.where(flip[:, None, None, None], torch.from_numpy(y.numpy()[..., ::-1].copy()), y)
     D, logits = phase.model(y, noise, sigma, c, gumbel, drop, 1.0)
     target = y.unflatten(2, (7, 4)).unflatten(4, (7, 4)).mean((3, 5)).flatten(1)
     want = ((sigma ** 2 + 0.16) / (0.4 * sigma) ** 2 * (D - target) ** 2).mean()
@@ -159,9 +160,10 @@ def test_the_loss_is_of_averaged_images(tmp_path, monkeypatch):
 
 def test_what_is_drawn(tmp_path):
     """ln sigma uniform in ln 1 ... ln 30, noise of this size, and coins: 10,240 images."""
-    phase = phase_of(tmp_path, "--coarse_batch=128", "--null_prob=0.3")
+    phase = phase_of(tmp_path, "--coarse_batch=128", "--null_prob=0.3", "--xflip=True")
     steps = [draw_step(SimpleNamespace(**vars(phase) | dict(step=step))) for step in range(80)]
-    noise, sigma, gumbel, drop = (torch.cat(drawn) for drawn in zip(*steps))
+    noise, sigma, gumbel, drop, flip = (torch.cat(drawn) for drawn in zip(*steps))
+    assert flip.float().mean().item() == pytest.approx(0.5, abs=0.02) and not draw_step(phase_of(tmp_path))[-1].any()
     assert noise.shape == (10_240, 49) and sigma.shape == (10_240, 1) and gumbel.shape == (10_240, 3, 5)
     share = (sigma.flatten().log() / math.log(30)).sort().values
     assert 1 <= sigma.min() and sigma.max() <= 30
