@@ -77,16 +77,24 @@ def given(noise):
     return SimpleNamespace(gumbel=lambda m, k: noise)
 
 
+def decided(module, rng):
+    """A prior over six codes, each of which depends on those before it."""
+    network = small(module.Prior(num_latents=6, codebook_size=4, label_dim=2, layers=2, dim=16, heads=2), rng)
+    for p in network.parameters():
+        p.data *= 2
+    return network
+
+
 @torch.no_grad()
 def sampling_probe(module):
     rng = fixed()
-    return [tiny(module, rng).sample(given(gumbel(rng, 24, 3, 4)), torch.arange(24) % 3 - 1, 0.6)]
+    return [decided(module, rng).sample(given(gumbel(rng, 12, 6, 4)), torch.arange(12) % 3 - 1, 1.5)]
 
 
 def sampling(module, reverse=False):
     def draws(rng, temperature, n=300):
-        network, noise, labels = tiny(module, rng), gumbel(rng, n, 3, 4), torch.arange(n) % 3 - 1
-        codes = tensor(network.sample(given(noise), labels, temperature), (n, 3), "sample")
+        network, noise, labels = decided(module, rng), gumbel(rng, n, 6, 4), torch.arange(n) % 3 - 1
+        codes = tensor(network.sample(given(noise), labels, temperature), (n, 6), "sample")
         with torch.no_grad():
             return codes, network(codes, labels), noise
 

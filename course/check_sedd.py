@@ -225,10 +225,10 @@ def remasking(sedd, rescale=False):
             return "the last evaluation must leave no mask"
 
     def share_of_masks(rng, **settings):
-        known, _ = run(rng, 2000, 25, **settings)
+        known, _ = run(rng, 1500, 20, **settings)
         for (x, t) in known.seen:
             share, t = (x == 4).double().mean().item(), t[0].item()
-            if abs(share - t) > 6 * math.sqrt(t * (1 - t) / 6000) + 1e-9:
+            if abs(share - t) > 6 * math.sqrt(t * (1 - t) / 4500) + 1e-9:
                 return f"at t = {t:.2f} the share of masks is {share:.3f}: it must follow the schedule"
 
     def plain(rng):
@@ -239,7 +239,7 @@ def remasking(sedd, rescale=False):
 
     def window(rng):
         eta, t0, t1 = 0.2 + 0.6 * float(rng.random()), 0.21, 0.79
-        known, _ = run(rng, 2000, 25, eta=eta, t0=t0, t1=t1)
+        known, _ = run(rng, 1500, 20, eta=eta, t0=t0, t1=t1)
         for (x, t), (after, s) in zip(known.seen, known.seen[1:]):
             t, s, tokens = t[0].item(), s[0].item(), (x != 4).sum().item()
             if tokens:
@@ -251,7 +251,7 @@ def remasking(sedd, rescale=False):
                             f"eta is {eta:.2f}")
 
     def frequencies(rng):
-        known, codes = run(rng, 2000, 150, eta=0.02)
+        known, codes = run(rng, 1500, 100, eta=0.02)
         return misfit(numbered(codes), known.p, "codes")
 
     return [("times are even, and no mask is left", times), ("without remasking, masks follow the schedule", plain),

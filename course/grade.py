@@ -232,7 +232,9 @@ def grade_all(folder, chosen, students):
             rows.append([shown, *(f"{points:.2f}" for points, _ in outcomes), f"{total:.2f}", uses])
             print(f"{shown}: {total:.4g}" + f", uses {uses}" * bool(uses), flush=True)
     while not workers.empty():
-        workers.get().kill()
+        worker = workers.get()
+        worker.kill()
+        worker.wait()
     with open(Path(out_dir, "grades.csv"), "w", newline="", encoding="utf-8") as file:
         heads = [f"{exercise.number} {exercise.name} ({exercise.points})" for exercise in chosen]
         csv.writer(file).writerows([["student", *heads, "total", "look at"], *rows])

@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 
+import torch
 from check import outputs
 from exercises import SETS, exercises
 from source import blanked, edited, find, in_their_class, names_in, repeats, text_of, with_function
@@ -254,6 +255,7 @@ def main(argv=()):
     require(set in SETS, f"--set={set}: there are {' and '.join(SETS)}")
     require(variant >= 0, f"variant can't be negative: it is {variant}")
     require(out, "--out=FOLDER says where to put the hand-out")
+    torch.set_num_threads(1)  # tensors here are tiny
     folder = Path(out)
     require(not folder.exists() or folder.is_dir() and not any(folder.iterdir()),
             f"{out} is there already: name a new folder, or delete it")

@@ -168,40 +168,44 @@ def names_used(node):
 SIZE = 12  # of the smallest formula that counts, in nodes of its tree
 
 
-def normal(node):
-    """A formula without its names, sums and products in a fixed order. -> text, size"""
-    if isinstance(node, ast.Name):
-        return "_", 1
-    if isinstance(node, ast.Constant):
-        return repr(node.value), 1
-    parts = [normal(child) for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr_context)]
-    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)):
-        parts = [parts[1], *sorted((parts[0], parts[2]))]
-    kind = type(node).__name__ + (f".{node.attr}" if isinstance(node, ast.Attribute) else "")
-    return f"{kind}({','.join(text for text, _ in parts)})", 1 + sum(size for _, size in parts)
-
-
 def formulas(function):
-    """-> {normal form: as it is written} of the larger expressions in a function, docstrings left out"""
+    """The larger expressions in a function, without their names, sums and products in a fixed order.
+
+    -> {this form: a node that has it}
+    """
     found = {}
-    for part in ast.walk(function):
-        if isinstance(part, (ast.expr, ast.Assign, ast.AugAssign, ast.Return)) and not isinstance(part, ast.Constant):
-            text, size = normal(part)
-            if size >= SIZE:
-                found[text] = ast.unparse(part)
+
+    def normal(node):
+        """-> form, size; notes those of the node and all below it"""
+        if isinstance(node, ast.Name):
+            return "_", 1
+        if isinstance(node, ast.Constant):
+            return repr(node.value), 1
+        parts = [normal(child) for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr_context)]
+        size = 1 + sum(size for _, size in parts)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)):
+            parts = [parts[1], *sorted((parts[0], parts[2]))]
+        kind = type(node).__name__ + (f".{node.attr}" if isinstance(node, ast.Attribute) else "")
+        form = f"{kind}({','.join(text for text, _ in parts)})"
+        if size >= SIZE and isinstance(node, (ast.expr, ast.Assign, ast.AugAssign, ast.Return)):
+            found[form] = node
+        return form, size
+
+    normal(function)
     return found
 
 
 def repeats(answers, texts):
     """Where do files repeat a formula of an answer?
 
-    answers: nodes of functions; texts: {file: text}. -> ["file: function: formula"]
+    answers: nodes of functions; texts: {file: text}. -> ["file: function: its largest such formula"]
     """
-    secret, found = {text for node in answers for text in formulas(node)}, []
+    secret, found = {form for node in answers for form in formulas(node)}, []
     for file, text in texts.items():
         tree = ast.parse(text)
         inside = [(f"{c.name}.{f.name}", f) for c in tree.body if isinstance(c, ast.ClassDef)
                   for f in c.body if isinstance(f, ast.FunctionDef)]
         for name, node in [*((f.name, f) for f in tree.body if isinstance(f, ast.FunctionDef)), *inside]:
-            found += [f"{file}: {name}: {written}" for form, written in formulas(node).items() if form in secret]
+            if same := [ast.unparse(part) for form, part in formulas(node).items() if form in secret]:
+                found.append(f"{file}: {name}: {max(same, key=len)}")
     return found
