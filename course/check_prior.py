@@ -131,6 +131,8 @@ def sampling(module, reverse=False):
         for block in network.blocks:
             block.register_forward_hook(lambda block, inputs, output: lengths.append(inputs[0].shape[1]))
         network.sample(given(gumbel(rng, 5, 3, 4)))
+        if sum(lengths) < 3 * len(network.blocks):
+            return "every token must pass through every block"
         if sum(lengths) > 3 * len(network.blocks):
             return (f"right, but plain: {sum(lengths)} tokens pass through the blocks, where a cache needs "
                     f"{3 * len(network.blocks)}")

@@ -60,8 +60,9 @@ def mixture(toy):
             return "in pure noise, the best guess is the mean of all centres"
 
     def distant(rng):
-        D = toy.exact_denoiser(circle(rng, 6), 0.1)(1000 * normal(rng, 10, 2), torch.tensor(0.05).double())
-        if not D.isfinite().all():
+        x = 1000 * normal(rng, 10, 2)
+        D = toy.exact_denoiser(circle(rng, 6), 0.1)(x, torch.tensor(0.05).double())
+        if not (D.norm(dim=1) > 0).all() or not D.isfinite().all():
             return "far from all centres the result is NaN: densities underflow, their logarithms don't"
 
     return [("the log-densities are a Gaussian's", density), ("(D - x) / t^2 is the score", score),
@@ -84,6 +85,14 @@ def of_gaussian(sd, calls=None):
 def bent(x, t):
     """A denoiser whose trajectories bend."""
     return torch.tanh(x) + 0.1 * t
+
+
+def error(diffusion, x, steps):
+    """Of so many even steps along dx/dt = x cos t, whose solution is known; relative."""
+    t, y = torch.linspace(3, 0.5, steps + 1).double(), x
+    for now, after in zip(t, t[1:]):
+        y = diffusion.heun_step(lambda x, t: x - t * t.cos() * x, y, now, after)
+    return (y / x * math.exp(math.sin(3) - math.sin(0.5)) - 1).abs().max().item()
 
 
 def heun_probe(diffusion):
@@ -124,13 +133,7 @@ def heun(diffusion, alpha=1.0):
                     f"not at {found}")
 
     def order(rng):
-        x, errors = normal(rng, 5, 2), []
-        for steps in (32, 64, 128):
-            t = torch.linspace(3, 0.5, steps + 1).double()  # on levels of the check's own
-            y = x
-            for now, after in zip(t, t[1:]):
-                y = diffusion.heun_step(lambda x, t: x - t * t.cos() * x, y, now, after)  # dx/dt = x cos t
-            errors.append((y / x * math.exp(math.sin(3) - math.sin(0.5)) - 1).abs().max().item())
+        errors = [error(diffusion, normal(rng, 5), steps) for steps in (32, 64, 128)]
         if not 3.3 < errors[1] / max(errors[2], 1e-12) < 5 or errors[2] > 1e-3:
             return (f"with 32, 64, 128 steps the errors are {errors[0]:.2g}, {errors[1]:.2g}, {errors[2]:.2g}: "
                     "halving the step must quarter the error")
@@ -253,7 +256,10 @@ def curvature(diffusion, sign=-1):
 
     def straight(rng):
         found = diffusion.curvature(of_gaussian(0.5), normal(rng, 6, 1, 3, 3), torch.tensor(0.7).double())
-        return "" if found.abs().max() < 1e-6 else "of a single Gaussian, trajectories are straight: the curvature is 0"
+        if not found.abs().max() < 1e-6:
+            return "of a single Gaussian, trajectories are straight: the curvature is 0"
+        if not diffusion.curvature(bent, normal(rng, 6, 2), two).min() > 1e-6:
+            return "a trajectory that bends must have a curvature"
 
     def step(rng):
         calls, places, x = [], [], normal(rng, 3, 4)

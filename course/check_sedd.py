@@ -61,6 +61,8 @@ def entropy(sedd):
         found = sedd.score_entropy(scores, sigma, x, x0)
         if found[0, [0, 2]].any():
             return "positions that are not masked must count 0"
+        if not found[1].all():
+            return "masked positions must count"
         scores[..., 4] += 1
         if far(sedd.score_entropy(scores, sigma, x, x0), found):
             return "the mask's own column must not count"
@@ -68,7 +70,7 @@ def entropy(sedd):
     def fine(rng):
         x, x0 = torch.full((2, 3), 4), torch.zeros(2, 3, dtype=torch.int64)
         found = sedd.score_entropy(normal(rng, 2, 3, 5).bfloat16(), torch.tensor([1e-3, 1.0]), x, x0)
-        if found.dtype == torch.bfloat16:
+        if found.dtype == torch.bfloat16 or not found.all():
             return "scores in bfloat16 must be computed with in float32"
 
     return [("the share of masks is (1 - EPS) t", shares), ("the right scores have entropy 0", smallest),

@@ -39,19 +39,21 @@ def mixture(toy):
     x, denoise, row = torch.cartesian_prod(side, side), toy.exact_denoiser(ring(), 0.2), []
     for t in (0.7, 3.0):
         D = denoise(x, torch.tensor(t).double())
-        axes = Axes((-6, 6), (-6, 6), f"from x to D, at t = {t:g}", size=(400, 400))
-        axes.arrows(x.numpy(), (D - x).numpy(), BLUE)
-        axes.scatter(ring().numpy(), ORANGE, 5)
+        axes = Axes((-6, 6), (-6, 6), f"x, and where D sends it, at t = {t:g}", size=(400, 400))
+        for start, end in zip(x.numpy(), D.numpy()):
+            axes.line([start, end], GREY, 0.5)
+        axes.scatter(ring().numpy(), ORANGE, 6)
+        axes.scatter(D.numpy(), BLUE, 2.5)
         row.append(axes)
     return figure([row])
 
 
 def heun(diffusion, alpha=1.0):
-    x, steps = normal(rng(), 200, 1), [8, 16, 32, 64, 128, 256]
-    exact = x * 0.5 / math.hypot(0.5, 80) * 80
-    errors = [(diffusion.heun(lambda x, t: x / (1 + (t / 0.5) ** 2), x, n) - exact).abs().max().item() for n in steps]
-    axes = Axes((6, 350), (min(errors) / 3, 100 * errors[0]), "error at the end, one Gaussian", "steps", log_x=True,
-                log_y=True, size=(460, 360))
+    from check_process import error
+    steps = [8, 16, 32, 64, 128, 256]
+    errors = [error(diffusion, normal(rng(), 20), n) for n in steps]
+    axes = Axes((6, 350), (min(errors) / 3, 100 * errors[0]), "error at the end of dx/dt = x cos t", "steps",
+                log_x=True, log_y=True, size=(460, 360))
     axes.line([(n, 2 * errors[0] * steps[0] / n) for n in steps], GREY, 1, label="order 1")
     axes.line([(n, 2 * errors[0] * (steps[0] / n) ** 2) for n in steps], GREEN, 1, label="order 2")
     axes.line(list(zip(steps, errors)), ORANGE, dots=True, label="your sampler")

@@ -56,7 +56,7 @@ SET_A = [
         density. `exact_denoiser` returns a function denoise(x, t).""",
         """Noise of standard deviation t turns N(c, std^2) into N(c, std^2 + t^2). Take the weights of the
         components by a softmax of log-densities: densities underflow.""",
-        "arrows from noisy points to where your denoiser sends them, at two noise levels",
+        "noisy points, and the dots where your denoiser sends them, at two noise levels",
         [("exact_denoiser", "(std ** 2 + t ** 2) ** 0.5, 0)", "std, 0)",
           "your weights are those of the clean mixture: the noise widens every component"),
          ("exact_denoiser", "std ** 2 * x + t ** 2 * w @ centres", "t ** 2 * x + std ** 2 * w @ centres",
@@ -117,7 +117,7 @@ SET_A = [
         "precondition", "EDM's preconditioning", "model", ("DisCoDiff.denoise",), 8, 60, "EDM Eq. 7, Table 1, App. B.6",
         """The network F never sees x itself. Write D = c_skip x + c_out F(c_in x; c_noise), such that F's input
         and F's target have variance 1 at every noise level, and c_skip x is the best guess without F. c_noise is
-        ln(sigma) / 4. The checks measure these variances: question A1 derives the formulas.""",
+        ln(sigma) / 4. The checks measure these variances: question A-1 derives the formulas.""",
         "sigma has one value per image: give it the shape (B, 1, 1, 1) before it meets x.",
         "c_skip, c_out and c_in of your function against the noise level",
         [("DisCoDiff.denoise", "c_skip = sd ** 2 /", "c_skip = sigma ** 2 /",
@@ -135,7 +135,7 @@ SET_A = [
             task="""The network F never sees x itself. Write D = c_skip x + c_out F(c_in x; c_noise), such that
             F's input and F's target have variance 1 at every noise level, and c_skip x is the best guess
             without F. Measure the noise in units of the data: c_noise is ln(sigma / sigma_data) / 4. The checks
-            measure these variances: question A1 derives the formulas.""", options={"relative": True},
+            measure these variances: question A-1 derives the formulas.""", options={"relative": True},
             edits=(("DisCoDiff.denoise", "EDM Eq. 7 and Table 1.", "EDM Eq. 7; c_noise = ln(sigma / sigma_data) / 4."),
                    ("DisCoDiff.denoise", "sigma.flatten().log() / 4", "(sigma.flatten() / sd).log() / 4"))),)),
     Exercise(
@@ -173,7 +173,7 @@ SET_A = [
         """Write the guided denoiser D~ = w D(z) + (1 - w) D(null). `guided` returns a function of x and sigma, which
         calls `denoise` once, with 2B images: first those with codes, then those with null latents.""",
         "Concatenate x with itself; `chunk` takes the result apart.",
-        "samples of a mixture of eight modes, guided to three of them, for w = 1, 2 and 4 (once A2 is solved)",
+        "samples of a mixture of eight modes, guided to three of them, for w = 1, 2 and 4 (once A2 and A3 are solved)",
         [("guided", "w * D + (1 - w) * D_null", "(1 + w) * D - w * D_null",
           "your w is Table 3's cfg, which is w - 1: w = 1 must be no guidance"),
          ("guided", "D, D_null = ", "D_null, D = ",
@@ -196,7 +196,7 @@ SET_A = [
         """How straight does a model sample? Write the curvature of its trajectories by two unit tangents, one
         Euler step apart. On a circle it must be 1 / radius, whatever the speed.""",
         "Flatten all axes but the first before you take lengths: an image is one point.",
-        "curvature against the noise level: of one Gaussian, and of eight (once A2 is solved)",
+        "curvature against the noise level: of one Gaussian, and of eight (once A2 and A3 are solved)",
         [("curvature", "(normalize(drift) - normalize(drift_next))", "(drift - drift_next)",
           "your tangents are not unit vectors: the speed must make no difference"),
          ("curvature", "/ (drift * dt).norm(dim=1)", "/ dt",

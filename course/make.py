@@ -136,21 +136,20 @@ def one_line(text):
     return " ".join(text.split())
 
 
-def section(exercise):
+def section(exercise, in_notebook):
     """An exercise's part of the page."""
     functions = ", ".join(f"`{name}`" for name in exercise.functions)
     twins = "".join(f" `{name}` in {file}.py is left out too: it holds the answer in another form."
                     for file, name in exercise.twins)
     body = "\n".join(textwrap.wrap(one_line(exercise.task) + twins, 105))
+    way = "Complete the cell below and run it." if in_notebook else f"```\npython course/check.py {exercise.name}\n```"
     return f"""## {exercise.number}. {exercise.title}
 
 {functions} in `{exercise.file}.py` | {exercise.points} points | about {exercise.minutes} minutes | {exercise.paper}
 
 {body}
 
-```
-python course/check.py {exercise.name}
-```
+{way}
 
 The picture: {exercise.picture}.
 
@@ -168,22 +167,45 @@ def questions(which):
     return "".join(f"\n## {part}" for part in parts[1:] if part.startswith(which))
 
 
-REWARD = """With all exercises done, the network in `pretrained/` draws clothes through your code, in `out/samples.png`:
+START = """```
+python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt
+python course/check.py
+```
+
+The check says what is missing. Everything that you need is in this folder; nothing is downloaded but the packages."""
+HAND_IN = """When you are done, or as far as you got:
+
+```
+python course/check.py --pack
+```
+
+This writes one file, `submission-{}.py`, with your functions. Hand that in, and the answers to the written questions
+separately.
+"""
+REWARD = """
+With all exercises done, the network in `pretrained/` draws clothes through your code, in `out/samples.png`:
 
 ```
 python sample.py --init_from=pretrained
 ```
-
+"""
+IN_NOTEBOOK = """Run the next two cells: they unpack the files into the folder `nanodisco-{0}`. Each exercise has a cell
+that begins with `%%exercise`: complete its functions and run it. This puts them into their file, checks them and
+shows the picture. `!cat nanodisco-{0}/model.py` in a cell of your own shows a whole file."""
+HAND_IN_OF_NOTEBOOK = """When you are done, or as far as you got, run the last cell. It writes one file,
+`submission-{}.py`, with your functions. Hand that in, and the answers to the written questions separately.
 """
 
 
-def page(which, chosen):
-    """The hand-out's README.md. Variants may not fit the pretrained network, which is not in their hand-outs."""
-    hours = sum(exercise.minutes for exercise in chosen) / 60
+def page(which, chosen, in_notebook=False):
+    """The page for students. A variant may not fit the pretrained network, which is not in its hand-out then."""
+    usual = not any(exercise.edits and exercise.options for exercise in chosen)
+    start, hand_in = (IN_NOTEBOOK, HAND_IN_OF_NOTEBOOK) if in_notebook else (START, HAND_IN + REWARD * usual)
     return Template((HERE / "handout.md").read_text(encoding="utf-8")).substitute(
-        set=which, count=len(chosen), points=sum(exercise.points for exercise in chosen), hours=f"{hours:.0f}",
-        exercises="\n".join(section(exercise) for exercise in chosen), questions=questions(which).strip(),
-        reward="" if any(exercise.edits and exercise.options for exercise in chosen) else REWARD)
+        set=which, count=len(chosen), points=sum(exercise.points for exercise in chosen),
+        hours=f"{sum(exercise.minutes for exercise in chosen) / 60:.0f}", start=start.format(which),
+        hand_in=hand_in.format(which), exercises="\n".join(section(exercise, in_notebook) for exercise in chosen),
+        questions=questions(which).strip())
 
 
 def files_of(which, variant, asked):
@@ -218,9 +240,9 @@ def write(folder, files):
 def as_notebook(which, files, chosen):
     """The hand-out as one .ipynb, which carries all its files and unpacks them. -> a dict, to be written as JSON"""
     packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(packed, "w") as archive:
         for name, text in (files | {"course/cells.py": (HERE / "cells.py").read_text(encoding="utf-8")}).items():
-            archive.writestr(zipfile.ZipInfo(name), text)  # its date is always the same
+            archive.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)  # its date is always the same
     unpack = f"""# Run this cell first: it unpacks the hand-out. torch, numpy and Pillow must be there, as in Colab.
 import base64, io, pathlib, sys, zipfile
 folder = pathlib.Path("nanodisco-{which}")
@@ -229,13 +251,12 @@ if not folder.exists():
 sys.path.insert(0, str(folder / "course"))
 import cells
 cells.start()"""
-    before, *sections = files["README.md"].split("\n## ")
+    before, start, *sections = page(which, chosen, in_notebook=True).split("\n## ")
     carried = base64.b64encode(packed.getvalue()).decode()
-    listed = [("markdown", before), ("code", f'FILES = "{carried}"'), ("code", unpack)]
+    listed = [("markdown", f"{before}\n## {start}"), ("code", f'FILES = "{carried}"'), ("code", unpack)]
     for part in sections:
         listed.append(("markdown", f"## {part}"))
-        exercise = next((e for e in chosen if part.startswith(f"{e.number}. {e.title}\n")), None)
-        if exercise:
+        if exercise := next((e for e in chosen if part.startswith(f"{e.number}. {e.title}\n")), None):
             blanks = "\n\n".join(in_their_class(name, text_of(files[f"{exercise.file}.py"], name))
                                  for name in exercise.functions)
             listed.append(("code", f"%%exercise {exercise.name}\n{blanks}"))

@@ -49,7 +49,7 @@ def answer_in(submission):
     """The parsed submission."""
     from source import Wrong, parsed
     try:
-        return parsed(submission.read_text(encoding="utf-8"), submission.name)
+        return parsed(submission.read_text(encoding="utf-8-sig"), submission.name)
     except UnicodeDecodeError:
         raise Wrong("the submission is not a text file in UTF-8") from None
 
