@@ -112,9 +112,10 @@ def tried(workers, folder, template, file):
         if not ended:  # the answer ended the worker too
             worker.kill()
             worker = start_worker(folder)
-        said = {"time": f"your code took more than {seconds} seconds", "done": "your code ended the process"}
+        ended_it = "your code ended the process"
+        said = {"time": f"your code took more than {seconds} seconds", "done": ended_it, "": ended_it}
         found = as_written(read(tree / "result.json")) if ended == "done" else None
-        found = found or nothing(said.get(ended, f"your code ended the process, exit code {ended}"))
+        found = found or nothing(said.get(ended, f"{ended_it}, exit code {ended}"))
         return found | {"printed": read(tree / "printed.txt", 300)}
     finally:
         workers.put(worker)

@@ -292,6 +292,21 @@ def test_a_whole_course(handed_out, tmp_path, monkeypatch, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"submissions", "grades"}
 
 
+def test_an_answer_that_ends_the_worker_too(tmp_path, monkeypatch):
+    """It costs its own exercise; another worker takes the next."""
+    started, workers = [], grade.queue.SimpleQueue()
+    (tmp_path / "template").mkdir()
+    (tmp_path / "answer.py").write_text("")
+    monkeypatch.setattr(grade, "start_worker", lambda folder: started.append(1) or subprocess.Popen(
+        [sys.executable, "-c", ""], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))  # ends at once
+    workers.put(grade.start_worker(tmp_path))
+    found = grade.tried(workers, tmp_path, tmp_path / "template", tmp_path / "answer.py")
+    assert found == grade.nothing("your code ended the process") and len(started) == 2
+    worker = workers.get()
+    worker.kill()
+    worker.wait()
+
+
 def test_a_function_of_ones_own_must_be_inside(handed_out, monkeypatch):
     _, folder = handed_out
     sheet = json.loads((folder / "course" / "sheet.json").read_text())
