@@ -61,7 +61,7 @@ CHECKPOINT = {"train_stage1": {"config", "model_args", "step", "ema"},
               "eval_fid": {"model", "accuracy"}}
 TO_TRAIN_ON = {"model", "optimizer"}
 RENAMED = {"ema": "ema_decay"}  # settings in older checkpoints, and what they are called now
-OLDER = {"latents_to_emb": False, "coarse_images": 0}  # settings that older checkpoints lack, and what they mean
+OLDER = {"latents_to_emb": False, "coarse_images": 0}  # settings of codes that older checkpoints lack
 
 
 def save_checkpoint(path, state):
@@ -166,7 +166,7 @@ def resume(path, config, model_args, free, changeable, made_by, **others):
 
     def different(state, *but):
         """-> {setting: (its value there, here)}"""
-        had = {**OLDER, **state["model_args"], **state["config"]}
+        had = {**(OLDER if state["model_args"].get("num_latents") else {}), **state["model_args"], **state["config"]}
         old = {RENAMED.get(name, name): value for name, value in had.items()}
         return {k: (old[k], new[k]) for k in sorted((old.keys() & new.keys()) - {*but}) if old[k] != new[k]}
 

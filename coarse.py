@@ -20,11 +20,11 @@ import torch.nn.functional as F
 
 import training
 from checkpoint import read_log, write_log
-from configurator import arguments_of
+from configurator import arguments_of, require
 from diffusion import loss_weight
 from model import gumbel_softmax
 from noise import gumbel_noise, seeded_generator
-from processes import max_over_processes, mean_over_processes
+from processes import max_over_processes, mean_over_processes, same_on_all
 from run import progress
 
 SIGMA_MIN, SIGMA_MAX = 1, 30  # of averaged images: averaging p x p pixels divides their noise by p
@@ -92,27 +92,30 @@ def prepare(run, state):
 
 def draw_step(phase):
     """All random numbers of a step, as in train_stage1.py. -> noise (B, pixels), sigma (B, 1), Gumbel noise (B, m, k),
-    which images get null latents (B,), of this process's images"""
+    which images get null latents (B,), which are mirrored (B,), of this process's images"""
     count, config = phase.config["batch_size"], phase.config
     g = seeded_generator(phase.device, "coarse", config["seed"], phase.step)
     normal = torch.randn(count, phase.model.pixels, device=phase.device, generator=g)
     u = torch.rand(count, 1, device=phase.device, generator=g)
     gumbel = gumbel_noise((count, config["num_latents"], config["codebook_size"]), g)
     drop = torch.rand(count, device=phase.device, generator=g) < config["null_prob"]
+    flip = torch.rand(count, device=phase.device, generator=g) < (0.5 if config["xflip"] else 0)
     sigma = SIGMA_MIN * (SIGMA_MAX / SIGMA_MIN) ** u
     rows = slice(phase.rank * phase.local_batch, (phase.rank + 1) * phase.local_batch)
-    return [t[rows] for t in (normal * sigma, sigma, gumbel, drop)]
+    return [t[rows] for t in (normal * sigma, sigma, gumbel, drop, flip)]
 
 
 def gradients(phase, y, c):
     """Alg. 1, lines 4 to 7, on averaged images. -> mean loss per pixel; sum of code distributions; of entropies"""
-    noise, sigma, gumbel, drop = draw_step(phase)
+    noise, sigma, gumbel, drop, flip = draw_step(phase)
+    y = torch.where(flip[:, None, None, None], y.flip(3), y)
     with phase.autocast:
         D, logits = phase.forward(y, noise, sigma, c, gumbel, drop, phase.config["tau"])
         loss = (loss_weight(sigma, phase.model.sigma_data) * (D - phase.model.averaged(y)) ** 2).mean()
     p = logits.softmax(-1).mean(0)  # (m, k)
-    used = mean_over_processes(p.detach()).clamp(min=1e-9)
-    training.backward(phase, loss + phase.config["coarse_spread"] * (p * used.log()).sum())  # -H(used) has this gradient
+    used = mean_over_processes(p.detach()).to(p.device).clamp(min=1e-9)
+    bonus = -(p * used.log()).sum()  # has the gradient of the entropy
+    training.backward(phase, loss - phase.config["coarse_spread"] * bonus)
     training.unscale(phase)
     return loss.detach(), *training.usage(logits)
 
@@ -123,13 +126,15 @@ def warm_up(run, fetch, signals):
     fetch: the one of train_stage1.py. run.carries["coarse"] says in the checkpoint how far the phase is.
     """
     state = run.carries["coarse"]
+    require(same_on_all(state["step"]), "the processes found different checkpoints: "
+                                        f"{run.config['out_dir']} must be on a file system that all nodes share")
     total, count = run.config["coarse_images"], run.config["coarse_batch"]
     if state["step"] * count >= total:
         return
     phase, stopped = prepare(run, state), 0
     seen = phase.step * count
     if run.master:
-        write_log(phase.log, read_log(phase.log, seen) if seen else [], mode="w")
+        write_log(phase.log, read_log(phase.log, seen), mode="w")
     bar = progress(total=total, initial=seen, unit="img", desc="encoder", disable=not run.master, mininterval=1)
     while seen < total and not stopped:
         y, c = fetch(run, seen + phase.rank * phase.local_batch, phase.local_batch)

@@ -71,7 +71,7 @@ def train(seed):
         base = Path(f"{out_dir}/base-{base_images}-seed{seed}")
         run("train_stage1.py", stage1_config, f"--total_images={base_images}", f"--seed={seed}", f"--out_dir={base}",
             "--num_latents=0")
-        folders, more = {"base": base} | folders, [*more, f"--init_from={base}"]
+        folders, more = folders | {"base": base}, [*more, f"--init_from={base}"]
     run("train_stage1.py", stage1_config, *more, f"--out_dir={plain}", "--num_latents=0")
     run("train_stage1.py", stage1_config, *more, f"--out_dir={disco}")
     run("train_prior.py", prior_config, "--prior=ar", f"--seed={seed}", f"--out_dir={disco}")

@@ -90,13 +90,13 @@ encoder_dim = 128
 encoder_layers = 3
 encoder_heads = 4
 # the encoder's first phase, beside a small denoiser of averaged images; 0 images: none, as in DisCo-Diff
-coarse_images = 100_000
+coarse_images = 40_000
 coarse_batch = 128
 coarse_lr = 1e-3
 coarse_spread = 0.003  # weight of the entropy, in nats, of each latent's codes: it keeps all codes in use
 # optimisation: EDM's
-total_images = 28_000  # to train on, in all
-batch_size = 32  # over all processes
+total_images = 30_000  # to train on, in all
+batch_size = 8  # over all processes
 batch_gpu = 512  # the most images in one process at once; a larger share accumulates gradients
 lr = 2e-3
 encoder_lr = 0.0  # after its first phase; 0 holds it. A fast encoder collapses to one code (bits go to 0)
@@ -110,9 +110,9 @@ P_std = 1.4
 sigma_data = 0.5
 # reports, all in images
 log_every = 1_000
-save_every = 7_000
+save_every = 10_000
 keep_every = 0  # snapshots to keep, stage1-000100000.pt and so on; 0: none
-preview_every = 14_000  # 0: no previews
+preview_every = 15_000  # 0: no previews
 
 # ----------------------------------------------------------------------------------------------------
 # Alg. 1. Each step has its own seed, so a resumed run equals an uninterrupted one.

@@ -9,7 +9,9 @@ compare_models.py runs this, and the plain network trained on, on three seeds.
 """
 out_dir = "out/finetuned"
 class_cond = False
+coarse_images = 100_000
 total_images = 50_000
+batch_size = 32
 log_every = 5_000
 save_every = 10_000
 preview_every = 50_000

@@ -52,7 +52,7 @@ def test_settings_that_they_lack_mean_what_was_done_then(tmp_path):
     path = tmp_path / "older" / "stage1.pt"
     state = torch.load(path)
     del state["coarse"], state["model_args"]["latents_to_emb"]
-    for name in ("latents_to_emb", "coarse_images", "coarse_batch", "coarse_lr"):
+    for name in ("latents_to_emb", "coarse_images", "coarse_batch", "coarse_lr", "coarse_spread"):
         del state["config"][name]
     torch.save(state, path)
     run("sample.py", f"--out_dir={tmp_path / 'older'}", *SAMPLE, "--code=0,1,2")
@@ -66,3 +66,13 @@ def test_settings_that_they_lack_mean_what_was_done_then(tmp_path):
     run("train_stage1.py", f"--out_dir={tmp_path / 'older'}", *then)
     assert same_training(checkpoint(tmp_path / "older"), checkpoint(tmp_path / "whole"))
     assert not (tmp_path / "older" / "coarse.jsonl").exists()
+
+
+def test_older_plain_runs_go_on(tmp_path):
+    settings = [*TINY, "--num_latents=0", f"--out_dir={tmp_path}"]
+    run("train_stage1.py", *settings, "--total_images=24")
+    state = torch.load(tmp_path / "stage1.pt")
+    del state["coarse"], state["model_args"]["latents_to_emb"], state["config"]["latents_to_emb"], state["config"]["coarse_images"]
+    torch.save(state, tmp_path / "stage1.pt")
+    run("train_stage1.py", *settings)
+    assert checkpoint(tmp_path)["step"] == 6
