@@ -20,11 +20,11 @@ import torch.nn.functional as F
 
 import training
 from checkpoint import read_log, write_log
-from configurator import arguments_of, require
+from configurator import arguments_of
 from diffusion import loss_weight
 from model import gumbel_softmax
 from noise import gumbel_noise, seeded_generator
-from processes import max_over_processes, mean_over_processes, same_on_all
+from processes import max_over_processes, mean_over_processes
 from run import progress
 
 SIGMA_MIN, SIGMA_MAX = 1, 30  # of averaged images: averaging p x p pixels divides their noise by p
@@ -126,8 +126,7 @@ def warm_up(run, fetch, signals):
     fetch: the one of train_stage1.py. run.carries["coarse"] says in the checkpoint how far the phase is.
     """
     state = run.carries["coarse"]
-    require(same_on_all(state["step"]), "the processes found different checkpoints: "
-                                        f"{run.config['out_dir']} must be on a file system that all nodes share")
+    training.require_same(run, state["step"])
     total, count = run.config["coarse_images"], run.config["coarse_batch"]
     if state["step"] * count >= total:
         return

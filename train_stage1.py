@@ -95,14 +95,14 @@ coarse_batch = 128
 coarse_lr = 1e-3
 coarse_spread = 0.003  # weight of the entropy, in nats, of each latent's codes: it keeps all codes in use
 # optimisation: EDM's
-total_images = 30_000  # to train on, in all
+total_images = 33_000  # to train on, in all
 batch_size = 8  # over all processes
 batch_gpu = 512  # the most images in one process at once; a larger share accumulates gradients
 lr = 2e-3
 encoder_lr = 0.0  # after its first phase; 0 holds it. A fast encoder collapses to one code (bits go to 0)
 warmup_images = 2_000  # linear learning-rate warm-up
 ema_halflife_images = 500_000
-ema_rampup = 0.05  # the half-life is at most this share of the images seen so far
+ema_rampup = 0.1  # the half-life is at most this share of the images seen so far
 # ln(sigma) ~ N(P_mean, P_std^2). EDM has -1.2 and 1.2, but a run this short needs more of the high noise
 # levels, where the latents help
 P_mean = -0.4

@@ -60,11 +60,16 @@ def resume_run(run, free, changeable, prepare=None, **others):
         for part in ("model", "ema", "optimizer"):
             getattr(run, part).load_state_dict(checkpoint[part])
         run.skipped.copy_(checkpoint["skipped"])
-    require(same_on_all(run.step), "the processes found different checkpoints: "
-                                   f"{run.config['out_dir']} must be on a file system that all nodes share")
+    require_same(run, run.step)
     run.began = run.step
     reset(run)
     return bool(checkpoint)
+
+
+def require_same(run, step):
+    """Raises UserError if the processes' checkpoints are at different steps."""
+    require(same_on_all(step), "the processes found different checkpoints: "
+                               f"{run.config['out_dir']} must be on a file system that all nodes share")
 
 
 def distributed(run, network):

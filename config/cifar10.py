@@ -31,6 +31,7 @@ lr = 5e-4
 encoder_lr = 0.0
 warmup_images = 1_000_000
 ema_halflife_images = 500_000
+ema_rampup = 0.05
 P_mean = -1.2
 P_std = 1.2
 log_every = 51_200

@@ -21,6 +21,7 @@ batch_gpu = 128
 lr = 1e-3
 warmup_images = 100_000
 ema_halflife_images = 500_000
+ema_rampup = 0.05
 P_mean = -1.2
 P_std = 1.2
 log_every = 10_240

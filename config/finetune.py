@@ -12,6 +12,7 @@ class_cond = False
 coarse_images = 100_000
 total_images = 50_000
 batch_size = 32
+ema_rampup = 0.05
 log_every = 5_000
 save_every = 10_000
 preview_every = 50_000

@@ -12,5 +12,6 @@ num_blocks = 2
 coarse_images = 200_000
 total_images = 200_000
 batch_size = 32
+ema_rampup = 0.05
 save_every = 10_000
 preview_every = 100_000
