@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 
-from source import Wrong, find, in_their_class, names_used, parsed, statements, text_of
+from source import Wrong, find, in_their_class, names_used, parsed, statements, suspicious, text_of
 
 from configurator import UserError, configure, require
 
@@ -208,6 +208,9 @@ def main(argv=()):
         path = Path(f"submission-{sheet['set']}.py")
         path.write_text(text, encoding="utf-8")
         print(f"{path} is ready to be handed in" + f", without {', '.join(missing)}: not written yet" * bool(missing))
+        if uses := suspicious(parsed(text)):
+            print(f"It uses {', '.join(uses)}, which may be missing or refused where you are graded: torch, numpy and "
+                  "math are enough")
         return
     total, most = 0, 0
     for exercise in sheet["exercises"]:

@@ -6,8 +6,8 @@ computes what it returns and ships these numbers, so that check.py recognises it
 replaces fields of its exercise; `edits` are the changes that make the real code its solution. Pieces of
 code here must be in the live source exactly once; tests/test_course.py says which one no longer is.
 
-The checks of an exercise are the function with its name in properties_a.py or properties_b.py, its
-picture the one in draw.py.
+The checks of an exercise are the function with its name in a check_*.py (make.py says which), its picture
+the one in draw.py.
 """
 
 from typing import NamedTuple
@@ -66,7 +66,11 @@ SET_A = [
          ("exact_denoiser", ".softmax(1)", ".exp() / log_density(x, centres, (std ** 2 + t ** 2) ** 0.5, 0)"
           ".exp().sum(1, keepdim=True)", "your weights underflow far from the centres: use a softmax"),
          ("log_density", "/ (2 * variance)", "/ variance",
-          "your log-densities lack the 1/2 of the Gaussian's exponent")]),
+          "your log-densities lack the 1/2 of the Gaussian's exponent")],
+        edits=(("exact_denoiser", """N(c_j, (std^2 + t^2) I). x is from component j with
+    probability w_j, and then the expected clean point is (std^2 x + t^2 c_j) / (std^2 + t^2).
+""", """N(c_j, (std^2 + t^2) I).
+"""),)),
     Exercise(
         "heun", "Noise levels and Heun's step", "diffusion", ("noise_levels", "heun_step"), 12, 90,
         "EDM Eqs. 3 and 5, Alg. 2; DisCo-Diff Alg. 3, lines 7-15",
@@ -89,6 +93,7 @@ SET_A = [
           "your noise levels are evenly spaced: their rho-th roots should be"),
          ("noise_levels", "/ max(num_steps - 1, 1)", "/ num_steps",
           "your last noise level is not sigma_min: there are num_steps - 1 gaps")],
+        twins=(("diffusion", "restart"),),
         variants=(
             dict(title="Noise levels and the midpoint rule", options={"alpha": 0.5},
                  task="""Write the sampler's noise levels, and one step by the midpoint rule in place of Heun's
@@ -386,8 +391,13 @@ SET_B = [
           "your root takes the diagonals alone: the covariances are matrices"),
          ("frechet_distance", "torch.linalg.svdvals(F1.T @ F2).sum()", "(F1.T @ F2).square().sum().sqrt()",
           "you add the squares of the singular values: add the values themselves")],
+        edits=(("frechet_distance", """ With sigma = F F^T,
+    the trace of the product's root is the sum of the singular values of F1^T F2: no root of a
+    non-symmetric matrix is needed.
+""", "\n"),),
         variants=(dict(
             name="kernel", title="Kernel distance", functions=("kernel_distance",), paper="Binkowski et al. 2018",
+            edits=(),
             task="""KID compares two sets of features by a kernel, without bias. Write the estimate and its standard
             error, as the docstring says. The checks draw many small sets, whose mean must be the true value.""",
             hint="The kernel of a row with itself must not take part in the mean over its own side.",

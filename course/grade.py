@@ -38,7 +38,7 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 from check import report
 from exercises import SETS, exercises
 from make import files_of, solution, write
-from source import in_their_class, text_of
+from source import Wrong, in_their_class, read_answer, suspicious, text_of
 
 from configurator import configure, require
 
@@ -95,7 +95,7 @@ def start_worker(folder):
 def tried(workers, folder, template, file):
     """One answer's checks, by the next idle worker, in a copy of the exercise's template in folder.
 
-    -> {"results": [[property, complaint]], "says": words, "uses": names}, with no results where there are none
+    -> {"results": [[property, complaint]], "says": words, "printed": text}, with no results where there are none
     """
     worker, tree = workers.get(), Path(tempfile.mkdtemp(dir=folder))
     try:
@@ -124,7 +124,7 @@ def tried(workers, folder, template, file):
 
 def nothing(says):
     """What is found where nothing could be checked."""
-    return {"results": [], "says": says, "uses": [], "printed": ""}
+    return {"results": [], "says": says, "printed": ""}
 
 
 def read(path, most=1 << 20):
@@ -140,8 +140,8 @@ def as_written(text):
     """What worker.py writes, or None for anything else."""
     try:
         found = json.loads(text)
-        results = [[str(says), str(complaint)] for says, complaint in found["results"]]
-        return {"results": results, "says": str(found["says"]), "uses": [*map(str, found["uses"])]}
+        results = [[str(says), printable(str(complaint))] for says, complaint in found["results"]]
+        return {"results": results, "says": printable(str(found["says"]))}
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
@@ -160,18 +160,36 @@ def graded(exercise, found, properties):
     return points, lines
 
 
+def printable(text):
+    """Without control characters, and what UTF-8 can't write."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def harmless(text):
     """A name as a spreadsheet may show it: not as a formula."""
-    text = "".join(c if c.isprintable() else "?" for c in text).encode(errors="replace").decode()
+    text = printable(text)
     return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
 
-def write_student(name, chosen, outcomes):
-    """Feedback, and Gradescope's results.json. outcomes: [(points, lines)] of the exercises"""
+def suspicions(file):
+    """What a submission uses that it should not need, in words; "" if nothing or if it can't be read."""
+    try:
+        return harmless(" ".join(suspicious(read_answer(file))))
+    except Wrong:
+        return ""
+
+
+def write_student(name, chosen, outcomes, uses):
+    """Feedback, and Gradescope's results.json, where the lecturer alone sees what is to be looked at.
+
+    outcomes: [(points, lines)] of the exercises
+    """
     total, most = sum(points for points, _ in outcomes), sum(exercise.points for exercise in chosen)
     text = "\n\n".join("\n".join(lines) for _, lines in outcomes) + f"\n\n{total:.4g} of {most} points\n"
     tests = [{"name": f"{exercise.number} {exercise.name}", "score": round(points, 2), "max_score": exercise.points,
               "output": "\n".join(lines)} for exercise, (points, lines) in zip(chosen, outcomes)]
+    if uses:
+        tests.append({"name": "look at", "score": 0, "max_score": 0, "output": uses, "visibility": "hidden"})
     results = {"score": round(total, 2), "output": f"{total:.4g} of {most} points", "tests": tests}
     write(Path(out_dir, name), {"feedback.txt": text, "results.json": json.dumps(results, indent=1)})
     return total
@@ -227,9 +245,8 @@ def grade_all(folder, chosen, students):
             else:
                 all_found = [nothing(file)] * len(chosen)
             outcomes = [graded(e, found, properties[e.name]) for e, found in zip(chosen, all_found)]
-            total = write_student(name, chosen, outcomes)
-            uses = sorted({used for found in all_found for used in found["uses"]})
-            shown, uses = harmless(name), harmless(" ".join(uses))
+            uses, shown = suspicions(file) if name in futures else "", harmless(name)
+            total = write_student(name, chosen, outcomes, uses)
             rows.append([shown, *(f"{points:.2f}" for points, _ in outcomes), f"{total:.2f}", uses])
             print(f"{shown}: {total:.4g}" + f", uses {uses}" * bool(uses), flush=True)
     while not workers.empty():

@@ -64,7 +64,7 @@ def statements(node):
 
 def blanked(text, name, message):
     """The file's text with this function's body replaced by an exception. Signature and docstring stay."""
-    lines, node, first, body, end = lines_of(text, name)
+    lines, node, first, body, _ = lines_of(text, name)
     if statements(node) is not node.body:
         body = node.body[0].end_lineno
     raises = f"{' ' * (node.col_offset + 4)}raise NotImplementedError({json.dumps(message)})"
@@ -79,6 +79,14 @@ def parsed(text, name="the file"):
         raise Wrong(f"{name}, line {error.lineno}: {error.msg}") from None
     except (ValueError, MemoryError, RecursionError) as error:
         raise Wrong(f"{name} can't be read: {type(error).__name__}") from None
+
+
+def read_answer(file):
+    """The parsed file that a student handed in."""
+    try:
+        return parsed(file.read_text(encoding="utf-8-sig"), file.name)
+    except UnicodeDecodeError:
+        raise Wrong("the submission is not a text file in UTF-8") from None
 
 
 def in_their_class(name, function):
@@ -114,24 +122,25 @@ def arguments(node):
     return ", ".join([*(arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs)), *starred])
 
 
-SUSPICIOUS = {"os", "sys", "subprocess", "socket", "ctypes", "importlib", "inspect", "gc", "builtins", "shutil",
-              "threading", "multiprocessing", "signal", "traceback", "pathlib", "open", "exec", "eval", "compile",
-              "globals", "__import__", "__builtins__"}
+NUMERICS = {"torch", "numpy", "math", "functools", "itertools"}  # what an answer may import
+SUSPICIOUS = {"os", "sys", "open", "exec", "eval", "compile", "globals", "locals", "vars", "getattr", "setattr",
+              "delattr", "modules", "save", "load", "tofile", "fromfile", "memmap", "f_back", "gi_frame"}
 
 
 def suspicious(answer):
-    """What an answer, a parsed file, uses that numerics does not need."""
-    names, hidden = set(), set()
+    """What a parsed answer uses that numerics does not need: modules, names, attributes, and those that it sets."""
+    used = set()
     for part in ast.walk(answer):
         if isinstance(part, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in part.names}
+            used |= {alias.name.split(".")[0] for alias in part.names} - NUMERICS
         elif isinstance(part, ast.ImportFrom):
-            names.add((part.module or "").split(".")[0])
-        elif isinstance(part, ast.Name):
-            names.add(part.id)
-        elif isinstance(part, ast.Attribute) and part.attr.startswith("__"):
-            hidden.add(part.attr)
-    return sorted(names & SUSPICIOUS | hidden)
+            used |= {(part.module or "").split(".")[0]} - NUMERICS
+        elif isinstance(part, ast.Name) and (part.id in SUSPICIOUS or part.id.startswith("__")):
+            used.add(part.id)
+        elif isinstance(part, ast.Attribute) and (
+                part.attr in SUSPICIOUS or part.attr.startswith("_") or not isinstance(part.ctx, ast.Load)):
+            used.add(part.attr)
+    return sorted(used)
 
 
 def names_in(text):
@@ -168,6 +177,13 @@ def names_used(node):
 SIZE = 12  # of the smallest formula that counts, in nodes of its tree
 
 
+def terms(node, operation):
+    """The terms of a sum, or the factors of a product: a * (b * c) has three."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, operation):
+        return [*terms(node.left, operation), *terms(node.right, operation)]
+    return [node]
+
+
 def formulas(function):
     """The larger expressions in a function, without their names, sums and products in a fixed order.
 
@@ -181,10 +197,15 @@ def formulas(function):
             return "_", 1
         if isinstance(node, ast.Constant):
             return repr(node.value), 1
-        parts = [normal(child) for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr_context)]
-        size = 1 + sum(size for _, size in parts)
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and isinstance(
+                node.slice, (ast.Constant, ast.UnaryOp)):
+            return "_", 1  # an entry is as good as a name
         if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)):
-            parts = [parts[1], *sorted((parts[0], parts[2]))]
+            parts = sorted(normal(part) for part in terms(node, type(node.op)))
+            parts.insert(0, (type(node.op).__name__, 1))
+        else:
+            parts = [normal(child) for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr_context)]
+        size = 1 + sum(size for _, size in parts)
         kind = type(node).__name__ + (f".{node.attr}" if isinstance(node, ast.Attribute) else "")
         form = f"{kind}({','.join(text for text, _ in parts)})"
         if size >= SIZE and isinstance(node, (ast.expr, ast.Assign, ast.AugAssign, ast.Return)):

@@ -39,19 +39,11 @@ def ban(event, arguments):
 
 def limit(seconds, memory):
     for kind, value in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_DATA, memory),
-                        (resource.RLIMIT_FSIZE, LARGEST), (resource.RLIMIT_CORE, 0)):
+                        (resource.RLIMIT_FSIZE, LARGEST), (resource.RLIMIT_CORE, 0),
+                        (resource.RLIMIT_NPROC, 0)):  # no new process or thread; it does not bind root
         _, hard = resource.getrlimit(kind)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
-
-
-def answer_in(submission):
-    """The parsed submission."""
-    from source import Wrong, parsed
-    try:
-        return parsed(submission.read_text(encoding="utf-8-sig"), submission.name)
-    except UnicodeDecodeError:
-        raise Wrong("the submission is not a text file in UTF-8") from None
 
 
 def module_with(answer, exercise, tree):
@@ -85,14 +77,13 @@ def child(job):
         sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8", errors="replace", closefd=False) for fd in (1, 2))
         limit(job["seconds"], job["memory"])
         from check import in_words, verdict
-        from source import suspicious
+        from source import read_answer
         exercise = json.loads(Path("course/sheet.json").read_text(encoding="utf-8"))["exercises"][0]
         __import__(exercise["checks"])
         sys.addaudithook(ban)
-        found = {"results": [], "says": "", "uses": []}
+        found = {"results": [], "says": ""}
         try:
-            answer = answer_in(Path(job["submission"]))
-            found["uses"] = suspicious(answer)
+            answer = read_answer(Path(job["submission"]))
             _, results, explanation = verdict(exercise, module_with(answer, exercise, tree), job["seed"])
             found["results"] = [[says, str(complaint)[:500]] for says, complaint in results]
             found["says"] = str(explanation)[:500]

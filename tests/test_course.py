@@ -134,11 +134,15 @@ def handed_out(request, tmp_path_factory):
 
 
 def test_a_hand_out_holds_no_answer(handed_out):
-    """Compared without names, comments and layout; and no file that has answers is in it."""
+    """Compared without names, comments and layout, and as text, docstrings too; no file that has answers is in it."""
     which, folder = handed_out
     texts = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.py")}
     answers = make.nodes(make.solution(exercises(which)), exercises(which))
     assert all(node is not None for node in answers) and not source.repeats(answers, texts)
+    pages = [*texts.values(), (folder / "README.md").read_text(), (folder / f"set-{which}.ipynb").read_text()]
+    squeezed = "".join("".join(page.split()) for page in pages)
+    formulas = {"".join(ast.unparse(part).split()) for node in answers for part in source.formulas(node).values()}
+    assert len(formulas) > 20 and not [formula for formula in formulas if formula in squeezed]
     assert {path.name for path in ROOT.glob("*.py")} < {*texts}
     course = {path.name for path in (folder / "course").iterdir() if not path.name.startswith("check")}
     assert course == {"sheet.json", "source.py", "measures.py", "draw.py"}
@@ -149,6 +153,12 @@ def test_a_hand_out_holds_no_answer(handed_out):
     wrong = [wrong for exercise in sheet["exercises"] for wrong in exercise["wrong"]]
     assert wrong and all(w.keys() == {"says", "output"} for w in wrong)
     assert {type(value) for w in wrong for value in w["output"]} <= {float, type(None)}
+
+
+@pytest.mark.parametrize("which, variant", [("A", 1), ("A", 2), ("B", 1)])
+def test_variants_hold_no_answer_either(which, variant):
+    chosen = exercises(which, variant)
+    make.require_no_answers(make.files_of(which, variant, chosen), chosen)
 
 
 def test_a_hand_outs_page(handed_out):
@@ -173,6 +183,8 @@ def test_a_copy_with_other_names_is_found():
     copy = "class A:\n    def f(self, p, q):\n        return (g(p) - g(q)).norm(dim=1) / (p * self).norm(dim=1)\n"
     assert source.repeats([answer], {"copy.py": copy}) == [f"copy.py: A.f: {copy.splitlines()[-1].strip()}"]
     assert not source.repeats([answer], {"other.py": copy.replace("dim=1", "dim=2")})
+    product = "def f(a, s):\n    return a + S * (g(a) * (s[0] ** 2 - s[-1] ** 2).sqrt())\n"  # another order, entries
+    assert source.repeats([source.find(ast.parse((ROOT / "diffusion.py").read_text()), "heun_step")], {"a.py": product})
 
 
 def test_a_piece_of_code_that_has_changed_is_named():
@@ -247,6 +259,15 @@ def guided(denoise, w):
     import os
     os._exit(0)
 """
+TAMPER = """
+def gumbel_softmax(logits, tau, gumbel):
+    import measures
+    measures.far = lambda *arguments: False
+    raise ValueError("\\ud800")
+def guided(denoise, w):
+    import torch
+    torch.Tensor.shape = ()
+"""
 TYPES = """
 def gumbel_softmax(logits, tau):
     return 0
@@ -269,26 +290,30 @@ def test_a_whole_course(handed_out, tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     submissions = Path("submissions")
-    for name, text in {"hang.py": HANG, "fork.py": FORK, "files.py": FILES, "types.py": TYPES, "syntax.py": "def f(:",
-                       "note.txt": "late", "alice/hw1.py": (folder / "submission-A.py").read_text()}.items():
+    for name, text in {"hang.py": HANG, "fork.py": FORK, "files.py": FILES, "types.py": TYPES, "tamper.py": TAMPER,
+                       "syntax.py": "def f(:", "note.txt": "late", "alice/hw1.py": (folder / "submission-A.py").read_text()}.items():
         (submissions / name).parent.mkdir(parents=True, exist_ok=True)
         (submissions / name).write_text(text)
     grade.main(["submissions", "--seed=secret", "--only=gumbel_softmax,guidance", "--seconds=5", "--out_dir=grades"])
     with open("grades/grades.csv", newline="") as file:
         rows = {row["student"]: row for row in csv.DictReader(file)}
     assert {name: float(row["total"]) for name, row in rows.items()} == {
-        "alice": 12, "hang": 0, "fork": 0, "files": 0, "types": 0, "syntax": 0, "note": 0}
-    assert rows["files"]["look at"] == "open os" and not rows["alice"]["look at"]
+        "alice": 12, "hang": 0, "fork": 0, "files": 0, "types": 0, "tamper": 0, "syntax": 0, "note": 0}
+    assert {name: row["look at"] for name, row in rows.items() if row["look at"]} == {
+        "hang": "time", "fork": "os", "files": "_exit open os", "tamper": "far measures shape"}
     feedback = {name: Path("grades", name, "feedback.txt").read_text() for name in rows}
     for name, words in (
             ("hang", ("took more than 5 seconds", "can't allocate memory")),
             ("fork", ("may not do this: os.fork", "prints or writes too much")),
+            ("tamper", ("ValueError: ?, in gumbel_softmax",)),
             ("files", ("may not write files", "your code ended the process")),
             ("types", ("returns str, not a tensor", "keep the arguments of the hand-out")),
             ("syntax", ("invalid syntax",)), ("note", ("hand in one file",)), ("alice", ("12 of 12 points",))):
         assert all(said in feedback[name] for said in words), feedback[name]
-    results = json.loads(Path("grades/alice/results.json").read_text())
-    assert results["score"] == 12 and [test["max_score"] for test in results["tests"]] == [6, 6]
+    results = {name: json.loads(Path("grades", name, "results.json").read_text()) for name in rows}
+    assert results["alice"]["score"] == 12 and [t["max_score"] for t in results["alice"]["tests"]] == [6, 6]
+    assert results["tamper"]["tests"][-1] == {"name": "look at", "score": 0, "max_score": 0, "visibility": "hidden",
+                                              "output": "far measures shape"}
     assert {path.name for path in tmp_path.iterdir()} == {"submissions", "grades"}
 
 
