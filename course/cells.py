@@ -33,8 +33,9 @@ def exercise(name, cell):
         print(wrong)
         return
     file.write_text(text, encoding="utf-8")
-    run(entry["name"])
     picture = ROOT / "out" / "course" / f"{entry['number']}-{entry['name']}.png"
+    picture.unlink(missing_ok=True)
+    run(entry["name"])
     if picture.exists():
         from IPython.display import Image, display
         display(Image(str(picture)))

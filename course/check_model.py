@@ -54,7 +54,7 @@ def gumbel_softmax(model):
         if far(y.sum(1), torch.ones(20)):
             return "large logits give NaN: use torch's softmax"
 
-    return [("the entries of each sample sum to 1", sums), ("at a small temperature it is draw_codes", limit),
+    return [("samples sum to 1, decided by the given noise", sums), ("at a small temperature it is draw_codes", limit),
             ("the temperature divides logits and noise", ratios),
             ("the gradient reaches the logits", gradient), ("large logits are no problem", large)]
 

@@ -243,7 +243,7 @@ def remasking(sedd, rescale=False):
     def window(rng):
         """eta = 1 tells how many the schedule has room for."""
         eta, t0, t1 = 0.2 + 0.6 * float(rng.random()), 0.21, 0.79
-        seen, most_seen = (run(rng, 3000, 20, eta=value, t0=t0, t1=t1)[0].seen for value in (eta, 1.0))
+        seen, most_seen = (run(rng, 2000, 20, eta=value, t0=t0, t1=t1)[0].seen for value in (eta, 1.0))
         for (x, t), (after, _), (most_x, _), (most_after, _) in zip(seen, seen[1:], most_seen, most_seen[1:]):
             t, tokens = t[0].item(), (x != 4).sum().item()
             share, most = ((b == 4)[a != 4].double().mean().item() for a, b in ((x, after), (most_x, most_after)))
