@@ -221,7 +221,7 @@ def test_codes_of_a_frozen_encoder_are_certain(g):
             torch.nn.init.normal_(p, std=2.0 if n.startswith("encoder.") else 0.2)
     y, gumbel = torch.randn(32, 3, 16, 16, generator=g), gumbel_noise((32, 3, 5), g)
     codes = SEMEncoder.forward(model.encoder, y).argmax(-1)
-    assert len(codes.unique(dim=0)) > 4
+    assert len(codes.unique(dim=0)) > 2
     logits = model.encoder(y)
     assert torch.equal(draw_codes(logits, gumbel), codes)
     for tau in (0.1, 1.0, 10.0):
