@@ -35,9 +35,10 @@ def read_encoder(config, shape):
     folder, dataset = config["codes"], config["dataset"]
     encoder, checkpoint = load_encoder(folder)
     args, trained_on = checkpoint["model_args"], checkpoint["config"]["dataset"]
-    require(shape[3] == args["img_channels"] and shape[1] >= encoder.img_resolution,
-            f"the encoder in {folder} reads {encoder.img_resolution} pixels and {args['img_channels']} channels, "
-            f"images of {dataset} have {shape[1]} and {shape[3]}: train one, `python train_encoder.py --dataset={dataset}`")
+    size, channels = encoder.img_resolution, args["img_channels"]
+    require(shape[3] == channels and shape[1] >= size,
+            f"the encoder in {folder} reads {size} pixels and {channels} channels, images of {dataset} have {shape[1]} "
+            f"and {shape[3]}: train one, `python train_encoder.py --dataset={dataset}`")
     if trained_on != dataset:
         say(f"the encoder in {folder} was trained on {trained_on}: its codes may tell less of {dataset}")
     config |= dict(num_latents=encoder.num_latents, codebook_size=encoder.codebook_size, coarse_images=0,

@@ -104,6 +104,7 @@ total_images = 33_000  # to train on, in all
 batch_size = 8  # over all processes
 batch_gpu = 512  # the most images in one process at once; a larger share accumulates gradients
 lr = 2e-3
+code_lr = 0.0  # of what embeds the codes; 0: lr, and of m averaged ones m lr, since each counts 1 / m in the average
 encoder_lr = 0.0  # after its first phase; 0 holds it. A fast encoder collapses to one code (bits go to 0)
 warmup_images = 2_000  # linear learning-rate warm-up
 ema_halflife_images = 500_000
@@ -183,7 +184,7 @@ def update(run, seen):
     If the norm is not finite, Adam leaves the weights as they are. (EDM replaces NaN by 0 and infinity
     by 1e5, and goes on.)
     """
-    for group, peak in zip(run.optimizer.param_groups, (lr, lr, encoder_lr)):  # U-Net, latent tokens, encoder
+    for group, peak in zip(run.optimizer.param_groups, (lr, run.code_lr, encoder_lr)):  # U-Net, codes, encoder
         group["lr"] = peak * min(seen / max(warmup_images, 1), 1)
     norm = training.gradient_norm(run)
     training.guarded_step(run.optimizer, norm, run.skipped)
@@ -201,8 +202,8 @@ FREE = ("out_dir", "overwrite", "change", "device", "compile", "batch_gpu", "cod
         "save_every", "keep_every", "preview_every")
 # may change if --change names them: they act step by step. Others can't: the prior relies on xflip,
 # and batch_size and seed decide which image comes when
-CHANGEABLE = ("lr", "encoder_lr", "warmup_images", "ema_halflife_images", "ema_rampup", "P_mean", "P_std", "null_prob",
-              "tau", "dropout", "precision", "loss_scale")
+CHANGEABLE = ("lr", "code_lr", "encoder_lr", "warmup_images", "ema_halflife_images", "ema_rampup", "P_mean", "P_std",
+              "null_prob", "tau", "dropout", "precision", "loss_scale")
 
 
 def setup(config):
@@ -214,8 +215,8 @@ def setup(config):
     global _checkpoint_path, _micro_batch  # for the line printed when memory runs out
     require_numbers(config, but=("held_out", "P_mean"), or_zero=(
         "seed", "num_latents", "latent_layers", "encoder_layers", "encoder_patch", "warmup_images", "ema_rampup",
-        "ema_halflife_images", "P_std", "encoder_lr", "coarse_images", "coarse_spread", "keep_every", "preview_every",
-        "null_prob", "dropout"))
+        "ema_halflife_images", "P_std", "code_lr", "encoder_lr", "coarse_images", "coarse_spread", "keep_every",
+        "preview_every", "null_prob", "dropout"))
     require(math.isfinite(P_mean), f"P_mean must be finite, not {P_mean}")
     require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
     require(channel_mult and min(channel_mult) > 0,
@@ -260,6 +261,7 @@ def setup(config):
     except ValueError as error:  # sizes that don't fit each other
         raise UserError(error) from None
     run.ema.eval().requires_grad_(False)
+    run.code_lr = code_lr or lr * (run.model.num_latents if config["conditioning"] == "average" else 1)
     if encoder:
         run.model.encoder.load_state_dict(encoder)
         run.ema.encoder = run.model.encoder  # one for both, in memory and in the checkpoint

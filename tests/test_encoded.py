@@ -155,6 +155,15 @@ def test_num_latents_0_is_plain_edm(few, tmp_path):
     assert same_training(*(checkpoint(tmp_path / name) for name in ("plain", "codes")))
 
 
+def test_averaged_codes_learn_m_times_as_fast(few, encoder, tmp_path):
+    """As rows that are summed up would. So that the table alone has another rate, and the setting says any."""
+    for settings, rates in (([], [0.002, 0.008, 0]), (["--conditioning=attention"], [0.002, 0.002, 0]), (["--code_lr=0.5"], [0.002, 0.5, 0])):
+        stage1 = Script("train_stage1.py", "default", tmp_path, "cpu", *GIVEN, f"--codes={encoder}", *settings)
+        stage1.gradients(3)
+        stage1.update(24)
+        assert [group["lr"] for group in stage1.optimizer.param_groups] == pytest.approx(rates)
+
+
 def test_attention_reads_given_codes_too(few, encoder, tmp_path):
     run("train_stage1.py", f"--out_dir={tmp_path}", *GIVEN, f"--codes={encoder}", "--conditioning=attention")
     state = checkpoint(tmp_path)
