@@ -25,14 +25,26 @@ from trained import load_encoder
 from vit import SEMEncoder
 
 
-def read_encoder(config, shape):
-    """-> the weights of the encoder in the folder config["codes"], which train_encoder.py trained
+def read_encoder(config, shape, chosen):
+    """-> the weights of the encoder in the folder config["codes"], which train_encoder.py trained; None if no folder
+    is named, or num_latents = 0 asks for plain EDM
 
-    shape: of the images, (N, H, W, C). Sets in config what comes from the encoder: m and k, its own settings, its
-    checksum, by which a run that continues knows it, and no first phase. Raises UserError if there is no encoder, or if
-    it doesn't fit.
+    shape: of the images, (N, H, W, C); chosen: those settings of the codes that the user has chosen. Sets in config how
+    codes reach the denoiser, and what comes from the encoder: m and k, its own settings, its checksum, by which a run
+    that continues knows it, and no first phase. Raises UserError if there is no encoder, or if it doesn't fit.
     """
-    folder, dataset = config["codes"], config["dataset"]
+    folder, dataset, conditioning = (config[name] for name in ("codes", "dataset", "conditioning"))
+    require(conditioning in ("auto", "attention", "average"),
+            f"--conditioning is attention, average or auto, not {conditioning}")
+    given = bool(folder and config["num_latents"])
+    if conditioning == "auto":
+        config["conditioning"] = "average" if given else "attention"
+    config["encoder_identity"] = 0
+    if not given:
+        return None
+    require(not chosen, f"--codes brings its encoder's num_latents and codebook_size: leave {' and '.join(chosen)} out")
+    require(config["encoder_lr"] == 0,
+            f"--codes takes an encoder as it is: encoder_lr must be 0, not {config['encoder_lr']}")
     encoder, checkpoint = load_encoder(folder)
     args, trained_on = checkpoint["model_args"], checkpoint["config"]["dataset"]
     size, channels = encoder.img_resolution, args["img_channels"]

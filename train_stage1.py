@@ -221,14 +221,8 @@ def setup(config):
     require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
     require(channel_mult and min(channel_mult) > 0,
             f"channel_mult has a positive number for each level, not {channel_mult}")
-    require(conditioning in ("auto", "attention", "average"),
-            f"--conditioning is attention, average or auto, not {conditioning}")
-    given = bool(codes and num_latents)  # num_latents=0 leaves plain EDM of a configuration with codes
-    require(not given or is_default(globals(), "num_latents") and is_default(globals(), "codebook_size"),
-            "--codes brings its encoder's num_latents and codebook_size: leave these settings out")
-    require(not given or encoder_lr == 0, f"--codes takes an encoder as it is: encoder_lr must be 0, not {encoder_lr}")
     run = training.start(config, "stage1", "train_stage1")
-    require(given or not (num_latents and coarse_images) or coarse_batch % run.world == 0,
+    require(codes or not (num_latents and coarse_images) or coarse_batch % run.world == 0,
             f"coarse_batch {coarse_batch} can't be shared among {run.world} processes equally")
     run.lower = "--lr or --encoder_lr"  # what may help a run that diverges
     micro_steps = -(-run.local_batch // batch_gpu)
@@ -240,9 +234,8 @@ def setup(config):
 
     run.images, run.labels, num_classes = data.load(dataset)
     fit_to_images(config, run.images.shape, num_classes)
-    config["encoder_identity"] = 0  # of an encoder that is trained here
-    encoder = read_encoder(config, run.images.shape) if given else None
-    config["conditioning"] = conditioning if conditioning != "auto" else "average" if given else "attention"
+    chosen = [name for name in ("num_latents", "codebook_size") if not is_default(globals(), name)]
+    encoder = read_encoder(config, run.images.shape, chosen)
     run.train_indices, run.held_out_indices = data.split(len(run.images), config["held_out"])
     run.to_show = run.held_out_indices if len(run.held_out_indices) else run.train_indices
     run.batches, run.stamp = data.Shuffle(run.train_indices, seed), data.file_stamp(run.images)

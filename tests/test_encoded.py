@@ -215,8 +215,8 @@ def test_encoders_that_do_not_fit(few, encoder, tmp_path, capsys):
 
 @pytest.mark.parametrize("settings, message", [
     (["--codes=nowhere"], "there is no checkpoint nowhere/encoder.pt: run `python train_encoder.py --out_dir=nowhere` first"),
-    (["--codes=ENCODER", "--num_latents=3"], "--codes brings its encoder's num_latents and codebook_size: leave these settings out"),
-    (["--codes=ENCODER", "--codebook_size=5"], "leave these settings out"),
+    (["--codes=ENCODER", "--num_latents=3"], "--codes brings its encoder's num_latents and codebook_size: leave num_latents out"),
+    (["--codes=ENCODER", "--codebook_size=5"], "leave codebook_size out"),
     (["--codes=ENCODER", "--encoder_lr=1e-4"], "encoder_lr must be 0, not 0.0001"),
     (["--conditioning=mean"], "--conditioning is attention, average or auto, not mean"),
 ])
