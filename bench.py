@@ -1,7 +1,7 @@
 """
 How fast? Times training steps and sampler evaluations of every configuration, and the data loader.
 
-    python bench.py                                                   # the default and config/, no encoder
+    python bench.py                                                   # the default and config/, without DLC's
     python bench.py --config=config/imagenet64.py --batch_size=128    # one configuration
     python bench.py --config=default --profile=True                   # also the most expensive operations
 
@@ -301,7 +301,8 @@ def main(argv=()):
             f"there is no file {config}; --config=default is the default")
     _, world, place = start_processes(device)
     require(world == 1, "bench.py measures one process: run it without torchrun")
-    of_repository = sorted(str(path) for path in (data.HERE / "config").glob("*.py") if "_encoder" not in path.stem)
+    of_repository = sorted(str(path) for path in (data.HERE / "config").glob("*.py")
+                           if "_encoder" not in path.stem and "dlc" not in path.stem)
     configs = [config] if config else ["default", *of_repository]
     on = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{on}, torch {torch.__version__}; GFLOP per image; medians of {rounds} rounds")
