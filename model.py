@@ -4,6 +4,7 @@ The network of DisCo-Diff (Xu et al. 2024), to be read beside the paper.
   gumbel_softmax  relaxed codes, through which the encoder gets its gradient                (App. D.2)
   draw_codes      hard codes                                                                (App. D.2)
   LatentTokens    codes -> codebook embeddings -> 6-layer Transformer -> tokens             (App. D.1)
+  CodeTable       codes -> the mean of their embeddings, DLC's way              (Discrete Latent Codes)
   Encoder         ViT with a class token for each latent                          (sec. 3.3, App. D.1)
   DisCoDiff       denoiser and encoder together, in EDM's preconditioning             (Eq. 3, Alg. 1)
   denoiser        a trained DisCoDiff as denoise(x, sigma), for the samplers         (Alg. 3, App. B)
@@ -66,6 +67,27 @@ class LatentTokens(nn.Module):
         return self.norm(x)
 
 
+class CodeTable(nn.Module):
+    """Codes -> the mean of their embeddings, with a table for each position (DLC sec. 5). -> (B, width)
+
+    The denoiser adds it to its embedding of the noise level, as DiT adds a class label's. The last row of each table
+    stands for "no latents". It depends on neither x nor sigma.
+    """
+
+    def __init__(self, num_latents, codebook_size, width):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(num_latents, codebook_size + 1, width) / math.sqrt(width))
+
+    def forward(self, z, drop=None):
+        """z: (B, m, k) relaxed or one-hot, or (B, m) int64 hard codes; drop: (B,) bool, True for no latents."""
+        m, rows, _ = self.table.shape
+        if z.ndim == 2:  # the same without one-hot codes, which would be (256, 512, 256) at DLC's size
+            z = F.embedding_bag(z + rows * torch.arange(m, device=z.device), self.table.flatten(0, 1), mode="mean")
+        else:
+            z = torch.einsum("bmk,mkd->bd", z.to(self.table.dtype), self.table[:, :-1]).float() / m
+        return z if drop is None else torch.where(drop[:, None], self.table[:, -1].mean(0), z)
+
+
 class Encoder(nn.Module):
     """ViT with a class token and a linear head for each discrete latent (sec. 3.3, App. D.1).
 
@@ -98,23 +120,26 @@ class DisCoDiff(nn.Module):
     """Denoiser D(x, sigma, z, c) in EDM's preconditioning, and encoder E(y): stage 1 trains both.
 
     num_latents = 0 leaves plain EDM: no encoder, no cross-attention.
+    conditioning: how the denoiser reads the codes, by "attention" (DisCo-Diff) or their "average" (DLC).
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, num_latents=10, codebook_size=100, latent_dim=192,
-                 latent_layers=6, latent_heads=3, encoder_patch=8, encoder_dim=768, encoder_layers=12,
-                 encoder_heads=12, sigma_data=0.5, **unet):
+    def __init__(self, img_resolution, img_channels, label_dim=0, num_latents=10, codebook_size=100,
+                 conditioning="attention", latent_dim=192, latent_layers=6, latent_heads=3, encoder_patch=8,
+                 encoder_dim=768, encoder_layers=12, encoder_heads=12, sigma_data=0.5, **unet):
         super().__init__()
         self.img_shape = (img_channels, img_resolution, img_resolution)
         self.label_dim, self.num_latents, self.codebook_size = label_dim, num_latents, codebook_size
-        self.sigma_data = sigma_data
-        self.model = UNet(img_resolution, img_channels, label_dim, latent_dim=latent_dim if num_latents else 0, **unet)
+        self.conditioning, self.sigma_data = conditioning, sigma_data
+        attended = num_latents and conditioning == "attention"
+        self.model = UNet(img_resolution, img_channels, label_dim, latent_dim=latent_dim if attended else 0, **unet)
         if num_latents:
-            self.latents = LatentTokens(num_latents, codebook_size, latent_dim, latent_layers, latent_heads)
+            self.latents = LatentTokens(num_latents, codebook_size, latent_dim, latent_layers, latent_heads) \
+                if attended else CodeTable(num_latents, codebook_size, self.model.emb_dim)
             self.encoder = Encoder(img_resolution, img_channels, num_latents, codebook_size,
                                    encoder_patch, encoder_dim, encoder_layers, encoder_heads)
 
     def condition(self, z, drop=None):
-        """What the U-Net reads of the codes z. -> the `condition` of `denoise`; {} without latents
+        """What the denoiser reads of the codes z. -> the `condition` of `denoise`; {} without latents
 
         It depends on neither x nor sigma: compute it once per image, not once per evaluation.
         z: (B, m, k) relaxed, or (B, m) int64 hard codes in 0 ... k - 1.
@@ -122,6 +147,8 @@ class DisCoDiff(nn.Module):
         """
         if not self.num_latents:
             return {}
+        if self.conditioning == "average":
+            return {"emb": [self.latents(z, drop)]}
         if z.ndim == 2:
             z = F.one_hot(z, self.codebook_size)
         return self.model.condition(self.latents(z, drop))
