@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion import guided
+from diffusion import guided, within
 from transformer import float32, transformer
 from unet import UNet
 
@@ -179,27 +179,32 @@ class DisCoDiff(nn.Module):
         return self.denoise(y + noise, sigma, labels, condition), logits
 
 
-def denoiser(model, labels=None, codes=None, guidance=1.0, autocast=contextlib.nullcontext()):
+def denoiser(model, labels=None, codes=None, guidance=1.0, autocast=contextlib.nullcontext(), interval=(0, math.inf)):
     """-> denoise(x, sigma), for the samplers
 
     model: a DisCoDiff; labels: (B,) class labels; codes: (B, m) hard codes, which a model with latents needs.
     guidance: w of App. B, which evaluates 2B images per call; 1 is the plain conditional model.
+    interval: the noise levels that are guided, from ... to; at others, the model is the plain one, for B images.
     The network runs under `autocast`. x may be on another device (the CPU, if the network's device
     has no float64).
     """
     if (model.num_latents or guidance != 1) and codes is None:
         raise ValueError("discrete latents, and guidance by them, need codes")
-    condition = model.condition(codes)
-    if guidance != 1:  # 2B images: with their codes, with null latents
-        null = model.condition(codes[:1], drop=torch.ones(1, dtype=torch.bool, device=codes.device))
-        condition = {part: [torch.cat([t, n.expand_as(t)]) for t, n in zip(condition[part], null[part])]
-                       for part in null}
-        labels = None if labels is None else labels.repeat(2)
     place = next(model.parameters()).device
 
-    def denoise(x, sigma):
-        with torch.no_grad(), autocast:
-            D = model.denoise(x.float().to(place), sigma.float().to(place).expand(len(x)), labels, condition)
-        return D.to(x.device)
+    def with_condition(condition, labels):
+        def denoise(x, sigma):
+            with torch.no_grad(), autocast:
+                D = model.denoise(x.float().to(place), sigma.float().to(place).expand(len(x)), labels, condition)
+            return D.to(x.device)
 
-    return denoise if guidance == 1 else guided(denoise, guidance)
+        return denoise
+
+    condition = model.condition(codes)
+    plain = with_condition(condition, labels)
+    if guidance == 1:
+        return plain
+    null = model.condition(codes[:1], drop=torch.ones(1, dtype=torch.bool, device=codes.device))
+    both = {part: [torch.cat([t, n.expand_as(t)]) for t, n in zip(condition[part], null[part])] for part in null}
+    twice = with_condition(both, None if labels is None else labels.repeat(2))  # with their codes, with null latents
+    return within(interval, guided(twice, guidance), plain)
