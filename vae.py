@@ -8,6 +8,7 @@ latents costs little, even for 256 x 256 pixels, and knows nothing of all this: 
 `vae_file.py` reads the published weights.
 """
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -113,7 +114,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(
             level(cin, width, num_res_blocks + 1, **{"upsample": Upsample(width)} if i else {})
             for i, (cin, width) in enumerate(zip([*widths[1:], widths[-1]], widths)))
-        self.norm_out, self.conv_out = group_norm(ch * ch_mult[0]), nn.Conv2d(ch * ch_mult[0], in_channels, 3, padding=1)
+        self.norm_out, self.conv_out = group_norm(widths[0]), nn.Conv2d(widths[0], in_channels, 3, padding=1)
 
     def forward(self, z):
         x = self.mid(self.conv_in(z))
@@ -130,31 +131,36 @@ class VAE(nn.Module):
 
     def __init__(self, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, in_channels=3, z_channels=4):
         super().__init__()
+        self.in_channels, self.z_channels, self.factor = in_channels, z_channels, 2 ** (len(ch_mult) - 1)
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, in_channels, z_channels)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, in_channels, z_channels)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
 
-    def moments(self, y):
-        """-> mean and log-variance of the latents before scaling, one after the other (B, 2 z_channels, h, w)"""
-        return self.quant_conv(self.encoder(y))
+    def encode(self, y):
+        """Images -> scaled means of the latents; the other half of the output, their log-variances, is not used"""
+        return SCALE * self.quant_conv(self.encoder(y)).chunk(2, dim=1)[0]
 
-    def decode(self, latents):
-        """Scaled latents -> images; their values may lie a little outside [-1, 1]"""
-        return self.decoder(self.post_quant_conv(latents / SCALE))
+    def decode(self, latents, at_once=16):
+        """Scaled latents, on any device -> images; their values may lie a little outside [-1, 1]"""
+        place = self.post_quant_conv.weight.device
+        return torch.cat([self.decoder(self.post_quant_conv(part.float().to(place) / SCALE))
+                          for part in latents.split(at_once)])
 
 
-def draw_latents(moments, noise):
-    """A draw from the encoder's normal distribution, scaled. moments: (B, 2 z, h, w); noise: N(0, 1) (B, z, h, w)"""
-    mean, log_variance = moments.chunk(2, dim=1)
-    return SCALE * (mean + (log_variance.clamp(-30, 20) / 2).exp() * noise)
+def vae_from(state):
+    """A state dict under our names -> the trained VAE, in eval mode"""
+    vae = VAE(**vae_settings(state))
+    vae.load_state_dict(state)
+    return vae.eval().requires_grad_(False)
 
 
 def vae_settings(state):
     """The arguments of `VAE` that a state dict under our names was made with, read off its shapes."""
     conv_in, conv_out = state["encoder.conv_in.weight"].shape, state["encoder.conv_out.weight"].shape
-    first = [name for name in state if name.startswith("encoder.down.") and name.endswith(".block.0.conv1.weight")]
+    levels = len({name.split(".")[2] for name in state if name.startswith("encoder.down.")})
+    widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
     return dict(
         ch=conv_in[0], in_channels=conv_in[1], z_channels=conv_out[0] // 2,
-        ch_mult=tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // conv_in[0] for i in range(len(first))),
+        ch_mult=tuple(width // conv_in[0] for width in widths),
         num_res_blocks=sum(name.startswith("encoder.down.0.") and name.endswith(".conv1.weight") for name in state))

@@ -16,13 +16,14 @@ import torch
 
 from checkpoint import read_checkpoint
 from configurator import UserError, require
-from vae import VAE, vae_settings
+from vae import VAE, vae_from, vae_settings
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER = 100_000_000  # bytes, as in the format's own library
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 COMPVIS = {  # diffusers' names, as patterns -> CompVis's
-    r"(down|up)_blocks\.": r"\1.", r"(down|up)samplers\.0\.": r"\1sample.", r"mid_block\.attentions\.0\.": "mid.attn_1.",
+    r"(down|up)_blocks\.": r"\1.", r"(down|up)samplers\.0\.": r"\1sample.",
+    r"mid_block\.attentions\.0\.": "mid.attn_1.",
     r"mid_block\.resnets\.0\.": "mid.block_1.", r"mid_block\.resnets\.1\.": "mid.block_2.", r"resnets\.": "block.",
     r"conv_shortcut\.": "nin_shortcut.", r"conv_norm_out\.": "norm_out.", r"group_norm\.": "norm.",
     r"(to_q|query)\.": "q.", r"(to_k|key)\.": "k.", r"(to_v|value)\.": "v.", r"(to_out\.0|proj_attn)\.": "proj_out."}
@@ -81,8 +82,8 @@ def read_vae(path):
             state = read_safetensors(path, wanted)
         else:
             state = read_checkpoint(path)
-            require(state is not None, f"{path} is damaged, or more than tensors: .safetensors, or PyTorch's .pt, .ckpt "
-                                       "and .bin with tensors alone, are read")
+            require(state is not None, f"{path} is damaged, or holds more than tensors: a .safetensors file, or a .pt, "
+                                       ".ckpt or .bin file with tensors alone, is wanted")
             state = state.get("state_dict", state)
             state = {name: tensor for name, tensor in state.items() if wanted(name)}
         state = {name.removeprefix("first_stage_model."): tensor.float() for name, tensor in state.items()}
@@ -102,5 +103,4 @@ def read_vae(path):
                 else f"has others: {', '.join(f'{name} {shape}' for name, shape in different[:3])}")
         raise UserError(f"{path} is not a whole autoencoder of Stable Diffusion: it {what}"
                         f"{', ...' * (max(len(missing), len(different)) > 3)}")
-    vae.load_state_dict(state, assign=True)
-    return vae.eval().requires_grad_(False)
+    return vae_from(state)
