@@ -33,7 +33,7 @@ def encode(name, file, xflip=False, device="auto", root=data.HERE / "datasets"):
     xflip: also those of mirrored images. Raises UserError if the autoencoder can't read these images.
     """
     require(name != data.EMBEDDED, f"{name} has no folder of its own for latents: --vae= is for prepared data sets")
-    images, folder, vae = data.load(name, root)[0], root / name, read_vae(file)
+    images, folder, vae = data.load(name, root=root)[0], root / name, read_vae(file)
     count, height, width, channels = images.shape
     require(channels == vae.in_channels, f"{name} has {channels} channels, the autoencoder takes {vae.in_channels}")
     require(height % vae.factor == 0 == width % vae.factor,
