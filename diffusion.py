@@ -42,7 +42,7 @@ def guided(denoise, w):
 
 
 def within(interval, inside, outside):
-    """-> denoise(x, sigma): `inside` at noise levels of the interval (low, high), ends included, and `outside` elsewhere
+    """-> denoise(x, sigma): `inside` at noise levels of the interval (low, high), ends included, `outside` elsewhere
 
     Guidance helps at medium noise levels, and harms at others (Kynkaanniemi et al. 2024).
     """

@@ -6,6 +6,7 @@ The network of DisCo-Diff (Xu et al. 2024), to be read beside the paper.
   LatentTokens    codes -> codebook embeddings -> 6-layer Transformer -> tokens             (App. D.1)
   CodeTable       codes -> the mean of their embeddings, DLC's way              (Discrete Latent Codes)
   Encoder         ViT with a class token for each latent                          (sec. 3.3, App. D.1)
+  FrozenEncoder   an encoder that was trained before, in place of it            (Discrete Latent Codes)
   DisCoDiff       denoiser and encoder together, in EDM's preconditioning             (Eq. 3, Alg. 1)
   denoiser        a trained DisCoDiff as denoise(x, sigma), for the samplers         (Alg. 3, App. B)
 
@@ -25,6 +26,7 @@ from diffusion import guided, within
 from dit import DiT
 from transformer import float32, transformer
 from unet import UNet
+from vit import SEMEncoder
 
 DENOISERS = {"unet": UNet, "dit": DiT}  # a new denoiser needs a file of its own, and a name here
 
@@ -119,19 +121,40 @@ class Encoder(nn.Module):
         return float32(lambda x: torch.einsum("bmd,mdk->bmk", x, self.head), x)  # a linear head for each latent
 
 
+def certain(codes, codebook_size):
+    """Logits of codes that are certain, 0 for these and -inf for all others: `draw_codes` and `gumbel_softmax` give
+    exactly these, for any noise. codes: int64 (B, m) -> (B, m, k)"""
+    return F.one_hot(codes, codebook_size).float().log()
+
+
+class FrozenEncoder(SEMEncoder):
+    """DLC's encoder, trained beforehand, in place of `Encoder`: its codes are the argmax, and it stays as it is."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.requires_grad_(False)
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def forward(self, y):
+        return certain(super().forward(y).argmax(-1), self.codebook_size)
+
+
 class DisCoDiff(nn.Module):
     """Denoiser D(x, sigma, z, c) in EDM's preconditioning, and encoder E(y): stage 1 trains both.
 
     num_latents = 0 leaves plain EDM: no encoder, no cross-attention.
     conditioning: how the denoiser reads the codes, by "attention" (DisCo-Diff) or their "average" (DLC).
+    frozen: the settings of a FrozenEncoder, a dict; None: the encoder is trained too.
     x_shape: (C, H, W) of what is denoised, if not the images themselves: latents of a VAE.
     denoiser: its network, one of DENOISERS, which takes the further arguments.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim=0, num_latents=10, codebook_size=100,
                  conditioning="attention", latent_dim=192, latent_layers=6, latent_heads=3, encoder_patch=8,
-                 encoder_dim=768, encoder_layers=12, encoder_heads=12, sigma_data=0.5, x_shape=(), denoiser="unet",
-                 **network):
+                 encoder_dim=768, encoder_layers=12, encoder_heads=12, frozen=None, sigma_data=0.5, x_shape=(),
+                 denoiser="unet", **network):
         super().__init__()
         self.img_shape = (img_channels, img_resolution, img_resolution)
         self.x_shape = channels, size, _ = tuple(x_shape) or self.img_shape
@@ -142,8 +165,9 @@ class DisCoDiff(nn.Module):
         if num_latents:
             self.latents = LatentTokens(num_latents, codebook_size, latent_dim, latent_layers, latent_heads) \
                 if attended else CodeTable(num_latents, codebook_size, self.model.emb_dim)
-            self.encoder = Encoder(img_resolution, img_channels, num_latents, codebook_size,
-                                   encoder_patch, encoder_dim, encoder_layers, encoder_heads)
+            self.encoder = FrozenEncoder(**frozen) if frozen else Encoder(
+                img_resolution, img_channels, num_latents, codebook_size,
+                encoder_patch, encoder_dim, encoder_layers, encoder_heads)
 
     def condition(self, z, drop=None):
         """What the denoiser reads of the codes z. -> the `condition` of `denoise`; {} without latents
@@ -172,18 +196,19 @@ class DisCoDiff(nn.Module):
         c_noise = sigma.flatten().log() / 4
         return c_skip * x + c_out * self.model(c_in * x, c_noise, labels, condition).float()
 
-    def forward(self, y, noise, sigma, labels=None, gumbel=None, drop=None, tau=1.0, images=None):
+    def forward(self, y, noise, sigma, labels=None, gumbel=None, drop=None, tau=1.0, z=None, images=None):
         """Alg. 1: infers z from the clean images y, and denoises y + noise with it.
 
-        y, noise: (B, C, H, W), noise already scaled by sigma (B,); gumbel: (B, m, k); drop: (B,) bool.
-        images: what the encoder reads, if y are latents of a VAE.
-        -> D (B, C, H, W) and the encoder's logits (B, m, k), None without latents
+        y, noise: (B, C, H, W), noise already scaled by sigma (B,); gumbel: (B, m, k); drop: (B,) bool;
+        z: (B, m) codes of y, where these are known: the encoder is not asked;
+        images: what the encoder reads, where y are latents of a VAE.
+        -> D (B, C, H, W) and the encoder's logits (B, m, k), None if it was not asked
         """
-        logits, condition = None, {}
-        if self.num_latents:
+        logits = None
+        if self.num_latents and z is None:
             logits = self.encoder(y if images is None else images)
             z = gumbel_softmax(logits, tau, gumbel)
-            condition = self.condition(z, drop)
+        condition = self.condition(z, drop)
         return self.denoise(y + noise, sigma, labels, condition), logits
 
 
