@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import data
-from checkpoint import atomic
+from checkpoint import atomic, weights_checksum
 from configurator import UserError, require
 from npz import write_npy_header
 from processes import start_processes
@@ -56,20 +56,29 @@ def encode(name, file, xflip=False, device="auto", root=data.HERE / "datasets"):
     print(f"{folder}/latents.npy: {' x '.join(map(str, shape))}")
 
 
-def load_latents(name, count, root=data.HERE / "datasets"):
-    """-> the latents of a prepared data set of `count` images, float16 (N, 1 or 2, C, h, w), memory-mapped; its VAE
+class Latents:
+    """The latents of the `count` images of a prepared data set, memory-mapped; `vae`, the autoencoder, on this device.
 
-    Raises UserError if they are missing or damaged.
+    xflip: those of mirrored images are needed too. Raises UserError if they are missing or damaged.
     """
-    folder, mend = root / name, f"`python data.py {name} --vae=FILE` computes them"
-    require((folder / "latents.npy").is_file(), f"{name} has no VAE latents: {mend}")
-    vae = read_vae(folder / "vae.pt")
-    try:
-        latents = np.load(folder / "latents.npy", mmap_mode="r")
-        if latents.dtype != np.float16 or latents.ndim != 5 or len(latents) != count:
-            raise ValueError(f"they are {latents.dtype} {latents.shape}, the images {count}")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"the latents in {folder} are damaged ({error}): {mend}") from None
-    if hasattr(mmap, "MADV_RANDOM"):
-        latents.base.madvise(mmap.MADV_RANDOM)
-    return latents, vae
+
+    def __init__(self, name, count, xflip, device, root=data.HERE / "datasets"):
+        folder, mend = root / name, f"`python data.py {name} --vae=FILE{' --xflip=True' * xflip}` computes them"
+        require((folder / "latents.npy").is_file(), f"{name} has no VAE latents: {mend}")
+        self.vae, self.device = read_vae(folder / "vae.pt").to(device), device
+        self.identity = weights_checksum(self.vae.state_dict())
+        try:
+            self.mapped = np.load(folder / "latents.npy", mmap_mode="r")
+            if self.mapped.dtype != np.float16 or self.mapped.ndim != 5 or len(self.mapped) != count:
+                raise ValueError(f"they are {self.mapped.dtype} {self.mapped.shape}, the images {count}")
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"the latents in {folder} are damaged ({error}): {mend}") from None
+        require(not xflip or self.mapped.shape[1] == 2, f"{name} has no latents of mirrored images: {mend}")
+        if hasattr(mmap, "MADV_RANDOM"):
+            self.mapped.base.madvise(mmap.MADV_RANDOM)
+        self.shape = self.mapped.shape[2:]  # (C, h, w)
+
+    def of(self, indices, flip=None):
+        """-> float32 (B, C, h, w) of the images with these indices (B,), mirrored where flip (B,) is true"""
+        both = torch.from_numpy(self.mapped[indices]).to(self.device, non_blocking=True).float()
+        return both[:, 0] if flip is None else torch.where(flip[:, None, None, None], both[:, -1], both[:, 0])

@@ -44,7 +44,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import data
 import training
-from checkpoint import weights_checksum
 from coarse import warm_up
 from configurator import UserError, arguments_of, configure, is_default, require, require_numbers
 from diffusion import heun, loss_at, loss_weight
@@ -132,22 +131,19 @@ preview_every = 15_000  # 0: no previews
 # Alg. 1. Each step has its own seed, so a resumed run equals an uninterrupted one.
 
 
-def fetch(run, position, count):
-    """Line 3: the endless shuffle's next images -> y (count, C, H, W) in [-1, 1], labels (count,) or None"""
-    require([*map(data.file_stamp, (run.images, run.latents))] == run.stamp,
-            f"{dataset} changed while it was being trained on: prepare it as it was, and give the same command again. "
-            f"{run.path} is from before the change, or nearly so")
+def fetch(run, position, count, flip=None):
+    """Line 3: the endless shuffle's next images, mirrored where flip (count,) says so -> y (count, C, H, W) in [-1, 1],
+    or their VAE latents; labels (count,) or None; what the encoder reads: the images, or None if there are codes
+    """
+    training.require_unchanged(run)
     indices = run.batches.take(position, count)
     c = torch.from_numpy(run.labels[indices]).to(run.device, non_blocking=True) if class_cond else None
-    return data.to_float(run.images[indices], run.device), c
-
-
-def denoised(run, images, indices, flip):
-    """What the denoiser sees of these images: themselves, mirrored already, or their VAE latents (B, C, h, w)"""
-    if run.vae is None:
-        return images
-    both = torch.from_numpy(run.latents[indices]).to(run.device, non_blocking=True).float()
-    return torch.where(flip[:, None, None, None], both[:, -1], both[:, 0])
+    if run.latents and (run.encoded or not num_latents):
+        return run.latents.of(indices, flip), c, None
+    images = data.to_float(run.images[indices], run.device)
+    if flip is not None:
+        images = torch.where(flip[:, None, None, None], images.flip(3), images)
+    return run.latents.of(indices, flip) if run.latents else images, c, images
 
 
 def draw_step(run, step):
@@ -260,21 +256,19 @@ def setup(config):
 
     run.images, run.labels, num_classes = data.load(dataset)
     run.latents = Latents(dataset, len(run.images), xflip, run.device) if space == "vae" else None
-    fit_to_images(config, run.images.shape, num_classes, run.latents.shape if run.latents else ())
+    x_shape = run.latents.shape if run.latents else ()
+    fit_to_images(config, run.images.shape, num_classes, x_shape)
     encoder = read_encoder(config, run.images.shape) if given else None
     config["conditioning"] = conditioning if conditioning != "auto" else "average" if given else "attention"
     run.train_indices, run.held_out_indices = data.split(len(run.images), config["held_out"])
     run.to_show = run.held_out_indices if len(run.held_out_indices) else run.train_indices
-    run.batches, run.stamp = data.Shuffle(run.train_indices, seed), [*map(data.file_stamp, (run.images, run.latents))]
+    run.batches, run.stamp = data.Shuffle(run.train_indices, seed), data.file_stamp(run.images)
     run.classes = data.class_names(dataset)
     config["data_identity"] = data.data_checksum(run.images, run.labels)  # in the checkpoint, to notice changes
     run.carries = dict(  # also in the checkpoint
         classes=run.classes, made=data.made_of(dataset), qkv="sorted", coarse=dict(step=0))
-    if run.vae:
-        run.vae = run.vae.to(run.device)
-        run.carries["vae"] = run.vae.state_dict()
-        config["vae_identity"] = weights_checksum(run.carries["vae"])
-
+    if run.latents:
+        run.carries["vae"], config["vae_identity"] = run.latents.vae.state_dict(), run.latents.identity
     run.model_args = arguments_of(config, DisCoDiff, DENOISERS[denoiser]) | dict(
         img_resolution=run.images.shape[1], img_channels=run.images.shape[3], x_shape=x_shape,
         label_dim=num_classes if class_cond else 0)
@@ -361,9 +355,9 @@ def save_preview(run, path, rows=8, columns=8):
     z = codes_of(run, y, g).repeat_interleave(columns, dim=0) if num_latents else None
     noise = torch.randn(len(shown) * columns, *run.model.x_shape, device=run.device, generator=g)
     noise = noise if has_float64(run.device) else noise.cpu()
-    x = heun(denoiser_of(run.ema, c, z, autocast=run.autocast), noise)
-    x = data.to_uint8(x, run.vae).reshape(len(shown), columns, *run.images.shape[1:])
-    grid = np.concatenate([run.images[shown][:, None], x], axis=1).reshape(-1, *run.images.shape[1:])
+    x = heun(denoiser_of(run.ema, c, z, autocast=run.autocast), noise).float()
+    x = np.split(data.to_uint8(x, run.latents and run.latents.vae), len(shown))
+    grid = np.concatenate([image for y, samples in zip(run.images[shown], x) for image in (y[None], samples)])
     titles = [run.classes[i] for i in run.labels[shown]] if class_cond else ()
     save_grid(grid, path, columns + 1, titles)
 
@@ -383,7 +377,7 @@ def print_losses(run, count=256, sigmas=(0.02, 0.1, 0.3, 1, 3, 10, 30, 80)):
         sums = [0.0, 0.0]
         for part in np.array_split(shown, -(-len(shown) // batch_gpu)):
             images = data.to_float(run.images[part], run.device)
-            y = denoised(run, images, part, torch.zeros(len(part), dtype=torch.bool, device=run.device))
+            y = run.latents.of(part) if run.latents else images
             c = torch.from_numpy(run.labels[part]).to(run.device) if class_cond else None
             n = torch.randn(y.shape, device=run.device, generator=g)
             z = codes_of(run, images, g) if num_latents else None

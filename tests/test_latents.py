@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import checkpoint, load, same, same_training
-from scripts import SAMPLE, TINY, run
+from scripts import SAMPLE, Script, run
 from vaes import state_of, write
 
 import data
@@ -31,7 +31,7 @@ def place(tmp_path, monkeypatch):
         np.save(root / folder / "images.npy", IMAGES if folder == "colours" else IMAGES[:, :10, :10])
         np.save(root / folder / "labels.npy", np.arange(40) % 2)
         (root / folder / "classes.json").write_text('["a", "b"]')
-    for module, names in ((data, ("load", "class_names", "made_of", "is_prepared")), (latents, ("encode", "load_latents"))):
+    for module, names in ((data, ("load", "class_names", "made_of", "is_prepared")), (latents, ("encode", "Latents"))):
         for name in names:
             monkeypatch.setattr(module, name, partial(getattr(module, name), root=root))
     monkeypatch.setattr(diffusion, "heun", partial(diffusion.heun, num_steps=2))  # of previews
@@ -50,12 +50,13 @@ def test_what_a_data_set_gets(place, tmp_path, capsys):
     file, vae = write(tmp_path, "bin", "diffusers_old"), vae_from(state_of())
     y = data.to_float(IMAGES)
     data.main(["colours", f"--vae={file}", "--device=cpu"])
-    found, own = latents.load_latents("colours", 40)
+    of_set = latents.Latents("colours", 40, False, "cpu")
+    found, own = of_set.mapped, of_set.vae
     assert capsys.readouterr().out == f"{place / 'colours'}/latents.npy: 40 x 1 x 4 x 4 x 4\n"
     assert found.dtype == np.float16 and isinstance(found, np.memmap)
     assert torch.allclose(torch.from_numpy(found[:, 0].astype(np.float32)), vae.encode(y), atol=2e-3)
     data.main(["colours", f"--vae={file}", "--device=cpu", "--xflip=True"])
-    both, _ = latents.load_latents("colours", 40)
+    both = latents.Latents("colours", 40, True, "cpu").mapped
     assert np.array_equal(both[:, :1], found)
     assert torch.allclose(torch.from_numpy(both[:, 1].astype(np.float32)), vae.encode(y.flip(3)), atol=2e-3)
     assert same(dict(own.state_dict()), state_of()) and data.is_ours(place / "colours")
@@ -81,7 +82,6 @@ def test_training_on_latents(colours, tmp_path):
 
 def test_the_denoiser_is_given_latents_and_the_encoder_images(colours, tmp_path, monkeypatch):
     """Of the same images, mirrored alike."""
-    from scripts import Script
     stage1 = Script("train_stage1.py", "default", tmp_path, "cpu", *SETTINGS, "--xflip=True")
     given = stage1.recorded(monkeypatch, "forward")
     stage1.gradients(2)
@@ -89,7 +89,7 @@ def test_the_denoiser_is_given_latents_and_the_encoder_images(colours, tmp_path,
     flip, which = stage1.draw_step(2)[4], stage1.batches.take(16, 8)
     assert 0 < flip.sum() < 8 and noise.shape == y.shape == (8, 4, 4, 4)
     mirrored = np.where(flip.numpy()[:, None, None, None], IMAGES[which][:, :, ::-1], IMAGES[which])
-    stored = latents.load_latents("colours", 40)[0][which, flip.int().numpy()]
+    stored = latents.Latents("colours", 40, True, "cpu").mapped[which, flip.int().numpy()]
     assert torch.equal(images, data.to_float(mirrored)) and np.array_equal(y.numpy(), stored.astype(np.float32))
 
 
