@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, checkpoint, fill, load, same_training
-from scripts import SAMPLE, TINY, run
+from scripts import SAMPLE, TINY, Script, run
 
 from configurator import UserError
 from dit import CrossAttention, DiT, from_dit
 from model import CodeTable, DisCoDiff
+from trained import load_stage1
 
 SHAPES = json.loads((ROOT / "tests/reference/dit_shapes.json").read_text())
 with np.load(ROOT / "tests/reference/dit_tiny.npz") as file:
@@ -111,6 +112,22 @@ def test_it_trains_goes_on_and_samples(tmp_path):
     assert made["images"].shape == (20, 28, 28, 1) and len(np.unique(made["images"].reshape(20, -1), axis=0)) == 20
     with pytest.raises(UserError, match="denoiser='dit' there, 'unet' here"):
         run("train_stage1.py", f"--out_dir={tmp_path / 'whole'}", *TINY)
+
+
+def test_a_start_from_a_plain_dit(tmp_path):
+    """Codes are added to it: D is as it was. A U-Net does not start from it, nor a DiT of other settings."""
+    plain, path = [*TINY_DIT, "--num_latents=0", "--total_images=16"], tmp_path / "plain"
+    run("train_stage1.py", f"--out_dir={path}", *plain)
+    stage1 = Script("train_stage1.py", "default", tmp_path / "codes", "cpu", *TINY_DIT, "--class_cond=False", f"--init_from={path}")
+    x, sigma, z = torch.randn(2, 1, 28, 28), torch.tensor([0.5, 2]), torch.randint(5, (2, 3))
+    source = load_stage1(path)[0]
+    with torch.no_grad():
+        D = stage1.model.denoise(x, sigma, None, stage1.model.condition(z))
+        assert torch.equal(D, source.denoise(x, sigma)) and source.model.out.weight.all()
+    for arguments, message in ((TINY, "has the denoiser dit, this run unet: say --denoiser=dit"),
+                               ([*TINY_DIT, "--depth=1"], "of other settings: depth=2 there, 1 here")):
+        with pytest.raises(UserError, match=message):
+            run("train_stage1.py", f"--out_dir={tmp_path / 'other'}", *arguments, f"--init_from={path}")
 
 
 def test_a_run_of_before_the_dit_keeps_its_u_net(tmp_path):
