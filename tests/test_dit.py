@@ -1,4 +1,5 @@
 """The DiT: the published network's numbers and names, codes by average and by attention, training and sampling."""
+import ast
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from conftest import ROOT, checkpoint, fill, load, same_training
 from scripts import SAMPLE, TINY, Script, run
 
-from configurator import UserError
+from configurator import UserError, arguments_of
 from dit import CrossAttention, DiT, from_dit
 from model import CodeTable, DisCoDiff
 from trained import load_stage1
@@ -75,6 +76,22 @@ def test_the_published_names_load():
     assert sum(p.numel() for p in net.parameters()) == 675_129_632 - 294_912
 
 
+def test_the_configuration_of_dlc():
+    """DiT-XL/2 without labels on latents of 4 x 32 x 32, with a table of 512 x 257 rows of codes."""
+    tree = ast.parse((ROOT / "config" / "imagenet256_dlc.py").read_text())
+    config = {node.targets[0].id: ast.literal_eval(node.value) for node in tree.body[1:]}
+    with torch.device("meta"):
+        model = DisCoDiff(256, 3, 0, 512, 256, x_shape=(4, 32, 32), encoder_patch=16, encoder_layers=1,
+                          **arguments_of(config, DisCoDiff, DiT))
+    wanted = from_dit(SHAPES["dit_xl_2"]["shapes"])
+    wanted |= {"out.weight": [16, 1152], "out.bias": [16]}  # no variances
+    del wanted["classes.weight"]
+    assert {name: list(p.shape) for name, p in model.model.state_dict().items()} == wanted
+    assert model.latents.table.shape == (512, 257, 1152) and model.sigma_data == 1
+    per_step = 0.5 ** (config["batch_size"] / config["ema_halflife_images"])
+    assert per_step == pytest.approx(0.9999, abs=1e-7) and config["total_images"] == pytest.approx(800 * 1_281_167, rel=1e-3)
+
+
 @pytest.mark.parametrize("conditioning", ["average", "attention"])
 def test_a_new_network_adds_nothing_to_its_input(conditioning):
     """D = c_skip x, whatever class and codes are."""
@@ -97,11 +114,12 @@ def test_cross_attention_is_softmax_of_queries_and_keys_times_values():
     assert difference(cross(x, *cross.keys_values(tokens)), x + cross.proj(a)) < 1e-5
 
 
-def test_it_trains_goes_on_and_samples(tmp_path):
+@pytest.mark.parametrize("conditioning", ["average", "attention"])
+def test_it_trains_goes_on_and_samples(tmp_path, conditioning):
     """Beside the encoder, on pixels: in two parts as in one, to the bit, and a prior and samples follow."""
     for name, parts in (("parts", (24, 48)), ("whole", (48,))):
         for images in parts:
-            printed = run("train_stage1.py", f"--out_dir={tmp_path / name}", *TINY_DIT, f"--total_images={images}", "--log_every=24")
+            printed = run("train_stage1.py", f"--out_dir={tmp_path / name}", *TINY_DIT, f"--total_images={images}", f"--conditioning={conditioning}")
     parts, whole = (checkpoint(tmp_path / name) for name in ("parts", "whole"))
     assert same_training(parts, whole) and whole["model_args"]["denoiser"] == "dit"
     assert whole["config"]["sigma_data"] == 0.5 and whole["model"]["model.patches.weight"].shape == (16, 1, 7, 7)
