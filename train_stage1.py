@@ -320,8 +320,7 @@ def fit_to_images(config, shape, num_classes, x_shape=()):
         config["attn_resolutions"] = (maps[-1],)
     if not encoder_patch:
         config["encoder_patch"] = max(p for p in range(1, 1 + max(1, height // 4)) if height % p == 0)
-    if not sigma_data:
-        config["sigma_data"] = 1.0 if x_shape else 0.5
+    config["sigma_data"] = sigma_data or (1.0 if x_shape else 0.5)
     held, at, of_encoder = (config[name] for name in ("held_out", "attn_resolutions", "encoder_patch"))
     misfits = [misfit for misfit, wrong in (  # all in one message, each with what fits
         (f"the data set {dataset} has no class labels: train with --class_cond=False", class_cond and not num_classes),
