@@ -258,6 +258,7 @@ def setup(config):
     run.latents = Latents(dataset, len(run.images), xflip, run.device) if space == "vae" else None
     x_shape = run.latents.shape if run.latents else ()
     fit_to_images(config, run.images.shape, num_classes, x_shape)
+    config["encoder_identity"] = 0  # of an encoder that is trained here
     encoder = read_encoder(config, run.images.shape) if given else None
     config["conditioning"] = conditioning if conditioning != "auto" else "average" if given else "attention"
     run.train_indices, run.held_out_indices = data.split(len(run.images), config["held_out"])
