@@ -23,9 +23,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from diffusion import guided, within
+from dit import DiT
 from transformer import float32, transformer
 from unet import UNet
 from vit import SEMEncoder
+
+DENOISERS = {"unet": UNet, "dit": DiT}  # a new denoiser needs a file of its own, and a name here
 
 
 def gumbel_softmax(logits, tau, gumbel):
@@ -145,17 +148,21 @@ class DisCoDiff(nn.Module):
     num_latents = 0 leaves plain EDM: no encoder, no cross-attention.
     conditioning: how the denoiser reads the codes, by "attention" (DisCo-Diff) or their "average" (DLC).
     frozen: the settings of a FrozenEncoder, a dict; None: the encoder is trained too.
+    x_shape: (C, H, W) of what is denoised, if not the images themselves: latents of a VAE.
+    denoiser: its network, one of DENOISERS, which takes the further arguments.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim=0, num_latents=10, codebook_size=100,
                  conditioning="attention", latent_dim=192, latent_layers=6, latent_heads=3, encoder_patch=8,
-                 encoder_dim=768, encoder_layers=12, encoder_heads=12, frozen=None, sigma_data=0.5, **unet):
+                 encoder_dim=768, encoder_layers=12, encoder_heads=12, frozen=None, sigma_data=0.5, x_shape=(),
+                 denoiser="unet", **network):
         super().__init__()
         self.img_shape = (img_channels, img_resolution, img_resolution)
+        self.x_shape = channels, size, _ = tuple(x_shape) or self.img_shape
         self.label_dim, self.num_latents, self.codebook_size = label_dim, num_latents, codebook_size
         self.conditioning, self.sigma_data = conditioning, sigma_data
         attended = num_latents and conditioning == "attention"
-        self.model = UNet(img_resolution, img_channels, label_dim, latent_dim=latent_dim if attended else 0, **unet)
+        self.model = DENOISERS[denoiser](size, channels, label_dim, latent_dim=latent_dim if attended else 0, **network)
         if num_latents:
             self.latents = LatentTokens(num_latents, codebook_size, latent_dim, latent_layers, latent_heads) \
                 if attended else CodeTable(num_latents, codebook_size, self.model.emb_dim)
@@ -190,16 +197,17 @@ class DisCoDiff(nn.Module):
         c_noise = sigma.flatten().log() / 4
         return c_skip * x + c_out * self.model(c_in * x, c_noise, labels, condition).float()
 
-    def forward(self, y, noise, sigma, labels=None, gumbel=None, drop=None, tau=1.0, z=None):
+    def forward(self, y, noise, sigma, labels=None, gumbel=None, drop=None, tau=1.0, z=None, images=None):
         """Alg. 1: infers z from the clean images y, and denoises y + noise with it.
 
         y, noise: (B, C, H, W), noise already scaled by sigma (B,); gumbel: (B, m, k); drop: (B,) bool;
-        z: (B, m) codes of y, where these are known: the encoder is not asked.
+        z: (B, m) codes of y, where these are known: the encoder is not asked;
+        images: what the encoder reads, where y are latents of a VAE.
         -> D (B, C, H, W) and the encoder's logits (B, m, k), None if it was not asked
         """
         logits = None
         if self.num_latents and z is None:
-            logits = self.encoder(y)
+            logits = self.encoder(y if images is None else images)
             z = gumbel_softmax(logits, tau, gumbel)
         condition = self.condition(z, drop)
         return self.denoise(y + noise, sigma, labels, condition), logits

@@ -52,7 +52,7 @@ from npz import is_whole_npz, merge_npz, require_pngs_alone, save_pngs
 from plot import save_grid
 from processes import barrier, leave_processes, start_processes
 from run import alone, progress, set_precision
-from trained import PRIORS, classes_of, load_prior, load_stage1
+from trained import PRIORS, classes_of, load_prior, load_stage1, load_vae
 
 # run
 out_dir = "out"  # folder of the checkpoints, and for the samples
@@ -151,10 +151,10 @@ def images_of(run, seeds, codes, labels):
     noise = SeededNoise("images", seeds, run.device)
     denoise = denoiser(run.model, labels if run.model.label_dim else None, codes, guidance, run.autocast,
                        (guidance_min, guidance_max))
-    x = sampler(denoise, noise.randn(*run.model.img_shape), noise.randn_like)
+    x = sampler(denoise, noise.randn(*run.model.x_shape), noise.randn_like)
     require(x.isfinite().all(),
             "the images are not finite: is a setting of the sampler, or guidance, far too large?")
-    return data.to_uint8(x)
+    return data.to_uint8(x, run.vae)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -245,6 +245,7 @@ def setup(config):
                           autocast=set_precision(precision, device))
     folder = init_from or out_dir
     run.model, stage1 = load_stage1(folder, device, checkpoint)
+    run.vae = load_vae(stage1, device)
     run.made = stage1.get("made")  # how the training images were made
     run.class_label = class_number(class_label, classes_of(stage1))
     require(run.class_label < 0 or not random_labels,

@@ -8,13 +8,14 @@ import zipfile
 from pathlib import Path
 
 from checkpoint import OLDER, is_of, read_checkpoint, weights_checksum
-from configurator import UserError, require, say
+from configurator import UserError, arguments_of, require, say
+from dit import DiT
 from edm_pickle import read_edm
 from trained import path_of
 from unet import edm_settings, from_edm
 from vit import positions
 
-# settings of the encoder and its codes; the U-Net's are read off its weights
+# settings of the encoder and its codes
 OF_LATENTS = ("num_latents", "codebook_size", "latent_dim", "latent_layers", "latent_heads", "latents_to_emb",
               "encoder_patch", "encoder_dim", "encoder_layers", "encoder_heads", "conditioning")
 
@@ -29,9 +30,13 @@ def start_from(source, model, model_args):
     networks don't fit.
     """
     path, weights, args, in_our_order = read_network(source)
+    theirs, ours = (of.get("denoiser", "unet") for of in (args, model_args))
+    require(theirs == ours, f"{path} has the denoiser {theirs}, this run {ours}: say --denoiser={theirs}")
+    of_class = "model.map_label.weight" if ours == "unet" else "model.classes.weight"
     try:
         weights = weights if in_our_order else from_edm(weights)
-        there, here = (edm_settings(state) | {name: {**OLDER, **of}.get(name, 0) for name in ("sigma_data", *OF_LATENTS)}
+        there, here = (settings_of(state, of)
+                       | {name: {**OLDER, **of}.get(name, 0) for name in ("sigma_data", *OF_LATENTS)}
                        for state, of in ((weights, args), (model.state_dict(), model_args)))
         require(here["num_latents"] or not there["num_latents"],
                 f"{path} has discrete latents, which its denoiser relies on: it can't go on with num_latents=0. "
@@ -49,7 +54,7 @@ def start_from(source, model, model_args):
                 f"give the settings of the network to start from, or another --init_from: {path} is a network "
                 f"of other settings: {'; '.join(different)}")
         if classes != wanted:
-            weights.pop("model.map_label.weight", None)
+            weights.pop(of_class, None)
             say(f"{path} has {classes} classes, this run {wanted}: a new class embedding starts afresh")
         if weights.pop("model.map_augment.weight", None) is not None:
             say(f"{path} was trained with augmentation: its map_augment is left out; "
@@ -57,7 +62,7 @@ def start_from(source, model, model_args):
 
         def starts_afresh(name):
             of_latents = not name.startswith("model.") or ".cross." in name or ".map_latents." in name
-            return of_latents and not there["num_latents"] or name == "model.map_label.weight" and classes != wanted
+            return of_latents and not there["num_latents"] or name == of_class and classes != wanted
 
         missing, unexpected = model.load_state_dict(weights, strict=False)
         missing = [name for name in missing if not starts_afresh(name)]
@@ -66,7 +71,15 @@ def start_from(source, model, model_args):
         return there["num_latents"] > 0
     except (LookupError, ValueError, TypeError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is not a network of ADM's architecture: {why}") from None
+        architecture = "ADM's" if ours == "unet" else "DiT's"
+        raise UserError(f"{path} is not a network of {architecture} architecture: {why}") from None
+
+
+def settings_of(state, args):
+    """The denoiser's settings: a U-Net's are read off its weights, a DiT's are among `args`."""
+    if args.get("denoiser") == "dit":
+        return arguments_of(args, DiT) | dict(x_shape=tuple(args["x_shape"]))
+    return edm_settings(state)
 
 
 def read_network(source):

@@ -14,6 +14,7 @@ from model import DisCoDiff
 from prior import Prior
 from sedd import SEDD
 from unet import from_edm
+from vae import vae_from
 from vit import Distilled
 
 PRIORS = {"ar": Prior, "sedd": SEDD}  # a new prior needs a file of its own, and a name here
@@ -31,6 +32,11 @@ def load_stage1(folder, device="cpu", snapshot=""):
     """
     checkpoint = load_checkpoint(snapshot or f"{path_of(folder)}/stage1.pt", "train_stage1")
     return build(DisCoDiff, checkpoint, device), checkpoint
+
+
+def load_vae(checkpoint, device="cpu"):
+    """-> the VAE whose latents the denoiser of a stage-1 checkpoint works on, None if it works on pixels"""
+    return vae_from(checkpoint["vae"]).to(device) if "vae" in checkpoint else None
 
 
 def load_prior(folder, kind, device, stage1, snapshot=""):
@@ -70,7 +76,7 @@ def build(network, checkpoint, device):
     try:
         model = network(**checkpoint["model_args"])
         model.load_state_dict(from_edm(checkpoint["ema"]) if older else checkpoint["ema"])
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"the checkpoint is of another architecture than this {network.__name__}: "
                         f"{str(error).splitlines()[-1].strip()}") from None
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
