@@ -151,7 +151,7 @@ SET_A = [
         codes are replaced by the null embedding. Without latents (num_latents = 0) there is no encoder.""",
         "`gumbel_softmax`, `condition` and `denoise` are there to be called. Read toy2d.py's `train` first.",
         "the norm of the gradient that reaches the encoder, against the temperature",
-        [("DisCoDiff.forward", "self.encoder(y)", "self.encoder(y + noise)",
+        [("DisCoDiff.forward", "self.encoder(y if images is None else images)", "self.encoder(y + noise)",
           "your encoder reads the noisy images: it should read the clean ones"),
          ("DisCoDiff.forward", "gumbel_softmax(logits, tau, gumbel)", "draw_codes(logits, gumbel)",
           "your codes are hard: no gradient reaches the encoder"),
