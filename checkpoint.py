@@ -56,7 +56,8 @@ class atomic:
             raise UserError(f"can't write {self.path}: {cause.strerror}{kept}") from None
 
 
-CHECKPOINT = {"train_stage1": {"config", "model_args", "step", "ema"},
+CHECKPOINT = {"train_encoder": {"config", "model_args", "step", "ema"},
+              "train_stage1": {"config", "model_args", "step", "ema"},
               "train_prior": {"config", "model_args", "step", "ema", "encoder"},
               "eval_fid": {"model", "accuracy"}}
 TO_TRAIN_ON = {"model", "optimizer"}

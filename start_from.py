@@ -1,5 +1,6 @@
 """
-Starts stage 1 from the weights of a trained network, EDM's or our own.
+Starts stage 1 from the weights of a trained network, EDM's or our own; and the encoder of Discrete Latent Codes from
+DINOv2's.
 """
 
 import os
@@ -11,6 +12,7 @@ from configurator import UserError, require, say
 from edm_pickle import read_edm
 from trained import path_of
 from unet import edm_settings, from_edm
+from vit import positions
 
 # settings of the encoder and its codes; the U-Net's are read off its weights
 OF_LATENTS = ("num_latents", "codebook_size", "latent_dim", "latent_layers", "latent_heads", "latents_to_emb",
@@ -109,3 +111,28 @@ def kind_of(path):
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from None
     return "checkpoint" if start[:2] == b"PK" else "pickle" if start[:1] == b"\x80" else ""
+
+
+def start_from_dinov2(path, encoder):
+    """Loads a ViT with registers that DINOv2 published (dinov2_vitl14_reg4_pretrain.pth, say) into `encoder`, a
+    SEMEncoder of its sizes. Position embeddings are interpolated to the encoder's grid; the SEMs keep their initial
+    weights (DLC sec. 5). Raises UserError if the file does not fit.
+    """
+    require(os.path.isfile(path), f"there is no file {path} to start from")
+    weights = read_checkpoint(path)
+    require(isinstance(weights, dict) and all(hasattr(value, "shape") for value in weights.values()),
+            f"{path} is damaged, or no file of weights: a ViT with registers of DINOv2 is wanted")
+    here = {name: p for name, p in encoder.state_dict().items() if not name.startswith("sem_")}
+    missing, unknown = sorted(here.keys() - weights.keys()), sorted(weights.keys() - here.keys())
+    mend = "Change layers, registers or stem, or give another --init_from"
+    require(not missing, f"{path} lacks {len(missing)} of the {len(here)} weights of this ViT, {missing[:1]}. {mend}")
+    require(not unknown, f"{path} has {len(unknown)} weights that this ViT lacks, {unknown[:1]}. {mend}")
+    try:
+        weights["pos_embed"] = positions(weights["pos_embed"], encoder.img_resolution // encoder.patch)
+    except (RuntimeError, ValueError):
+        pass  # its shape is reported below
+    other = [f"{name} is {[*weights[name].shape]} there, {[*p.shape]} here" for name, p in here.items()
+             if weights[name].shape != p.shape]
+    require(not other, f"{path} is a ViT of other sizes: {'; '.join(other[:2])}. Change dim, patch or registers, or give "
+                       "another --init_from")
+    encoder.load_state_dict(encoder.state_dict() | weights)

@@ -120,9 +120,7 @@ preview_every = 15_000  # 0: no previews
 
 def fetch(run, position, count):
     """Line 3: the endless shuffle's next images -> y (count, C, H, W) in [-1, 1], labels (count,) or None"""
-    require(data.file_stamp(run.images) == run.stamp,
-            f"{dataset} changed while it was being trained on: prepare it as it was, and give the same command again. "
-            f"{run.path} is from before the change, or nearly so")
+    training.require_unchanged(run)
     indices = run.batches.take(position, count)
     c = torch.from_numpy(run.labels[indices]).to(run.device, non_blocking=True) if class_cond else None
     return data.to_float(run.images[indices], run.device), c

@@ -14,6 +14,7 @@ from model import DisCoDiff
 from prior import Prior
 from sedd import SEDD
 from unet import from_edm
+from vit import Distilled
 
 PRIORS = {"ar": Prior, "sedd": SEDD}  # a new prior needs a file of its own, and a name here
 
@@ -54,6 +55,13 @@ def load_prior(folder, kind, device, stage1, snapshot=""):
                   for a in (checkpoint["model_args"], stage1["model_args"])]
     require(have == want, f"{path} has m, k, classes = {have}, stage 1 has {want}: {mend}")
     return build(PRIORS[kind], checkpoint, device)
+
+
+def load_encoder(folder, device="cpu"):
+    """-> the SEMEncoder of train_encoder.py's folder, the teacher's; its checkpoint, a dict. Raises UserError if there
+    is none."""
+    checkpoint = load_checkpoint(f"{folder}/encoder.pt", "train_encoder")
+    return build(Distilled, checkpoint, device).backbone, checkpoint
 
 
 def build(network, checkpoint, device):
