@@ -8,7 +8,8 @@ For an image the encoder gives a code (as L V one-hot numbers), SEMs (the softma
 (class and register tokens, which the SEMs read). Each is beside that of the same network with random weights, which
 already tells images apart, and beside the pixels.
 
-The linear probe is multinomial logistic regression, fitted to its optimum by L-BFGS; its weight decay is the best of
+The linear probe is multinomial logistic regression, fitted to its optimum by L-BFGS (at most 60 iterations, from a fit
+nearby); its weight decay is the best of
 five on a tenth of the training images. Nearest neighbours are DINO's: k votes of exp(cosine / T). One-hot codes have
 many equal cosines, 1/L apart: of equal neighbours the ones that come first count, of equal classes the first.
 Test images are those that the encoder was not trained on. +-: standard error over test images.
@@ -27,11 +28,13 @@ import torch
 import torch.nn.functional as F
 
 import data
-from checkpoint import atomic, load_checkpoint
+from checkpoint import atomic
 from configurator import configure, require, require_numbers
+from model import DisCoDiff
 from processes import start_processes
 from run import progress
-from trained import load_encoder, load_stage1
+from trained import load_encoder, load_stage1, load_trained_on
+from vit import Distilled
 
 out_dir = "out/dlc"  # the encoder's folder
 dataset = ""  # a prepared data set with labels; "": the one that the encoder was trained on
@@ -52,7 +55,7 @@ DECAYS = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5)  # of features whose mean square norm is
 def logistic_regression(x, c, classes, decay, start=None):
     """Minimises mean cross-entropy + decay / 2 |W|^2. -> W and, as its last row, the biases: (D + 1, classes)"""
     w = (torch.zeros(x.shape[1] + 1, classes, device=x.device) if start is None else start.clone()).requires_grad_()
-    optimizer = torch.optim.LBFGS([w], max_iter=100, history_size=10, tolerance_grad=1e-5, tolerance_change=1e-7,
+    optimizer = torch.optim.LBFGS([w], max_iter=60, history_size=10, tolerance_grad=1e-5, tolerance_change=1e-7,
                                   line_search_fn="strong_wolfe")
 
     def closure():
@@ -104,19 +107,17 @@ def code_usage(codes, codebook_size):
 
 
 def find_encoder(place):
-    """The encoder in out_dir. -> itself; the same one with random weights; its checkpoint and that file's name"""
-    file = "encoder.pt" if Path(f"{out_dir}/encoder.pt").is_file() else "stage1.pt"
-    if file == "encoder.pt":
-        encoder, checkpoint = load_encoder(out_dir, place)
+    """The encoder in out_dir, and the same network with random weights; its checkpoint; that file's name"""
+    if Path(f"{out_dir}/encoder.pt").is_file():
+        (encoder, checkpoint), file, network, part = load_encoder(out_dir, place), "encoder.pt", Distilled, "backbone"
     else:
-        model, checkpoint = load_stage1(out_dir, place)
+        (model, checkpoint), file, network, part = load_stage1(out_dir, place), "stage1.pt", DisCoDiff, "encoder"
         require(model.num_latents, f"{out_dir}/stage1.pt has no discrete latents (num_latents=0), and so no encoder")
         encoder = model.encoder
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        other = (Distilled if file == "encoder.pt" else DisCoDiff)(**checkpoint["model_args"])
-    other = other.backbone if file == "encoder.pt" else other.encoder
-    return encoder, other.to(place).eval(), checkpoint, f"{out_dir}/{file}"
+        untrained = getattr(network(**checkpoint["model_args"]), part).to(place).eval()
+    return encoder, untrained, checkpoint, f"{out_dir}/{file}"
 
 
 @torch.no_grad()
@@ -125,12 +126,34 @@ def representations(encoder, images, indices, place, name):
     parts = []
     for part in progress(np.split(indices, range(batch_size, len(indices), batch_size)), desc=name, unit="batch"):
         y = data.to_float(images[part], place)
-        embedding = encoder.embed(y) if hasattr(encoder, "embed") else None  # DisCo-Diff's encoder has logits alone
-        logits = encoder(y) if embedding is None else encoder.logits(embedding)
-        parts.append([logits.argmax(-1), logits.softmax(-1).flatten(1)] + [embedding] * (embedding is not None))
-    codes, *features = map(torch.cat, zip(*parts))
-    one_hot = F.one_hot(codes, logits.shape[2]).flatten(1).float()
-    return codes, dict(zip(("codes", "SEMs", "embedding"), (one_hot, *features)))
+        if hasattr(encoder, "embed"):
+            embedding = encoder.embed(y)
+            logits = encoder.logits(embedding)
+        else:  # DisCo-Diff's encoder, whose class tokens go straight to the logits
+            embedding, logits = None, encoder(y)
+        parts.append((logits.argmax(-1), logits.softmax(-1).flatten(1), embedding))
+    codes, sems, embeddings = zip(*parts)
+    codes, features = torch.cat(codes), {"SEMs": torch.cat(sems)}
+    if embeddings[0] is not None:
+        features["embedding"] = torch.cat(embeddings)
+    return codes, {"codes": F.one_hot(codes, encoder.codebook_size).flatten(1).float(), **features}
+
+
+def images_to_probe(of_training, path):
+    """The data set to probe on, and its split. of_training, path: the encoder's settings and checkpoint
+    -> its name, images, labels, training indices, test indices"""
+    name, count = dataset or of_training["dataset"], held_out
+    if name == of_training["dataset"]:
+        images, labels, *_ = load_trained_on(of_training, path)
+        count = of_training["held_out"] if held_out == -1 else held_out
+    else:
+        images, labels, _ = data.load(name)
+        count = min(500, len(images) // 10) if held_out == -1 else held_out
+    require(labels is not None, f"the data set {name} has no class labels: --dataset= names one that has")
+    require(0 < count <= len(images) // 2, f"held_out is {count} test images: {name} has {len(images)} images, and at "
+                                           "most half of them can be held out")
+    train, test = data.split(len(images), count)
+    return name, images, labels, train[:num_train], test
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -143,29 +166,42 @@ def main(argv=()):
     _, world, place = start_processes(device)
     require(world == 1, "probe.py runs as one process, without torchrun")
     encoder, untrained, checkpoint, path = find_encoder(place)
-    of_training = checkpoint["config"]
-    if dataset in ("", of_training["dataset"]):
-        images, labels, _, seen = load_trained_on(of_training, path)
-        count, seen = (len(seen) if held_out == -1 else held_out), max(held_out - len(seen), 0)
-    else:
-        images, labels, _ = data.load(dataset)
-        count, seen = min(500, len(images) // 10) if held_out == -1 else held_out, 0
-    name = dataset or of_training["dataset"]
-    require(labels is not None, f"the data set {name} has no class labels: --dataset= names one that has")
+    name, images, labels, train, test = images_to_probe(checkpoint["config"], path)
     size, channels = (checkpoint["model_args"][key] for key in ("img_resolution", "img_channels"))
     require(images.shape[3] == channels and (hasattr(encoder, "embed") or images.shape[1] == size),
-            f"{name} has images of {images.shape[1:]}, the encoder takes ({size}, {size}, {channels})")
-    require(0 < count < len(images) - 10, f"held_out is {count} test images: {name} has {len(images)} images")
-    train, test = data.split(len(images), count)
-    train = train[:num_train]
-    require(k <= len(train), f"k {k} neighbours are more than the {len(train)} training images")
+            f"{name} has images of {images.shape[1:]}: the encoder takes ({size}, {size}, {channels})")
+    require(k <= len(train), f"k is {k} neighbours: there are {len(train)} training images")
 
-    c, c_test = (torch.from_numpy(labels[part]).to(place) for part in (train, test))
-    pixels = [data.to_float(images[part], place).flatten(1) / 2 + 0.5 for part in (train, test)]
-    sets, usage = {"pixels": pixels}, {}
+    sets = {"pixels": [data.to_float(images[part], place).flatten(1) / 2 + 0.5 for part in (train, test)]}
+    usage = {}
     for title, network in (("", encoder), ("random weights: ", untrained)):
         (codes, of_train), (_, of_test) = (representations(network, images, part, place, f"{title}encoding")
                                            for part in (train, test))
-        perplexity, distinct = code_usage(codes, encoder.codebook_size if title == "" else untrained.codebook_size)
+        perplexity, distinct = code_usage(codes, network.codebook_size)
         usage[f"{title}codes"] = dict(perplexity=perplexity.tolist(), distinct=distinct)
         sets |= {f"{title}{kind}": (of_train[kind], of_test[kind]) for kind in of_train}
+
+    c, c_test = (torch.from_numpy(labels[part]).to(place) for part in (train, test))
+    found = {}
+    for title, (x, x_test) in progress(sets.items(), desc="probing", unit="set"):
+        guesses = dict(linear=linear_probe(x, c, x_test), knn=nearest_neighbours(x, c, x_test, k, T))
+        found[title] = {how: (guess == c_test).double().mean().item() for how, guess in guesses.items()}
+        found[title] |= usage.get(title, {})
+    print(f"{path}: codes of {encoder.num_latents} x {encoder.codebook_size}; {name}, {len(train):,} images to train "
+          f"on, {len(test):,} to test; k = {k}, T = {T:g}; +-: standard error")
+    print(f"{'right, per cent':28}{'linear probe':>16}{'k-NN':>16}{'codes in use':>16}{'distinct codes':>16}")
+    for title, row in found.items():
+        line = f"{title:28}"
+        for share in (row["linear"], row["knn"]):
+            line += f"{100 * share:9.1f} +- {100 * math.sqrt(share * (1 - share) / len(test)):.1f}"
+        if "distinct" in row:
+            line += f"{np.mean(row['perplexity']):10.1f} of {encoder.codebook_size:2d}{100 * row['distinct']:14.1f} %"
+        print(line)
+    with atomic(f"{out_dir}/probe.json") as file:
+        file.write(json.dumps(dict(encoder=path, dataset=name, train=len(train), test=len(test), k=k, T=T) | found,
+                              indent=1).encode())
+    print(f"{out_dir}/probe.json is ready")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
