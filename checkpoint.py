@@ -62,7 +62,8 @@ CHECKPOINT = {"train_encoder": {"config", "model_args", "step", "ema"},
               "eval_fid": {"model", "accuracy"}}
 TO_TRAIN_ON = {"model", "optimizer"}
 RENAMED = {"ema": "ema_decay"}  # settings in older checkpoints, and what they are called now
-OLDER = {"latents_to_emb": False, "coarse_images": 0}  # settings of codes that older checkpoints lack
+# settings of codes that older checkpoints lack
+OLDER = {"latents_to_emb": False, "coarse_images": 0, "conditioning": "attention", "encoder_identity": 0}
 
 
 def save_checkpoint(path, state):

@@ -41,6 +41,15 @@ def guided(denoise, w):
     return denoise_guided
 
 
+def within(interval, inside, outside):
+    """-> denoise(x, sigma): `inside` at noise levels of the interval (low, high), ends included, `outside` elsewhere
+
+    Guidance helps at medium noise levels, and harms at others (Kynkaanniemi et al. 2024).
+    """
+    low, high = interval
+    return lambda x, sigma: (inside if low <= sigma <= high else outside)(x, sigma)
+
+
 # ----------------------------------------------------------------------------------------------------
 # samplers
 

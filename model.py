@@ -4,7 +4,9 @@ The network of DisCo-Diff (Xu et al. 2024), to be read beside the paper.
   gumbel_softmax  relaxed codes, through which the encoder gets its gradient                (App. D.2)
   draw_codes      hard codes                                                                (App. D.2)
   LatentTokens    codes -> codebook embeddings -> 6-layer Transformer -> tokens             (App. D.1)
+  CodeTable       codes -> the mean of their embeddings, DLC's way              (Discrete Latent Codes)
   Encoder         ViT with a class token for each latent                          (sec. 3.3, App. D.1)
+  FrozenEncoder   an encoder that was trained before, in place of it            (Discrete Latent Codes)
   DisCoDiff       denoiser and encoder together, in EDM's preconditioning             (Eq. 3, Alg. 1)
   denoiser        a trained DisCoDiff as denoise(x, sigma), for the samplers         (Alg. 3, App. B)
 
@@ -20,9 +22,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion import guided
+from diffusion import guided, within
 from transformer import float32, transformer
 from unet import UNet
+from vit import SEMEncoder
 
 
 def gumbel_softmax(logits, tau, gumbel):
@@ -66,6 +69,27 @@ class LatentTokens(nn.Module):
         return self.norm(x)
 
 
+class CodeTable(nn.Module):
+    """Codes -> the mean of their embeddings, with a table for each position (DLC sec. 5). -> (B, width)
+
+    The denoiser adds it to its embedding of the noise level, as DiT adds a class label's. The last row of each table
+    stands for "no latents". It depends on neither x nor sigma.
+    """
+
+    def __init__(self, num_latents, codebook_size, width):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(num_latents, codebook_size + 1, width) / math.sqrt(width))
+
+    def forward(self, z, drop=None):
+        """z: (B, m, k) relaxed or one-hot, or (B, m) int64 hard codes; drop: (B,) bool, True for no latents."""
+        m, rows, _ = self.table.shape
+        if z.ndim == 2:  # the same without one-hot codes, which would be (256, 512, 256) at DLC's size
+            z = F.embedding_bag(z + rows * torch.arange(m, device=z.device), self.table.flatten(0, 1), mode="mean")
+        else:
+            z = torch.einsum("bmk,mkd->bd", z.to(self.table.dtype), self.table[:, :-1]).float() / m
+        return z if drop is None else torch.where(drop[:, None], self.table[:, -1].mean(0), z)
+
+
 class Encoder(nn.Module):
     """ViT with a class token and a linear head for each discrete latent (sec. 3.3, App. D.1).
 
@@ -94,27 +118,52 @@ class Encoder(nn.Module):
         return float32(lambda x: torch.einsum("bmd,mdk->bmk", x, self.head), x)  # a linear head for each latent
 
 
+def certain(codes, codebook_size):
+    """Logits of codes that are certain, 0 for these and -inf for all others: `draw_codes` and `gumbel_softmax` give
+    exactly these, for any noise. codes: int64 (B, m) -> (B, m, k)"""
+    return F.one_hot(codes, codebook_size).float().log()
+
+
+class FrozenEncoder(SEMEncoder):
+    """DLC's encoder, trained beforehand, in place of `Encoder`: its codes are the argmax, and it stays as it is."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.requires_grad_(False)
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def forward(self, y):
+        return certain(super().forward(y).argmax(-1), self.codebook_size)
+
+
 class DisCoDiff(nn.Module):
     """Denoiser D(x, sigma, z, c) in EDM's preconditioning, and encoder E(y): stage 1 trains both.
 
     num_latents = 0 leaves plain EDM: no encoder, no cross-attention.
+    conditioning: how the denoiser reads the codes, by "attention" (DisCo-Diff) or their "average" (DLC).
+    frozen: the settings of a FrozenEncoder, a dict; None: the encoder is trained too.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, num_latents=10, codebook_size=100, latent_dim=192,
-                 latent_layers=6, latent_heads=3, encoder_patch=8, encoder_dim=768, encoder_layers=12,
-                 encoder_heads=12, sigma_data=0.5, **unet):
+    def __init__(self, img_resolution, img_channels, label_dim=0, num_latents=10, codebook_size=100,
+                 conditioning="attention", latent_dim=192, latent_layers=6, latent_heads=3, encoder_patch=8,
+                 encoder_dim=768, encoder_layers=12, encoder_heads=12, frozen=None, sigma_data=0.5, **unet):
         super().__init__()
         self.img_shape = (img_channels, img_resolution, img_resolution)
         self.label_dim, self.num_latents, self.codebook_size = label_dim, num_latents, codebook_size
-        self.sigma_data = sigma_data
-        self.model = UNet(img_resolution, img_channels, label_dim, latent_dim=latent_dim if num_latents else 0, **unet)
+        self.conditioning, self.sigma_data = conditioning, sigma_data
+        attended = num_latents and conditioning == "attention"
+        self.model = UNet(img_resolution, img_channels, label_dim, latent_dim=latent_dim if attended else 0, **unet)
         if num_latents:
-            self.latents = LatentTokens(num_latents, codebook_size, latent_dim, latent_layers, latent_heads)
-            self.encoder = Encoder(img_resolution, img_channels, num_latents, codebook_size,
-                                   encoder_patch, encoder_dim, encoder_layers, encoder_heads)
+            self.latents = LatentTokens(num_latents, codebook_size, latent_dim, latent_layers, latent_heads) \
+                if attended else CodeTable(num_latents, codebook_size, self.model.emb_dim)
+            self.encoder = FrozenEncoder(**frozen) if frozen else Encoder(
+                img_resolution, img_channels, num_latents, codebook_size,
+                encoder_patch, encoder_dim, encoder_layers, encoder_heads)
 
     def condition(self, z, drop=None):
-        """What the U-Net reads of the codes z. -> the `condition` of `denoise`; {} without latents
+        """What the denoiser reads of the codes z. -> the `condition` of `denoise`; {} without latents
 
         It depends on neither x nor sigma: compute it once per image, not once per evaluation.
         z: (B, m, k) relaxed, or (B, m) int64 hard codes in 0 ... k - 1.
@@ -122,6 +171,8 @@ class DisCoDiff(nn.Module):
         """
         if not self.num_latents:
             return {}
+        if self.conditioning == "average":
+            return {"emb": [self.latents(z, drop)]}
         if z.ndim == 2:
             z = F.one_hot(z, self.codebook_size)
         return self.model.condition(self.latents(z, drop))
@@ -138,41 +189,47 @@ class DisCoDiff(nn.Module):
         c_noise = sigma.flatten().log() / 4
         return c_skip * x + c_out * self.model(c_in * x, c_noise, labels, condition).float()
 
-    def forward(self, y, noise, sigma, labels=None, gumbel=None, drop=None, tau=1.0):
+    def forward(self, y, noise, sigma, labels=None, gumbel=None, drop=None, tau=1.0, z=None):
         """Alg. 1: infers z from the clean images y, and denoises y + noise with it.
 
-        y, noise: (B, C, H, W), noise already scaled by sigma (B,); gumbel: (B, m, k); drop: (B,) bool.
-        -> D (B, C, H, W) and the encoder's logits (B, m, k), None without latents
+        y, noise: (B, C, H, W), noise already scaled by sigma (B,); gumbel: (B, m, k); drop: (B,) bool;
+        z: (B, m) codes of y, where these are known: the encoder is not asked.
+        -> D (B, C, H, W) and the encoder's logits (B, m, k), None if it was not asked
         """
-        logits, condition = None, {}
-        if self.num_latents:
+        logits = None
+        if self.num_latents and z is None:
             logits = self.encoder(y)
             z = gumbel_softmax(logits, tau, gumbel)
-            condition = self.condition(z, drop)
+        condition = self.condition(z, drop)
         return self.denoise(y + noise, sigma, labels, condition), logits
 
 
-def denoiser(model, labels=None, codes=None, guidance=1.0, autocast=contextlib.nullcontext()):
+def denoiser(model, labels=None, codes=None, guidance=1.0, autocast=contextlib.nullcontext(), interval=(0, math.inf)):
     """-> denoise(x, sigma), for the samplers
 
     model: a DisCoDiff; labels: (B,) class labels; codes: (B, m) hard codes, which a model with latents needs.
     guidance: w of App. B, which evaluates 2B images per call; 1 is the plain conditional model.
+    interval: the noise levels that are guided, from ... to; at others, the model is the plain one, for B images.
     The network runs under `autocast`. x may be on another device (the CPU, if the network's device
     has no float64).
     """
     if (model.num_latents or guidance != 1) and codes is None:
         raise ValueError("discrete latents, and guidance by them, need codes")
-    condition = model.condition(codes)
-    if guidance != 1:  # 2B images: with their codes, with null latents
-        null = model.condition(codes[:1], drop=torch.ones(1, dtype=torch.bool, device=codes.device))
-        condition = {part: [torch.cat([t, n.expand_as(t)]) for t, n in zip(condition[part], null[part])]
-                       for part in null}
-        labels = None if labels is None else labels.repeat(2)
     place = next(model.parameters()).device
 
-    def denoise(x, sigma):
-        with torch.no_grad(), autocast:
-            D = model.denoise(x.float().to(place), sigma.float().to(place).expand(len(x)), labels, condition)
-        return D.to(x.device)
+    def with_condition(condition, labels):
+        def denoise(x, sigma):
+            with torch.no_grad(), autocast:
+                D = model.denoise(x.float().to(place), sigma.float().to(place).expand(len(x)), labels, condition)
+            return D.to(x.device)
 
-    return denoise if guidance == 1 else guided(denoise, guidance)
+        return denoise
+
+    condition = model.condition(codes)
+    plain = with_condition(condition, labels)
+    if guidance == 1:
+        return plain
+    null = model.condition(codes[:1], drop=torch.ones(1, dtype=torch.bool, device=codes.device))
+    both = {part: [torch.cat([t, n.expand_as(t)]) for t, n in zip(condition[part], null[part])] for part in null}
+    twice = with_condition(both, None if labels is None else labels.repeat(2))  # with their codes, with null latents
+    return within(interval, guided(twice, guidance), plain)

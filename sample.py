@@ -5,6 +5,7 @@ Samples from a trained DisCo-Diff (Alg. 3): codes from the prior, then the denoi
     python sample.py --init_from=pretrained            # the same without training
     python sample.py --checkpoint=out/stage1-000100000.pt --encode=fashion-mnist-10k    # a snapshot
     python sample.py --guidance=2 --class_label=Bag    # stronger latents (App. B), one class
+    python sample.py --guidance=2 --guidance_max=5     # stronger latents at noise levels up to 5 alone
     python sample.py --png=True                        # also a folder of PNG files, out/samples/
     python sample.py --encode=fashion-mnist-10k        # codes of these images, from the encoder
     python sample.py --code=3,1,4,1,5,9,2,6            # a code by hand
@@ -19,7 +20,7 @@ Writes out_dir/NAME.png, a grid, and out_dir/NAME.npz:
     labels      int64 (N,), -1 without classes
     codes       int64 (N, m)
     seeds       int64 (N,): image i comes from the seed `seed + i` alone
-    nfe         int64 (N,), the denoiser's evaluations; guidance's D(z) and D(null) are two
+    nfe         int64 (N,), the denoiser's evaluations; where guidance acts, D(z) and D(null) are two
     seconds     float32 (N,), the image's share of its batch's time
 
 The batch size and the number of processes change images only by rounding. An interrupted run
@@ -44,7 +45,7 @@ import data
 from checkpoint import atomic, weights_checksum
 from codes import by_hand, composed, of_images
 from configurator import arguments_of, configure, require
-from diffusion import heun, restart, restart_loops
+from diffusion import heun, restart, within
 from model import denoiser
 from noise import SeededNoise
 from npz import is_whole_npz, merge_npz, require_pngs_alone, save_pngs
@@ -73,6 +74,8 @@ encode = ""  # codes of images: an image file, folder, .npz, or data set (its tr
 exif = False  # turn image files for --encode and --compose by their EXIF orientation, as photographs need
 compose = ""  # a second code, or images: makes fours of codes, the first, the second, and two mixtures
 guidance = 1.0  # w in D~ = w D(z) + (1 - w) D(null), App. B; 1: none. We read Table 3's cfg as w - 1
+guidance_min = 0.0  # noise levels that are guided (Kynkaanniemi et al. 2024; DLC's program has a highest one)
+guidance_max = math.inf
 # codes: which prior, and its sampler
 prior = "ar"  # or "sedd"
 temperature = 1.0  # for "ar"
@@ -124,14 +127,31 @@ def codes_of(run, rows):
     return mixed, torch.where(of_first, *own_labels)
 
 
+def sampler(denoise, noise, randn_like):
+    """Alg. 3, lines 7-15: the sampler that the settings name. -> x, shaped like noise"""
+    of_kind = partial(restart, restarts=restarts, gamma=gamma) if restarts else partial(heun, S_churn=S_churn)
+    return of_kind(denoise, noise, num_steps=num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho,
+                   S_min=S_min, S_max=S_max, S_noise=S_noise, randn_like=randn_like)
+
+
+def evaluations():
+    """-> how often the sampler evaluates the denoiser for an image, counted; D(z) and D(null) are two"""
+    counts = []
+
+    def count(number):
+        return lambda x, sigma: counts.append(number) or x
+
+    inside = count(2 if guidance != 1 else 1)
+    sampler(within((guidance_min, guidance_max), inside, count(1)), torch.zeros(1), torch.zeros_like)
+    return sum(counts)
+
+
 def images_of(run, seeds, codes, labels):
-    """Alg. 3, lines 7-15. -> images uint8 (B, H, W, C) of these codes (B, m) and labels (B,)"""
+    """-> images uint8 (B, H, W, C) of these codes (B, m) and labels (B,)"""
     noise = SeededNoise("images", seeds, run.device)
-    denoise = denoiser(run.model, labels if run.model.label_dim else None, codes, guidance, run.autocast)
-    sampler = partial(restart, restarts=restarts, gamma=gamma) if restarts else partial(heun, S_churn=S_churn)
-    x = sampler(denoise, noise.randn(*run.model.img_shape), num_steps=num_steps, sigma_min=sigma_min,
-                sigma_max=sigma_max, rho=rho, S_min=S_min, S_max=S_max, S_noise=S_noise,
-                randn_like=noise.randn_like)
+    denoise = denoiser(run.model, labels if run.model.label_dim else None, codes, guidance, run.autocast,
+                       (guidance_min, guidance_max))
+    x = sampler(denoise, noise.randn(*run.model.img_shape), noise.randn_like)
     require(x.isfinite().all(),
             "the images are not finite: is a setting of the sampler, or guidance, far too large?")
     return data.to_uint8(x)
@@ -149,6 +169,10 @@ def check(config):
     require(min(temperature, S_churn, gamma, seed) >= 0,
             "temperature, S_churn, gamma and seed can't be negative")
     require(sigma_min < sigma_max, f"sigma_min {sigma_min} must be below sigma_max {sigma_max}")
+    require(0 <= guidance_min < guidance_max, f"guidance acts from guidance_min {guidance_min} up to "
+            f"guidance_max {guidance_max}: 0 <= guidance_min < guidance_max is wanted")
+    require(guidance != 1 or (guidance_min, guidance_max) == (0, math.inf),
+            "guidance_min and guidance_max bound the noise levels of guidance: say --guidance= too")
     require(math.isfinite(guidance) and math.isfinite(temperature), "guidance and temperature must be finite")
     require(Path(name).name == name and name.strip("."),
             f"--name={name} names the two files in out_dir: it can't have folders")
@@ -215,9 +239,9 @@ def setup(config):
     config: the settings, as `configure` returns them. Raises UserError for settings that don't fit.
     """
     check(config)
-    loops = restart_loops(num_steps, restarts, sigma_min, sigma_max, rho)
+    nfe = evaluations()
     rank, world, device = start_processes(config["device"])
-    run = SimpleNamespace(config=config, rank=rank, world=world, device=device,
+    run = SimpleNamespace(config=config, rank=rank, world=world, device=device, nfe=nfe,
                           autocast=set_precision(precision, device))
     folder = init_from or out_dir
     run.model, stage1 = load_stage1(folder, device, checkpoint)
@@ -236,8 +260,6 @@ def setup(config):
     run.made_with = json.dumps({**config, "out_dir": "", "init_from": "", "checkpoint": "", "device": "",
                                 "given": identities, "stage1": weights_checksum(stage1["ema"]),
                                 "prior_net": run.prior and weights_checksum(run.prior.state_dict())})
-    run.nfe = 2 * num_steps - 1 + sum(2 * (len(s) - 1) for levels in loops for s in levels)
-    run.nfe *= 2 if guidance != 1 else 1
     return run
 
 

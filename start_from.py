@@ -7,7 +7,7 @@ import os
 import zipfile
 from pathlib import Path
 
-from checkpoint import OLDER, is_of, read_checkpoint
+from checkpoint import OLDER, is_of, read_checkpoint, weights_checksum
 from configurator import UserError, require, say
 from edm_pickle import read_edm
 from trained import path_of
@@ -16,7 +16,7 @@ from vit import positions
 
 # settings of the encoder and its codes; the U-Net's are read off its weights
 OF_LATENTS = ("num_latents", "codebook_size", "latent_dim", "latent_layers", "latent_heads", "latents_to_emb",
-              "encoder_patch", "encoder_dim", "encoder_layers", "encoder_heads")
+              "encoder_patch", "encoder_dim", "encoder_layers", "encoder_heads", "conditioning")
 
 
 def start_from(source, model, model_args):
@@ -35,6 +35,12 @@ def start_from(source, model, model_args):
         require(here["num_latents"] or not there["num_latents"],
                 f"{path} has discrete latents, which its denoiser relies on: it can't go on with num_latents=0. "
                 "Start from plain EDM, or keep the latents")
+        encoders = [{name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
+                    for state in (weights, model.state_dict())]
+        require(not there["num_latents"] or not (args.get("frozen") or model_args.get("frozen"))
+                or weights_checksum(encoders[0]) == weights_checksum(encoders[1]),
+                f"{path} has codes of another encoder than this run, and its denoiser relies on them: "
+                "name its encoder by --codes, or start from plain EDM")
         classes, wanted = there.pop("label_dim"), here.pop("label_dim")
         different = [f"{name}={there[name]!r} there, {here[name]!r} here" for name in here
                      if there[name] != here[name] and (there["num_latents"] or name not in OF_LATENTS)]

@@ -11,6 +11,8 @@ One GPU, eight GPUs, two nodes of eight GPUs (the same line on each):
     (out_dir on a file system that both share; docs/running.md has what to add for restarts)
 Plain EDM, the baseline:
     python train_stage1.py --num_latents=0 --out_dir=out/edm
+On the codes of an encoder that train_encoder.py trained, as in Discrete Latent Codes:
+    python train_stage1.py config/dlc.py
 From EDM's trained network, the paper's recipe for ImageNet-64:
     torchrun --nproc_per_node=8 train_stage1.py config/imagenet64_finetune.py
 From a network of our own, on another data set or with codes added to plain EDM:
@@ -43,8 +45,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import data
 import training
 from coarse import warm_up
-from configurator import UserError, arguments_of, configure, require, require_numbers
+from configurator import UserError, arguments_of, configure, is_default, require, require_numbers
 from diffusion import heun, loss_at, loss_weight
+from encoded import Encoded, read_encoder
 from model import DisCoDiff, denoiser, draw_codes
 from noise import gumbel_noise, has_float64, seed_of, seeded_generator
 from plot import save_grid
@@ -78,12 +81,14 @@ dropout = 0.0
 # discrete latents
 num_latents = 8  # m; 0: plain EDM
 codebook_size = 16  # k
+codes = ""  # folder of train_encoder.py, whose codes are given: m and k are its own, and no encoder is trained here
+conditioning = "auto"  # how codes reach the denoiser: "attention" (DisCo-Diff), "average" (DLC; auto with --codes)
 tau = 1.0  # Gumbel-Softmax temperature, constant (App. D.2)
 null_prob = 0.1  # probability that the null embedding replaces an image's latents (sec. 3.1)
 latent_dim = 64
 latent_layers = 6
 latent_heads = 2
-latents_to_emb = True  # the codes also join the embedding of noise level and class (DLC), not in DisCo-Diff
+latents_to_emb = True  # besides attention, codes join the embedding of noise level and class; not in DisCo-Diff
 # encoder: ViT
 encoder_patch = 0  # pixels per side; 0: a quarter of the image
 encoder_dim = 128
@@ -131,12 +136,12 @@ def draw_step(run, step):
     so the result does not depend on the number of processes. (Dropout's masks do.)
 
     -> noise n (B, C, H, W), sigma (B, 1, 1, 1), Gumbel noise (B, m, k), which images get null latents
-    (B,), which are mirrored (B,)
+    (B,), which are mirrored (B,). Codes that are given are not drawn: m = 0
     """
     g = seeded_generator(run.device, "step", seed, step)
     normal = torch.randn(batch_size, 1, 1, 1, device=run.device, generator=g)
     noise = torch.randn(batch_size, *run.model.img_shape, device=run.device, generator=g)
-    gumbel = gumbel_noise((batch_size, num_latents, codebook_size), g)
+    gumbel = gumbel_noise((batch_size, 0 if codes else num_latents, codebook_size), g)
     drop = torch.rand(batch_size, device=run.device, generator=g) < null_prob
     flip = torch.rand(batch_size, device=run.device, generator=g) < (0.5 if xflip else 0)
     sigma = (P_mean + P_std * normal).exp()  # EDM, Table 1
@@ -151,21 +156,23 @@ def gradients(run, step):
     noise, sigma, gumbel, drop, flip = draw_step(run, step)
     loss_sum, code_sum, entropy_sum = 0, 0, 0
     for rows in run.micro_batches:
-        y, c = fetch(run, step * batch_size + rows.start, rows.stop - rows.start)
+        position, count = step * batch_size + rows.start, rows.stop - rows.start
+        y, c = fetch(run, position, count)
+        z = run.encoded.codes(run.batches.take(position, count), flip[rows]) if run.encoded else None
         y = torch.where(flip[rows, None, None, None], y.flip(3), y)
         torch.manual_seed(seed_of("dropout", seed, step, rows.start))
         exchange = run.world == 1 or rows is run.micro_batches[-1]  # processes exchange gradients once a step
         with contextlib.nullcontext() if exchange else run.forward.no_sync():
             with run.autocast:
-                # lines 5 and 6: z ~ E(y), then D(y + n, sigma, z, c)
-                D, logits = run.forward(y, noise[rows], sigma[rows].flatten(), c, gumbel[rows], drop[rows], tau)
+                # lines 5 and 6: z ~ E(y) where codes aren't given, then D(y + n, sigma, z, c)
+                D, logits = run.forward(y, noise[rows], sigma[rows].flatten(), c, gumbel[rows], drop[rows], tau, z)
                 # line 7, Eq. 3: lambda(sigma) |D(y + n, sigma, z, c) - y|^2, here a mean over the batch
                 loss = (loss_weight(sigma[rows], sigma_data) * (D - y) ** 2).sum() / run.local_batch
             training.backward(run, loss)
         loss_sum += loss.detach() / y[0].numel()
-        if num_latents:
-            codes, entropies = training.usage(logits)
-            code_sum, entropy_sum = code_sum + codes, entropy_sum + entropies
+        if logits is not None:
+            usage, entropies = training.usage(logits)
+            code_sum, entropy_sum = code_sum + usage, entropy_sum + entropies
     training.unscale(run)
     return loss_sum, code_sum, entropy_sum
 
@@ -190,8 +197,8 @@ def update(run, seen):
 # from the settings to a run
 
 # may change when a run continues: the run's course stays the same (batch_gpu changes dropout's masks)
-FREE = ("out_dir", "overwrite", "change", "device", "compile", "batch_gpu", "total_images", "log_every", "save_every",
-        "keep_every", "preview_every")
+FREE = ("out_dir", "overwrite", "change", "device", "compile", "batch_gpu", "codes", "total_images", "log_every",
+        "save_every", "keep_every", "preview_every")
 # may change if --change names them: they act step by step. Others can't: the prior relies on xflip,
 # and batch_size and seed decide which image comes when
 CHANGEABLE = ("lr", "encoder_lr", "warmup_images", "ema_halflife_images", "ema_rampup", "P_mean", "P_std", "null_prob",
@@ -213,8 +220,14 @@ def setup(config):
     require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
     require(channel_mult and min(channel_mult) > 0,
             f"channel_mult has a positive number for each level, not {channel_mult}")
+    require(conditioning in ("auto", "attention", "average"),
+            f"--conditioning is attention, average or auto, not {conditioning}")
+    given = bool(codes and num_latents)  # num_latents=0 leaves plain EDM of a configuration with codes
+    require(not given or is_default(globals(), "num_latents") and is_default(globals(), "codebook_size"),
+            "--codes brings its encoder's num_latents and codebook_size: leave these settings out")
+    require(not given or encoder_lr == 0, f"--codes takes an encoder as it is: encoder_lr must be 0, not {encoder_lr}")
     run = training.start(config, "stage1", "train_stage1")
-    require(not (num_latents and coarse_images) or coarse_batch % run.world == 0,
+    require(given or not (num_latents and coarse_images) or coarse_batch % run.world == 0,
             f"coarse_batch {coarse_batch} can't be shared among {run.world} processes equally")
     run.lower = "--lr or --encoder_lr"  # what may help a run that diverges
     micro_steps = -(-run.local_batch // batch_gpu)
@@ -226,6 +239,8 @@ def setup(config):
 
     run.images, run.labels, num_classes = data.load(dataset)
     fit_to_images(config, run.images.shape, num_classes)
+    encoder = read_encoder(config, run.images.shape) if given else None
+    config["conditioning"] = conditioning if conditioning != "auto" else "average" if given else "attention"
     run.train_indices, run.held_out_indices = data.split(len(run.images), config["held_out"])
     run.to_show = run.held_out_indices if len(run.held_out_indices) else run.train_indices
     run.batches, run.stamp = data.Shuffle(run.train_indices, seed), data.file_stamp(run.images)
@@ -244,6 +259,9 @@ def setup(config):
     except ValueError as error:  # sizes that don't fit each other
         raise UserError(error) from None
     run.ema.eval().requires_grad_(False)
+    if encoder:
+        run.model.encoder.load_state_dict(encoder)
+        run.ema.encoder = run.model.encoder  # one for both, in memory and in the checkpoint
     parts = (run.model.model, run.model.latents, run.model.encoder) if num_latents else (run.model.model,)
     groups = [dict(params=part.parameters()) for part in parts]
     run.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
@@ -251,8 +269,9 @@ def setup(config):
         if init_from and start_from(init_from, run.model, run.model_args):
             run.carries["coarse"] = dict(step=coarse_images)
         run.ema.load_state_dict(run.model.state_dict())
-    if num_latents:
+    if num_latents and not encoder:
         run.model.encoder.requires_grad_(encoder_lr > 0)
+    run.encoded = Encoded(run, run.model, 2 if xflip else 1) if encoder else None
     warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP's; harmless for 1 x 1 convolutions
     network = torch.compile(run.model) if compile and can_compile(run.device) else run.model
     run.forward = training.distributed(run, network)
@@ -347,7 +366,7 @@ def report(run, seen, bar):
     steps, (norm, loss, code_sum, entropy_sum) = training.totals(run, f"{run.lower}, and look at the data")
     line = dict(images=seen, loss=loss.item() / steps)
     shown = {"loss": f"{line['loss']:.4f}"}
-    if num_latents:
+    if num_latents and not codes:
         usage, used = training.of_usage(code_sum, entropy_sum, steps * run.local_batch)
         line, shown = line | usage, shown | used
     training.write_line(run, line | dict(grad_norm=norm.item() / steps), bar, shown)

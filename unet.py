@@ -5,7 +5,8 @@ A cross-attention to the discrete latents follows each self-attention (DisCo-Dif
 A code's way into the picture: `UNet.condition` prepares the latent tokens for every block, once per
 image; `UNet.forward` hands each block its part; `UNetBlock.forward` ends in `CrossAttention.forward`.
 With latents_to_emb the mean token also joins the embedding of noise level and class, which modulates
-every block: DLC's way (DLC sec. 5).
+every block. DLC's way is that alone (DLC sec. 5): there is no cross-attention, and model.CodeTable
+makes the part of the embedding.
 """
 
 import math
@@ -136,7 +137,7 @@ class UNet(nn.Module):
         resolutions = [img_resolution >> i for i in range(levels)]
         if missing := set(attn_resolutions) - set(resolutions):
             raise ValueError(f"attn_resolutions has {sorted(missing)}: the feature maps are {resolutions}")
-        emb_dim = model_channels * channel_mult_emb
+        self.emb_dim = emb_dim = model_channels * channel_mult_emb
         self.map_layer0 = nn.Linear(model_channels, emb_dim)
         self.map_layer1 = nn.Linear(emb_dim, emb_dim)
         self.map_label = nn.Linear(label_dim, emb_dim, bias=False) if label_dim else None
@@ -187,7 +188,7 @@ class UNet(nn.Module):
     def forward(self, x, c_noise, labels=None, condition=None):
         """x: (B, C, H, W); c_noise: (B,); labels: (B,) int64, -1 for none, or None
 
-        condition: as above, None without latents
+        condition: as above, or "emb" alone; None without latents
         """
         condition = condition or {}
         emb = F.silu(float32(self.map_layer0, sinusoids(c_noise, self.map_layer0.in_features)))
