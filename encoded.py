@@ -4,7 +4,7 @@ What an encoder says of all images, computed once and kept in a file of the run'
 
 DisCo-Diff draws an image's codes anew at each visit: the file has logits, in half precision (2.6 GB for ImageNet-64
 with m = 10 and k = 100). The codes of a FrozenEncoder are certain: the file has these (0.7 GB for ImageNet with
-m = 512 and k = 256, twice that if images are mirrored).
+m = 512 and k = 256, twice that if images are mirrored). So are the numbers of a FrozenEmbedding.
 """
 
 import math
@@ -16,7 +16,8 @@ import torch
 import data
 from checkpoint import atomic, weights_checksum
 from configurator import UserError, arguments_of, require, say
-from model import FrozenEncoder, certain
+from embedding import EMBEDDINGS, FrozenEmbedding, embedding_dim
+from model import FrozenEncoder, certain, draw_codes
 from npz import write_npy_header
 from processes import barrier
 from run import alone, progress
@@ -41,6 +42,8 @@ def read_encoder(config, shape):
         say(f"the encoder in {folder} was trained on {trained_on}: its codes may tell less of {dataset}")
     config |= dict(num_latents=encoder.num_latents, codebook_size=encoder.codebook_size, coarse_images=0,
                    frozen=arguments_of(args, SEMEncoder), encoder_identity=weights_checksum(encoder.state_dict()))
+    if config["conditioning"] in EMBEDDINGS:
+        config |= dict(num_latents=embedding_dim(config["conditioning"], **config["frozen"]), codebook_size=1)
     return encoder.state_dict()
 
 
@@ -54,10 +57,11 @@ class Encoded:
 
     def __init__(self, run, model, flips, limit=math.inf):
         self.model, self.images, self.device, self.kept = model, run.images, run.device, None
-        self.certain = isinstance(model.encoder, FrozenEncoder)
+        self.certain = isinstance(model.encoder, (FrozenEncoder, FrozenEmbedding))
         kind, shape, dtype = "logits", (flips, len(run.images), model.num_latents, model.codebook_size), np.float16
         if self.certain:
             kind, shape, dtype = "codes", shape[:3], np.min_scalar_type(model.codebook_size - 1)
+            dtype = np.float32 if isinstance(model.encoder, FrozenEmbedding) else dtype
         if math.prod(shape) * np.dtype(dtype).itemsize > limit:
             return
         folder, of_images = Path(run.config["out_dir"]), data.data_checksum(run.images, run.labels)
@@ -71,7 +75,7 @@ class Encoded:
                     for flip in range(flips):
                         for part in progress(np.split(np.arange(shape[1]), range(500, shape[1], 500)), desc="encoding"):
                             logits = self.encode(part, np.full(len(part), bool(flip))).cpu()
-                            file.write((logits.argmax(-1) if self.certain else logits).numpy().astype(dtype).tobytes())
+                            file.write((draw_codes(logits, 0) if self.certain else logits).numpy().astype(dtype).tobytes())
         barrier()
         try:
             self.kept = np.load(path, mmap_mode="r")
@@ -97,6 +101,8 @@ class Encoded:
         return kept.to(self.device, non_blocking=True).float()
 
     def codes(self, indices, flip):
-        """-> codes int64 (B, m) of a FrozenEncoder, from the file; as in `logits`, but flip is on the device"""
-        kept = torch.from_numpy(self.kept[:, indices]).to(self.device, non_blocking=True).long()
+        """-> codes int64 (B, m) of a FrozenEncoder, or embeddings float (B, m), from the file; as in `logits`, but flip
+        is on the device"""
+        kept = torch.from_numpy(self.kept[:, indices]).to(self.device, non_blocking=True)
+        kept = kept if kept.is_floating_point() else kept.long()
         return torch.where(flip[:, None], kept[-1], kept[0])

@@ -4,7 +4,7 @@ Discrete Latent Codes compares with it (DLC sec. 5.1).
 
 The denoiser reads an encoder's embedding, one vector for each image, and a small diffusion model, RDM, draws
 embeddings: DDPM in 1,000 steps, sampled by DDIM. Vectors are float (B, D), each standardised over its own
-entries. Step 0 has the least noise, step 999 the most.
+entries (embedding.py). Step 0 has the least noise, step 999 the most.
 """
 
 import torch
@@ -15,13 +15,9 @@ from prior import class_rows
 from transformer import float32, sinusoids, zero
 
 STEPS = 1000
+DDIM_STEPS = 250
 BETAS = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, STEPS, dtype=torch.float64) ** 2  # linear in their root
 ALPHAS = (1 - BETAS).cumprod(0)  # of a noisy vector: the share of the clean one in its variance
-
-
-def standardised(x):
-    """Vectors (..., D) with mean 0 and variance 1 over their own entries, as in RCG's program."""
-    return (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)
 
 
 def noised(x, t, noise):
@@ -31,7 +27,7 @@ def noised(x, t, noise):
 
 
 @torch.no_grad()
-def ddim(predict, x, randn, num_steps=250, eta=1.0):
+def ddim(predict, x, randn, num_steps=DDIM_STEPS, eta=1.0):
     """DDIM (Song et al. 2021, Eq. 12) from noise x (B, D), with noise of its own for eta > 0. -> vectors (B, D)
 
     predict(x, t): the clean vectors, for a step t; randn(): N(0, 1) noise, drawn once a step. num_steps divides
@@ -63,14 +59,16 @@ class Block(nn.Module):
 class RDM(nn.Module):
     """The clean vector, predicted from a noised one by a residual MLP, under RCG's parameter names.
 
-    A prior as those of prior.py, but of vectors: z is float (B, D) with D = num_latents, standardised.
-    label_dim = 0: no classes. (RCG's published network: 12 blocks of width 1536.)
+    A prior as those of prior.py, but of embeddings: "codes" are float (B, m), m = D, and k = 1. label_dim = 0: no
+    classes. (RCG's published network: 12 blocks of width 1536.) Training reports its loss, since it has no bits.
     """
 
-    unit = "loss"  # what the log has: an l2 loss, no bound on bits
+    unit = "loss"
 
-    def __init__(self, num_latents, label_dim=0, layers=12, dim=1536, time_dim=256):
+    def __init__(self, num_latents, codebook_size=1, label_dim=0, layers=12, dim=1536, time_dim=256):
         super().__init__()
+        if codebook_size != 1:
+            raise ValueError("RDM draws embeddings, and this stage 1 has codes: --prior=ar or sedd draws them")
         if dim % 2:
             raise ValueError(f"the width of RDM must be even, for its sines and cosines: {dim} is not")
         self.num_latents, self.label_dim = num_latents, label_dim
@@ -97,6 +95,11 @@ class RDM(nn.Module):
         """
         t, noise = (STEPS * t).long(), torch.special.ndtri(u.clamp(min=2 ** -25))
         return ((network or self)(noised(z, t, noise), t, labels) - z).square().mean(1)
+
+    def nats(self, z, labels=None, generator=None):
+        """Not nats: the loss at steps and noise drawn by the generator, (B,). DDPM's loss is no bound on bits."""
+        t, *u = torch.rand(len(z), 1 + self.num_latents, generator=generator, device=z.device).unbind(1)
+        return self.loss(z, labels, t, torch.stack(u, 1))
 
     @torch.no_grad()
     def sample(self, noise, labels=None):

@@ -47,6 +47,7 @@ import training
 from coarse import warm_up
 from configurator import UserError, arguments_of, configure, is_default, require, require_numbers
 from diffusion import heun, loss_at, loss_weight
+from embedding import EMBEDDINGS
 from encoded import Encoded, read_encoder
 from model import DisCoDiff, denoiser, draw_codes
 from noise import gumbel_noise, has_float64, seed_of, seeded_generator
@@ -82,7 +83,8 @@ dropout = 0.0
 num_latents = 8  # m; 0: plain EDM
 codebook_size = 16  # k
 codes = ""  # folder of train_encoder.py, whose codes are given: m and k are its own, and no encoder is trained here
-conditioning = "auto"  # how codes reach the denoiser: "attention" (DisCo-Diff), "average" (DLC; auto with --codes)
+conditioning = "auto"  # how codes reach the denoiser: "attention" (DisCo-Diff), "average" (DLC; auto with --codes);
+# or what takes their place: the encoder's "embedding", or its "random-mlp" (embedding.py)
 tau = 1.0  # Gumbel-Softmax temperature, constant (App. D.2)
 null_prob = 0.1  # probability that the null embedding replaces an image's latents (sec. 3.1)
 latent_dim = 64
@@ -220,11 +222,13 @@ def setup(config):
     require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
     require(channel_mult and min(channel_mult) > 0,
             f"channel_mult has a positive number for each level, not {channel_mult}")
-    require(conditioning in ("auto", "attention", "average"),
-            f"--conditioning is attention, average or auto, not {conditioning}")
+    require(conditioning in ("auto", "attention", "average", *EMBEDDINGS),
+            f"--conditioning is attention, average, {', '.join(EMBEDDINGS)} or auto, not {conditioning}")
     given = bool(codes and num_latents)  # num_latents=0 leaves plain EDM of a configuration with codes
     require(not given or is_default(globals(), "num_latents") and is_default(globals(), "codebook_size"),
             "--codes brings its encoder's num_latents and codebook_size: leave these settings out")
+    require(given or conditioning not in EMBEDDINGS or not num_latents,
+            f"--conditioning={conditioning} is of an encoder that was trained before: name its folder by --codes")
     require(not given or encoder_lr == 0, f"--codes takes an encoder as it is: encoder_lr must be 0, not {encoder_lr}")
     run = training.start(config, "stage1", "train_stage1")
     require(given or not (num_latents and coarse_images) or coarse_batch % run.world == 0,
@@ -260,7 +264,7 @@ def setup(config):
         raise UserError(error) from None
     run.ema.eval().requires_grad_(False)
     if encoder:
-        run.model.encoder.load_state_dict(encoder)
+        run.model.encoder.load_state_dict(run.model.encoder.state_dict() | encoder)  # a random MLP stays as it is
         run.ema.encoder = run.model.encoder  # one for both, in memory and in the checkpoint
     parts = (run.model.model, run.model.latents, run.model.encoder) if num_latents else (run.model.model,)
     groups = [dict(params=part.parameters()) for part in parts]

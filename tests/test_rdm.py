@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import ROOT, fill
 
+from embedding import standardised
 from noise import SeededNoise
-from rdm import ALPHAS, RDM, ddim, noised, standardised
+from rdm import ALPHAS, RDM, ddim, noised
 
 with np.load(ROOT / "tests/reference/rdm.npz") as f:
     SHAPES = json.loads(str(f["shapes"]))
