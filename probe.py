@@ -8,9 +8,8 @@ For an image the encoder gives a code (as L V one-hot numbers), SEMs (the softma
 (class and register tokens, which the SEMs read). Each is beside that of the same network with random weights, which
 already tells images apart, and beside the pixels.
 
-The linear probe is multinomial logistic regression, fitted to its optimum by L-BFGS (at most 60 iterations, from a fit
-nearby); its weight decay is the best of
-five on a tenth of the training images. Nearest neighbours are DINO's: k votes of exp(cosine / T). One-hot codes have
+The linear probe is multinomial logistic regression, fitted by L-BFGS; its weight decay is the best of five on a
+tenth of the training images. Nearest neighbours are DINO's: k votes of exp(cosine / T). One-hot codes have
 many equal cosines, 1/L apart: of equal neighbours the ones that come first count, of equal classes the first.
 Test images are those that the encoder was not trained on. +-: standard error over test images.
 
@@ -30,6 +29,7 @@ import torch.nn.functional as F
 import data
 from checkpoint import atomic
 from configurator import configure, require, require_numbers
+from embedding import FrozenEmbedding
 from model import DisCoDiff
 from processes import start_processes
 from run import progress
@@ -120,23 +120,24 @@ def find_encoder(place):
     return encoder, untrained, checkpoint, f"{out_dir}/{file}"
 
 
+def said(encoder, y):
+    """What the encoder says of images y (B, C, H, W). -> {name: codes int64 (B, L), or features (B, D)}"""
+    if isinstance(encoder, FrozenEmbedding):
+        return {"embedding": encoder(y)[..., 0]}  # as the denoiser reads it
+    if not hasattr(encoder, "embed"):  # DisCo-Diff's, whose class tokens go straight to the logits
+        logits, embedding = encoder(y), {}
+    else:
+        embedding = {"embedding": encoder.embed(y)}
+        logits = encoder.logits(embedding["embedding"])
+    return {"codes": logits.argmax(-1), "SEMs": logits.softmax(-1).flatten(1), **embedding}
+
+
 @torch.no_grad()
-def representations(encoder, images, indices, place, name):
-    """What the encoder says of these images. -> codes int64 (N, L), {name: features (N, D)}"""
-    parts = []
-    for part in progress(np.split(indices, range(batch_size, len(indices), batch_size)), desc=name, unit="batch"):
-        y = data.to_float(images[part], place)
-        if hasattr(encoder, "embed"):
-            embedding = encoder.embed(y)
-            logits = encoder.logits(embedding)
-        else:  # DisCo-Diff's encoder, whose class tokens go straight to the logits
-            embedding, logits = None, encoder(y)
-        parts.append((logits.argmax(-1), logits.softmax(-1).flatten(1), embedding))
-    codes, sems, embeddings = zip(*parts)
-    codes, features = torch.cat(codes), {"SEMs": torch.cat(sems)}
-    if embeddings[0] is not None:
-        features["embedding"] = torch.cat(embeddings)
-    return codes, {"codes": F.one_hot(codes, encoder.codebook_size).flatten(1).float(), **features}
+def said_of_all(encoder, images, indices, place, title):
+    """`said` of the images with these indices."""
+    parts = [said(encoder, data.to_float(images[part], place)) for part in progress(
+        np.split(indices, range(batch_size, len(indices), batch_size)), desc=title, unit="batch")]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def images_to_probe(of_training, path):
@@ -172,21 +173,20 @@ def main(argv=()):
             f"{name} has images of {images.shape[1:]}: the encoder takes ({size}, {size}, {channels})")
     require(k <= len(train), f"k is {k} neighbours: there are {len(train)} training images")
 
-    sets = {"pixels": [data.to_float(images[part], place).flatten(1) / 2 + 0.5 for part in (train, test)]}
-    usage = {}
+    sets, found = {"pixels": [data.to_float(images[part], place).flatten(1) / 2 + 0.5 for part in (train, test)]}, {}
     for title, network in (("", encoder), ("random weights: ", untrained)):
-        (codes, of_train), (_, of_test) = (representations(network, images, part, place, f"{title}encoding")
-                                           for part in (train, test))
-        perplexity, distinct = code_usage(codes, network.codebook_size)
-        usage[f"{title}codes"] = dict(perplexity=perplexity.tolist(), distinct=distinct)
-        sets |= {f"{title}{kind}": (of_train[kind], of_test[kind]) for kind in of_train}
-
+        of_train, of_test = (said_of_all(network, images, part, place, f"{title}encoding") for part in (train, test))
+        sets |= {f"{title}{name}": (of_train[name], of_test[name]) for name in of_train}
     c, c_test = (torch.from_numpy(labels[part]).to(place) for part in (train, test))
-    found = {}
     for title, (x, x_test) in progress(sets.items(), desc="probing", unit="set"):
-        guesses = dict(linear=linear_probe(x, c, x_test), knn=nearest_neighbours(x, c, x_test, k, T))
-        found[title] = {how: (guess == c_test).double().mean().item() for how, guess in guesses.items()}
-        found[title] |= usage.get(title, {})
+        found[title] = {}
+        if title.endswith("codes"):
+            perplexity, distinct = code_usage(x, encoder.codebook_size)
+            found[title] |= dict(perplexity=perplexity.tolist(), distinct=distinct)
+            x, x_test = (F.one_hot(codes, encoder.codebook_size).flatten(1).float() for codes in (x, x_test))
+        for how, guess in (("linear", linear_probe(x, c, x_test)), ("knn", nearest_neighbours(x, c, x_test, k, T))):
+            found[title][how] = (guess == c_test).double().mean().item()
+
     print(f"{path}: codes of {encoder.num_latents} x {encoder.codebook_size}; {name}, {len(train):,} images to train "
           f"on, {len(test):,} to test; k = {k}, T = {T:g}; +-: standard error")
     print(f"{'right, per cent':28}{'linear probe':>16}{'k-NN':>16}{'codes in use':>16}{'distinct codes':>16}")
