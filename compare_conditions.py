@@ -78,7 +78,8 @@ def folder_of(model, seed):
 def train(seed):
     """Trains the encoder, the models and their priors of a seed, and probes what the denoisers are told."""
     encoder = folder_of("encoder", seed)
-    run("train_encoder.py", encoder_config, f"--total_images={encoder_images}", f"--seed={seed}", f"--out_dir={encoder}")
+    run("train_encoder.py", encoder_config, f"--total_images={encoder_images}", f"--seed={seed}",
+        f"--out_dir={encoder}")
     for model, (settings, priors) in MODELS.items():
         folder = folder_of(model, seed)
         settings = [setting.replace("ENCODER", str(encoder)) for setting in settings]
@@ -95,7 +96,8 @@ def measured(folder, name, dataset, settings):
     """-> what eval_fid.py says of samples with these settings of sample.py, which are made if need be"""
     result = folder / f"{name}.{features}.json"
     if not done(folder / f"{name}.npz", *folder.glob("*.pt")):
-        run("sample.py", f"--out_dir={folder}", f"--name={name}", f"--num_images={num_images}", "--per_code=1", *settings)
+        run("sample.py", f"--out_dir={folder}", f"--name={name}", f"--num_images={num_images}", "--per_code=1",
+            *settings)
     if not done(result, folder / f"{name}.npz"):
         run("eval_fid.py", f"--images={folder}/{name}.npz", f"--reference={dataset}", f"--features={features}")
     return json.loads(result.read_text())
@@ -146,8 +148,8 @@ def composed(folder, sources, dataset):
     name = f"composed-{pairs}-{per_pair}"
     result, path = folder / f"{name}.vendi.json", folder / f"{name}.npz"
     if not done(path, folder / "stage1.pt", *sources):
-        run("sample.py", f"--out_dir={folder}", f"--name={name}", f"--num_images={4 * pairs * per_pair}", "--per_code=1",
-            *(f"--{setting}={source}" for setting, source in zip(("encode", "compose"), sources)))
+        run("sample.py", f"--out_dir={folder}", f"--name={name}", f"--num_images={4 * pairs * per_pair}",
+            "--per_code=1", *(f"--{setting}={source}" for setting, source in zip(("encode", "compose"), sources)))
     if not done(result, path):
         x = features_of(path, dataset).unflatten(0, (per_pair, pairs, 4))  # sample.py makes fours, pair after pair
         scores = np.array([[vendi_score(x[:, pair, turn]) for turn in range(4)] for pair in range(pairs)])
@@ -171,8 +173,8 @@ def rows_of(seed, dataset, held_out):
             continue
         probe = json.loads((folder / "probe.json").read_text())
         vendi = composed(folder, sources, dataset)
-        of_model = {"linear probe": probe.get("codes", probe["embedding"])["linear"], "Vendi, composed": vendi["composed"],
-                    "Vendi, of one image": vendi["single"]}
+        of_model = {"linear probe": probe["codes" if "codes" in probe else "embedding"]["linear"],
+                    "Vendi, composed": vendi["composed"], "Vendi, of one image": vendi["single"]}
         true = measured(folder, f"true-{num_images}", dataset, [f"--encode={dataset}"])
         rows.append(dict(seed=seed, model=model, condition="true") | of_model | true)
         for prior in priors:

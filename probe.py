@@ -168,7 +168,8 @@ def main(argv=()):
     require(world == 1, "probe.py runs as one process, without torchrun")
     encoder, untrained, checkpoint, path = find_encoder(place)
     name, images, labels, train, test = images_to_probe(checkpoint["config"], path)
-    size, channels = (checkpoint["model_args"][key] for key in ("img_resolution", "img_channels"))
+    size, channels, m, codebook_size = (checkpoint["model_args"][key] for key in (
+        "img_resolution", "img_channels", "num_latents", "codebook_size"))
     require(images.shape[3] == channels and (hasattr(encoder, "embed") or images.shape[1] == size),
             f"{name} has images of {images.shape[1:]}: the encoder takes ({size}, {size}, {channels})")
     require(k <= len(train), f"k is {k} neighbours: there are {len(train)} training images")
@@ -181,21 +182,21 @@ def main(argv=()):
     for title, (x, x_test) in progress(sets.items(), desc="probing", unit="set"):
         found[title] = {}
         if title.endswith("codes"):
-            perplexity, distinct = code_usage(x, encoder.codebook_size)
+            perplexity, distinct = code_usage(x, codebook_size)
             found[title] |= dict(perplexity=perplexity.tolist(), distinct=distinct)
-            x, x_test = (F.one_hot(codes, encoder.codebook_size).flatten(1).float() for codes in (x, x_test))
+            x, x_test = (F.one_hot(codes, codebook_size).flatten(1).float() for codes in (x, x_test))
         for how, guess in (("linear", linear_probe(x, c, x_test)), ("knn", nearest_neighbours(x, c, x_test, k, T))):
             found[title][how] = (guess == c_test).double().mean().item()
 
-    print(f"{path}: codes of {encoder.num_latents} x {encoder.codebook_size}; {name}, {len(train):,} images to train "
-          f"on, {len(test):,} to test; k = {k}, T = {T:g}; +-: standard error")
+    print(f"{path}: {f'codes of {m} x {codebook_size}' if codebook_size > 1 else f'embeddings of {m}'}; {name}, "
+          f"{len(train):,} images to train on, {len(test):,} to test; k = {k}, T = {T:g}; +-: standard error")
     print(f"{'right, per cent':28}{'linear probe':>16}{'k-NN':>16}{'codes in use':>16}{'distinct codes':>16}")
     for title, row in found.items():
         line = f"{title:28}"
         for share in (row["linear"], row["knn"]):
             line += f"{100 * share:9.1f} +- {100 * math.sqrt(share * (1 - share) / len(test)):.1f}"
         if "distinct" in row:
-            line += f"{np.mean(row['perplexity']):10.1f} of {encoder.codebook_size:2d}{100 * row['distinct']:14.1f} %"
+            line += f"{np.mean(row['perplexity']):10.1f} of {codebook_size:2d}{100 * row['distinct']:14.1f} %"
         print(line)
     with atomic(f"{out_dir}/probe.json") as file:
         file.write(json.dumps(dict(encoder=path, dataset=name, train=len(train), test=len(test), k=k, T=T) | found,
