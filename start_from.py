@@ -24,8 +24,9 @@ def start_from(source, model, model_args):
     -> whether a trained encoder was among them
 
     Layers that plain EDM lacks keep their initial weights: the cross-attentions start as the identity
-    (sec. 4.1), so D is the source's for any codes. With another number of classes, the class embedding
-    keeps its initial weights too, and a line says so. Raises UserError if the networks don't fit.
+    (sec. 4.1), so D is the source's for any codes; averaged ones change it a little. With another number of
+    classes, the class embedding keeps its initial weights too, and a line says so. Raises UserError if the
+    networks don't fit.
     """
     path, weights, args, in_our_order = read_network(source)
     try:

@@ -243,6 +243,7 @@ def setup(config):
 
     run.images, run.labels, num_classes = data.load(dataset)
     fit_to_images(config, run.images.shape, num_classes)
+    config["encoder_identity"] = 0  # of an encoder that is trained here
     encoder = read_encoder(config, run.images.shape) if given else None
     config["conditioning"] = conditioning if conditioning != "auto" else "average" if given else "attention"
     run.train_indices, run.held_out_indices = data.split(len(run.images), config["held_out"])
