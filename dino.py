@@ -88,8 +88,8 @@ def draw_masks(count, side, g, share=(0.1, 0.5), least=4):
     """Hides patches in half of `count` crops of side x side patches. -> (count, side^2) bool, on the CPU
 
     Of this half, chosen at random, the k-th crop hides a share from the k-th slice of `share`. least = 1 hides single
-    patches. With more, rectangles of at least so many patches and an aspect of 0.3 ... 1 / 0.3 are added, until the
-    number is reached or ten in a row don't fit (BEiT, DINOv2). On 4 x 4 patches, least = 4 leaves most masks empty.
+    patches. With more, rectangles of about so many patches or more, and an aspect of 0.3 ... 1 / 0.3, are added, until
+    the number is reached or ten in a row don't fit (BEiT, DINOv2).
     """
     number = count // 2
     edges = torch.linspace(*share, number + 1)

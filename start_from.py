@@ -135,7 +135,7 @@ def start_from_dinov2(path, encoder):
     require(not missing, f"{path} lacks {len(missing)} of the {len(here)} weights of this ViT, {missing[:1]}. {mend}")
     require(not unknown, f"{path} has {len(unknown)} weights that this ViT lacks, {unknown[:1]}. {mend}")
     try:
-        weights["pos_embed"] = positions(weights["pos_embed"], encoder.img_resolution // encoder.patch)
+        weights["pos_embed"] = positions(weights["pos_embed"].float(), encoder.img_resolution // encoder.patch)
     except (RuntimeError, ValueError):
         pass  # its shape is reported below
     other = [f"{name} is {[*weights[name].shape]} there, {[*p.shape]} here" for name, p in here.items()

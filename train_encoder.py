@@ -232,6 +232,9 @@ def setup(config):
     for name in ("global_area", "local_area", "mask_share"):
         require(len(config[name]) == 2 and 0 < config[name][0] <= config[name][1] <= 1,
                 f"{name} takes two shares, such as 0.1,0.5, not {config[name]}")
+    for name, count in (("jitter", 4), ("blur_prob", 3), ("blur_sigma", 2)):
+        require(len(config[name]) == count and min(config[name]) >= 0,
+                f"{name} has {count} numbers, none negative: not {config[name]}")
     run = training.start(config, "encoder", "train_encoder")
     run.lower, _checkpoint_path = "--lr", run.path
     require(targets != "sinkhorn" or batch_size > 1,
@@ -253,7 +256,8 @@ def setup(config):
         img_resolution=config["global_size"], img_channels=run.images.shape[3])
     torch.manual_seed(seed)
     try:
-        run.model, run.ema = (Distilled(**run.model_args).to(run.device) for _ in range(2))
+        run.model, run.ema = (Distilled(**run.model_args).to(run.device, memory_format=torch.channels_last)
+                              for _ in range(2))
     except ValueError as error:  # sizes that don't fit each other
         raise UserError(error) from None
     run.ema.eval().requires_grad_(False)
@@ -305,7 +309,8 @@ def fit_to_images(config, shape):
         (f"images have {channels} channels: colours are jittered for 1 or 3", channels not in (1, 3)),
         (f"crops of {max(size, local)} pixels are larger than the images, which have {height}: {fits}",
          max(size, local) > height),
-        (f"patch {side} does not divide crops of {size} and {local} pixels: {fits}", size % side or local % side)) if wrong]
+        (f"patch {side} does not divide crops of {size} and {local} pixels: {fits}",
+         size % side or local % side)) if wrong]
     require(not misfits, "; ".join(misfits))
 
 
@@ -347,7 +352,7 @@ def collapse(run, line, count=10_000):
           f"{codebook_size} entries (perplexity)")
     apart = line["mean_entropy"] - line["teacher_entropy"]
     possible = min(1, codebook_size ** num_latents / len(shown))
-    if distinct > possible / 2 and apart > 0.02 * math.log(prototypes):
+    if distinct > possible / 10 and apart > 0.01 * math.log(prototypes):
         return ""
     return (f"the encoder has collapsed: {distinct:.1%} of the codes are distinct, and the teacher's answers tell "
             f"images apart by {apart:.2f} of {math.log(prototypes):.2f} nats. {run.path} is kept. Try images with more "
