@@ -2,8 +2,8 @@
 What should a denoiser be told? Codes or embeddings, learned with it or without it (DLC sec. 5.1, 5.2, Table 3).
 
     python compare_conditions.py
-    python compare_conditions.py --seeds="(0,)" --encoder_images=6_400 --total_images=6_400 --prior_images=20_000 \
-        --num_images=500 --pairs=4      # a first look
+    python compare_conditions.py --seeds="(0,)" --encoder_images=16_000 --total_images=10_000 --ar_images=20_000 \
+        --sedd_images=20_000 --rdm_images=300_000 --num_images=500 --pairs=4        # a first look
 
 For each seed, self-supervision trains one encoder, and equal networks train on equally many images, without class
 labels, but for one as a mark:
@@ -15,8 +15,8 @@ labels, but for one as a mark:
     random-mlp      a random frozen MLP of the embedding, as RCG is described
 
 Each condition is true, that of training images, or drawn by a prior: codes by SEDD and the autoregressive prior,
-embeddings by RDM. The gap between the two is DLC's point. RDM trains on more vectors than the others on codes, so that
-it costs as much; the table has each prior's seconds.
+embeddings by RDM. The gap between the two is DLC's point. RDM trains on more vectors than SEDD on codes, so that it
+costs as much; the table has each prior's seconds.
 
 Two images' conditions are composed: codes position by position, anew for each sample; embeddings by their mean. The
 Vendi score tells how different the samples of one pair are, beside those of a single image.
@@ -48,8 +48,9 @@ out_dir = "out/conditions"
 seeds = (0, 1, 2)
 encoder_images = 56_000  # that the self-supervised encoder trains on
 total_images = 100_000  # that each denoiser trains on
-prior_images = 150_000  # codes that a prior trains on
-rdm_images = 2_400_000  # embeddings that RDM trains on: at these sizes, as much work
+ar_images = 150_000  # codes that the autoregressive prior trains on: on few codes, more overfits
+sedd_images = 375_000  # codes that SEDD trains on
+rdm_images = 6_000_000  # embeddings that RDM trains on: at these sizes, as much work as SEDD's
 num_images = 2_000  # samples measured in each row
 pairs = 20  # of images whose conditions are composed
 per_pair = 50  # samples of each composition, and of each of its images
@@ -57,7 +58,7 @@ features = "classifier"  # for eval_fid.py; or "inception"
 device = "auto"  # of the Vendi score's features
 encoder_config = ""  # a config file for train_encoder.py
 stage1_config = "config/finetune.py"  # for train_stage1.py, of all models
-prior_config = ""  # for train_prior.py
+prior_config = ""  # for train_prior.py, of all priors of codes
 
 MODELS = {  # name: its settings of train_stage1.py, its priors
     "plain": (["--num_latents=0"], ()),
@@ -66,8 +67,8 @@ MODELS = {  # name: its settings of train_stage1.py, its priors
     "codes": (["--codes=ENCODER"], ("sedd", "ar")),
     "embedding": (["--codes=ENCODER", "--conditioning=embedding"], ("rdm",)),
     "random-mlp": (["--codes=ENCODER", "--conditioning=random-mlp"], ("rdm",))}
-RDM = ["--layers=6", "--dim=512"]
 PRIORS = {"sedd": "SEDD", "ar": "AR", "rdm": "RDM"}
+RDM = ["--layers=6", "--dim=512"]  # its network
 
 
 def folder_of(model, seed):
@@ -86,20 +87,25 @@ def train(seed):
         run("train_stage1.py", stage1_config, f"--total_images={total_images}", f"--seed={seed}", f"--out_dir={folder}",
             *settings)
         for prior in priors:
-            run("train_prior.py", prior_config, f"--prior={prior}", f"--seed={seed}", f"--out_dir={folder}",
-                *([f"--total_images={rdm_images}", *RDM] if prior == "rdm" else [f"--total_images={prior_images}"]))
+            images = {"ar": ar_images, "sedd": sedd_images, "rdm": rdm_images}[prior]
+            run("train_prior.py", *(RDM if prior == "rdm" else [prior_config]), f"--prior={prior}", f"--seed={seed}",
+                f"--total_images={images}", f"--out_dir={folder}", f"--log_every={-(-images // 15)}")
         if priors and not done(folder / "probe.json", folder / "stage1.pt"):
             run("probe.py", f"--out_dir={folder}")
 
 
-def measured(folder, name, dataset, settings):
-    """-> what eval_fid.py says of samples with these settings of sample.py, which are made if need be"""
-    result = folder / f"{name}.{features}.json"
-    if not done(folder / f"{name}.npz", *folder.glob("*.pt")):
-        run("sample.py", f"--out_dir={folder}", f"--name={name}", f"--num_images={num_images}", "--per_code=1",
-            *settings)
-    if not done(result, folder / f"{name}.npz"):
-        run("eval_fid.py", f"--images={folder}/{name}.npz", f"--reference={dataset}", f"--features={features}")
+def measured(files, name, dataset, count, by, *settings):
+    """-> what eval_fid.py says of `count` samples, made if need be, and kept as NAME.npz
+
+    files: checkpoints of a folder that they depend on; by: --features; settings: of sample.py
+    """
+    samples = files[0].parent / f"{name}-{count}.npz"
+    result = samples.with_suffix(f".{by}.json")
+    if not done(samples, *files):
+        run("sample.py", f"--out_dir={samples.parent}", f"--name={samples.stem}", f"--num_images={count}",
+            "--per_code=1", *settings)
+    if not done(result, samples):
+        run("eval_fid.py", f"--images={samples}", f"--reference={dataset}", f"--features={by}")
     return json.loads(result.read_text())
 
 
@@ -165,20 +171,21 @@ def composed(folder, sources, dataset):
 
 def rows_of(seed, dataset, held_out):
     """-> a dict of measures for each model and condition of a seed"""
-    rows, sources = [], source_images(dataset, held_out)
+    rows, sources, how = [], source_images(dataset, held_out), (dataset, num_images, features)
     for model, (_, priors) in MODELS.items():
         folder = folder_of(model, seed)
+        stage1 = folder / "stage1.pt"
         if not priors:
-            rows.append(dict(seed=seed, model=model, condition="") | measured(folder, f"{num_images}", dataset, []))
+            rows.append(dict(seed=seed, model=model, condition="") | measured([stage1], "none", *how))
             continue
         probe = json.loads((folder / "probe.json").read_text())
         vendi = composed(folder, sources, dataset)
         of_model = {"linear probe": probe["codes" if "codes" in probe else "embedding"]["linear"],
                     "Vendi, composed": vendi["composed"], "Vendi, of one image": vendi["single"]}
-        true = measured(folder, f"true-{num_images}", dataset, [f"--encode={dataset}"])
+        true = measured([stage1], "true", *how, f"--encode={dataset}")
         rows.append(dict(seed=seed, model=model, condition="true") | of_model | true)
         for prior in priors:
-            made = measured(folder, f"{prior}-{num_images}", dataset, [f"--prior={prior}"])
+            made = measured([stage1, folder / f"prior_{prior}.pt"], prior, *how, f"--prior={prior}")
             rows.append(dict(seed=seed, model=model, condition=PRIORS[prior]) | made
                         | {"prior's seconds": seconds_of(folder / f"prior_{prior}.jsonl")})
     return rows
