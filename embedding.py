@@ -40,7 +40,7 @@ class FrozenEmbedding(SEMEncoder):
         D = embedding_dim("embedding", **settings)
         self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, 2 * D), nn.GELU(),
                                  nn.Linear(2 * D, embedding_dim(kind, **settings))) if kind == "random-mlp" else None
-        self.requires_grad_(False)
+        self.requires_grad_(False).eval()
 
     def train(self, mode=True):
         return super().train(False)

@@ -81,13 +81,15 @@ def test_conditions_are_compared_once(commands, tmp_path, monkeypatch):
     text = (tmp_path / "compare_conditions.txt").read_text()
     lines = text.splitlines()
     assert lines[2].split() == ["linear", "probe", "FD-classifier", "KID", "Vendi", "score", "prior's", "seconds"]
-    table = {line[:22].strip(): line[22:].split() for line in lines[3:]}
+    table = {line[:22].strip(): line[22:].split() for line in lines[3:14]}
     assert table["plain"] == ["9", "0.5", "2"] and table["codes, true"] == ["0.75", "9", "0.5", "2"]  # "none-2000"
     assert table["random-mlp, RDM"] == ["8", "0.5", "2", "1.6e+04"] and table["embedding, true"][0] == "0.25"
     rows = [json.loads(line) for line in (tmp_path / "compare_conditions.jsonl").read_text().splitlines()]
     assert len(rows) == 11 and sum(row["condition"] == "true" for row in rows) == 4
     first, second = (np.load(tmp_path / f"{name}-2.npz")["images"].flatten() for name in ("first", "second"))
     assert not {*first} & {*second} and (first % 3 != second % 3).all()  # of different classes
+    for name in ("first", "second"):
+        os.utime(tmp_path / f"{name}-2.npz", (time.time() - 10,) * 2)
     commands.clear()
     compare_conditions.main(["--seeds=(0,)", "--pairs=2", "--per_pair=4"])
     assert {script for script, _ in commands} == {"train_encoder.py", "train_stage1.py", "train_prior.py"}

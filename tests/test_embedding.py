@@ -81,7 +81,7 @@ def test_from_stage_1_to_samples(few, tmp_path, kind, size):  # noqa: F811
         run("sample.py", f"--out_dir={tmp_path}", *SAMPLE, "--code=1,2")
 
 
-def test_codes_and_embeddings_are_not_confused(few, trained, tmp_path):  # noqa: F811
+def test_codes_and_embeddings_are_not_confused(trained, tmp_path):
     with pytest.raises(UserError, match="name its folder by --codes"):
         run("train_stage1.py", f"--out_dir={tmp_path}", *UNCONDITIONAL, "--conditioning=embedding")
     with pytest.raises(UserError, match="RDM draws embeddings"):
