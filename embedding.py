@@ -1,9 +1,9 @@
 """
 Embeddings in place of codes: what Discrete Latent Codes compares itself with (DLC sec. 5.1, Table 3).
 
-    python train_stage1.py --codes=FOLDER --conditioning=embedding      # class and register tokens of the encoder
-    python train_stage1.py --codes=FOLDER --conditioning=random-mlp     # a random frozen MLP of them, as RCG is described
-    python train_prior.py --prior=rdm && python sample.py --prior=rdm   # rdm.py draws embeddings
+    python train_stage1.py --codes=FOLDER --conditioning=embedding     # class and register tokens of the encoder
+    python train_stage1.py --codes=FOLDER --conditioning=random-mlp    # a random frozen MLP of them, as for RCG
+    python train_prior.py --prior=rdm && python sample.py --prior=rdm  # rdm.py draws embeddings
 
 An embedding is D numbers. It goes the way of a code of m = D positions with k = 1: "hard codes" (B, m) are then
 float, and logits (B, m, 1) are the numbers themselves.

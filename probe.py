@@ -41,7 +41,7 @@ dataset = ""  # a prepared data set with labels; "": the one that the encoder wa
 held_out = -1  # test images; -1: as many as in the encoder's training, the same ones. More: they begin with these
 num_train = 50_000  # training images, at most
 k = 20  # neighbours
-T = 0.07
+temperature = 0.07  # T: a neighbour votes exp(cosine / T)
 seed = 0  # of the random weights
 batch_size = 500
 device = "auto"
@@ -185,11 +185,11 @@ def main(argv=()):
             perplexity, distinct = code_usage(x, codebook_size)
             found[title] |= dict(perplexity=perplexity.tolist(), distinct=distinct)
             x, x_test = (F.one_hot(codes, codebook_size).flatten(1).float() for codes in (x, x_test))
-        for how, guess in (("linear", linear_probe(x, c, x_test)), ("knn", nearest_neighbours(x, c, x_test, k, T))):
-            found[title][how] = (guess == c_test).double().mean().item()
+        guesses = dict(linear=linear_probe(x, c, x_test), knn=nearest_neighbours(x, c, x_test, k, temperature))
+        found[title] |= {how: (guess == c_test).double().mean().item() for how, guess in guesses.items()}
 
     print(f"{path}: {f'codes of {m} x {codebook_size}' if codebook_size > 1 else f'embeddings of {m}'}; {name}, "
-          f"{len(train):,} images to train on, {len(test):,} to test; k = {k}, T = {T:g}; +-: standard error")
+          f"{len(train):,} images to train on, {len(test):,} to test; k = {k}, T = {temperature:g}; +-: standard error")
     print(f"{'right, per cent':28}{'linear probe':>16}{'k-NN':>16}{'codes in use':>16}{'distinct codes':>16}")
     for title, row in found.items():
         line = f"{title:28}"
@@ -199,8 +199,8 @@ def main(argv=()):
             line += f"{np.mean(row['perplexity']):10.1f} of {codebook_size:2d}{100 * row['distinct']:14.1f} %"
         print(line)
     with atomic(f"{out_dir}/probe.json") as file:
-        file.write(json.dumps(dict(encoder=path, dataset=name, train=len(train), test=len(test), k=k, T=T) | found,
-                              indent=1).encode())
+        head = dict(encoder=path, dataset=name, train=len(train), test=len(test), k=k, temperature=temperature)
+        file.write(json.dumps(head | found, indent=1).encode())
     print(f"{out_dir}/probe.json is ready")
 
 

@@ -96,7 +96,7 @@ def test_of_both_encoders(small_set, tmp_path):
     assert found["pixels"]["linear"] > 0.3  # of ten classes
     for mistake, message in (("--dataset=none", "no class labels"), ("--dataset=colour", "the encoder takes"),
                              ("--k=500", "k is 500 neighbours"), ("--held_out=150", "at most half"),
-                             ("--T=0", "T must be positive")):
+                             ("--temperature=0", "temperature must be positive")):
         with pytest.raises(UserError, match=message):
             run("probe.py", f"--out_dir={tmp_path}", "--device=cpu", mistake)
 
