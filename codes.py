@@ -48,7 +48,8 @@ def composed(rows, first, second, device):
     """Rows in fours: the first code, the second, and two mixtures of both (DLC sec. 5.2).
 
     A mixture takes each position from either code, by the toss of a coin; of embeddings, which are float, it is the
-    mean. rows: row numbers int64 (R,); first, second: codes (R, m). -> codes (R, m); bool (R,), the rows that have the first's class
+    mean. rows: row numbers int64 (R,); first, second: codes (R, m). -> codes (R, m); bool (R,), the rows that have
+    the first's class
     """
     turn = torch.from_numpy(rows % 4).to(first.device)
     coins = SeededNoise("compose", rows, device).rand(first.shape[1]) < 0.5

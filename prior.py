@@ -3,9 +3,10 @@ The autoregressive prior over codes, p(z | c) = prod_i p(z_i | z_<i, c), of DisC
 
 Every prior is an nn.Module over codes int64 (B, m) with k values each, and class labels int64 (B,), -1
 for "no class". It has three methods: `loss`, which training minimises; `nats`, -ln p(z | c) or a bound
-on it (`nats_is_a_bound` says which); and `sample`. The settings of train_prior.py that its constructor
-names, and those of sample.py that `sample` names, reach it. The other prior of codes is in sedd.py, the
-prior of embeddings in rdm.py; trained.py lists all. Another needs one new file, and its name in that list.
+on it (`nats_is_a_bound` says which; `unit` is "bits"); and `sample`. The settings of train_prior.py that
+its constructor names, and those of sample.py that `sample` names, reach it. The other prior of codes is
+in sedd.py, the prior of embeddings in rdm.py; trained.py lists all. Another needs one new file, and its
+name in that list.
 """
 
 import math
@@ -32,7 +33,7 @@ def class_rows(table, labels, batch):
 
 
 def mean_bits(prior, logits, labels, draws, g_codes, g_noise):
-    """`prior.nats` in bits, (B,): the mean over draws of codes from the encoder's logits (B, m, k). (Of RDM: its loss.)"""
+    """`prior.nats` in bits, (B,): the mean over draws of codes from the encoder's logits (B, m, k). (RDM: its loss.)"""
     nats = 0
     for _ in range(draws):
         nats += prior.nats(draw_codes(logits, gumbel_noise(logits.shape, g_codes)), labels, g_noise)

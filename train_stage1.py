@@ -227,6 +227,7 @@ def setup(config):
     given = bool(codes and num_latents)  # num_latents=0 leaves plain EDM of a configuration with codes
     require(not given or is_default(globals(), "num_latents") and is_default(globals(), "codebook_size"),
             "--codes brings its encoder's num_latents and codebook_size: leave these settings out")
+    require(codebook_size > 1 or not num_latents, "a code of 1 value says nothing: codebook_size is 2 or more, not 1")
     require(given or conditioning not in EMBEDDINGS or not num_latents,
             f"--conditioning={conditioning} is of an encoder that was trained before: name its folder by --codes")
     require(not given or encoder_lr == 0, f"--codes takes an encoder as it is: encoder_lr must be 0, not {encoder_lr}")
@@ -420,7 +421,8 @@ def train(run, signals):
     bar.close()
     if run.master and seen >= total_images:
         print_losses(run)
-        print(f"{run.path} is ready" + (f"; next: python train_prior.py --out_dir={out_dir}" if num_latents else ""))
+        how = " --prior=rdm" * (conditioning in EMBEDDINGS)
+        print(f"{run.path} is ready" + (f"; next: python train_prior.py --out_dir={out_dir}{how}" if num_latents else ""))
     training.finish(run, stopped, "images")
 
 
