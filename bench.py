@@ -301,8 +301,9 @@ def main(argv=()):
             f"there is no file {config}; --config=default is the default")
     _, world, place = start_processes(device)
     require(world == 1, "bench.py measures one process: run it without torchrun")
-    configs = [config] if config else ["default", *sorted(str(path) for path in (data.HERE / "config").glob("*.py")
-                                                       if "dlc" not in path.stem and "encoder" not in path.stem)]
+    of_repository = sorted(str(path) for path in (data.HERE / "config").glob("*.py")
+                           if "_encoder" not in path.stem and "dlc" not in path.stem)
+    configs = [config] if config else ["default", *of_repository]
     on = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{on}, torch {torch.__version__}; GFLOP per image; medians of {rounds} rounds")
     print(f"{'':30}{'training: images a second':>40}{'evaluation: images a second':>35}{'peak':>8}")

@@ -26,19 +26,36 @@ from trained import load_encoder
 from vit import SEMEncoder
 
 
-def read_encoder(config, shape):
-    """-> the weights of the encoder in the folder config["codes"], which train_encoder.py trained
+def read_encoder(config, shape, chosen):
+    """-> the weights of the encoder in the folder config["codes"], which train_encoder.py trained; None if no folder
+    is named, or num_latents = 0 asks for plain EDM
 
-    shape: of the images, (N, H, W, C). Sets in config what comes from the encoder: m and k, its own settings, its
-    checksum, by which a run that continues knows it, and no first phase. Raises UserError if there is no encoder, or if
-    it doesn't fit.
+    shape: of the images, (N, H, W, C); chosen: those settings of the codes that the user has chosen. Sets in config how
+    codes reach the denoiser, and what comes from the encoder: m and k, its own settings, its checksum, by which a run
+    that continues knows it, and no first phase. Raises UserError if there is no encoder, or if it doesn't fit.
     """
-    folder, dataset = config["codes"], config["dataset"]
+    folder, dataset, conditioning = (config[name] for name in ("codes", "dataset", "conditioning"))
+    require(conditioning in ("auto", "attention", "average", *EMBEDDINGS),
+            f"--conditioning is attention, average, {', '.join(EMBEDDINGS)} or auto, not {conditioning}")
+    given = bool(folder and config["num_latents"])
+    if conditioning == "auto":
+        config["conditioning"] = "average" if given else "attention"
+    config["encoder_identity"] = 0
+    require(config["codebook_size"] > 1 or not config["num_latents"],
+            "a code of 1 value says nothing: codebook_size is 2 or more, not 1")
+    require(given or conditioning not in EMBEDDINGS or not config["num_latents"],
+            f"--conditioning={conditioning} is of an encoder that was trained before: name its folder by --codes")
+    if not given:
+        return None
+    require(not chosen, f"--codes brings its encoder's num_latents and codebook_size: leave {' and '.join(chosen)} out")
+    require(config["encoder_lr"] == 0,
+            f"--codes takes an encoder as it is: encoder_lr must be 0, not {config['encoder_lr']}")
     encoder, checkpoint = load_encoder(folder)
     args, trained_on = checkpoint["model_args"], checkpoint["config"]["dataset"]
-    require(shape[3] == args["img_channels"] and shape[1] >= encoder.img_resolution,
-            f"the encoder in {folder} reads {encoder.img_resolution} pixels and {args['img_channels']} channels, "
-            f"images of {dataset} have {shape[1]} and {shape[3]}: train one, `python train_encoder.py --dataset={dataset}`")
+    size, channels = encoder.img_resolution, args["img_channels"]
+    require(shape[3] == channels and shape[1] >= size,
+            f"the encoder in {folder} reads {size} pixels and {channels} channels, images of {dataset} have {shape[1]} "
+            f"and {shape[3]}: train one, `python train_encoder.py --dataset={dataset}`")
     if trained_on != dataset:
         say(f"the encoder in {folder} was trained on {trained_on}: its codes may tell less of {dataset}")
     config |= dict(num_latents=encoder.num_latents, codebook_size=encoder.codebook_size, coarse_images=0,

@@ -205,7 +205,7 @@ class DINOHead(nn.Module):
         self.last_layer = Prototypes(head_bottleneck, prototypes)
 
     def forward(self, x):
-        return self.last_layer(F.normalize(self.mlp(x).float(), dim=-1))
+        return float32(lambda x: self.last_layer(F.normalize(x, dim=-1)), self.mlp(x))
 
 
 class Distilled(nn.Module):

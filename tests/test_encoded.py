@@ -155,6 +155,15 @@ def test_num_latents_0_is_plain_edm(few, tmp_path):
     assert same_training(*(checkpoint(tmp_path / name) for name in ("plain", "codes")))
 
 
+def test_averaged_codes_learn_m_times_as_fast(few, encoder, tmp_path):
+    """As rows that are summed up would. So that the table alone has another rate, and the setting says any."""
+    for settings, rates in (([], [0.002, 0.008, 0]), (["--conditioning=attention"], [0.002, 0.002, 0]), (["--code_lr=0.5"], [0.002, 0.5, 0])):
+        stage1 = Script("train_stage1.py", "default", tmp_path, "cpu", *GIVEN, f"--codes={encoder}", *settings)
+        stage1.gradients(3)
+        stage1.update(24)
+        assert [group["lr"] for group in stage1.optimizer.param_groups] == pytest.approx(rates)
+
+
 def test_attention_reads_given_codes_too(few, encoder, tmp_path):
     run("train_stage1.py", f"--out_dir={tmp_path}", *GIVEN, f"--codes={encoder}", "--conditioning=attention")
     state = checkpoint(tmp_path)
@@ -206,8 +215,8 @@ def test_encoders_that_do_not_fit(few, encoder, tmp_path, capsys):
 
 @pytest.mark.parametrize("settings, message", [
     (["--codes=nowhere"], "there is no checkpoint nowhere/encoder.pt: run `python train_encoder.py --out_dir=nowhere` first"),
-    (["--codes=ENCODER", "--num_latents=3"], "--codes brings its encoder's num_latents and codebook_size: leave these settings out"),
-    (["--codes=ENCODER", "--codebook_size=5"], "leave these settings out"),
+    (["--codes=ENCODER", "--num_latents=3"], "--codes brings its encoder's num_latents and codebook_size: leave num_latents out"),
+    (["--codes=ENCODER", "--codebook_size=5"], "leave codebook_size out"),
     (["--codes=ENCODER", "--encoder_lr=1e-4"], "encoder_lr must be 0, not 0.0001"),
     (["--conditioning=mean"], "--conditioning is attention, average or auto, not mean"),
 ])
