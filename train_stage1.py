@@ -102,7 +102,7 @@ coarse_batch = 128
 coarse_lr = 1e-3
 coarse_spread = 0.003  # weight of the entropy, in nats, of each latent's codes: it keeps all codes in use
 # optimisation: EDM's
-total_images = 33_000  # to train on, in all
+total_images = 40_000  # to train on, in all
 batch_size = 8  # over all processes
 batch_gpu = 512  # the most images in one process at once; a larger share accumulates gradients
 lr = 2e-3
