@@ -94,8 +94,10 @@ def table(found):
     lines += ["", f"FD with remasking, {sedd_steps} steps; +-: standard deviation of {eta_samples} sets of samples", "",
               f"{'eta':>9}" + "".join(f"{f'{L} x {entries // L}':>20}" for L in found)]
     for eta in first["etas"]:
-        sets = [row["etas"][eta] for row in found.values()]
-        lines.append(f"{eta:>9}" + "".join(f"{np.mean(values):11.4f} +- {np.std(values):.4f}" for values in sets))
+        sets = np.array([row["etas"][eta] for row in found.values()])
+        spreads = sets.std(1, ddof=1) if eta_samples > 1 else [np.nan] * len(sets)
+        lines.append(f"{eta:>9}" + "".join(f"{f'{mean:.4f} +- {spread:.4f}':>20}" for mean, spread in
+                                           zip(sets.mean(1), spreads)))
     return lines
 
 
@@ -108,7 +110,8 @@ def draw(found):
     row = []
     for title, (name, of_lengths) in curves.items():
         x, y = np.concatenate([np.array(points) for points in of_lengths.values()]).T
-        axes = Axes((0, max(x.max(), 1e-9) * 1.05), (0, y.max() * 1.3), title, name, size=(420, 340))
+        low = 0.9 * y.min()
+        axes = Axes((0, max(x.max(), 1e-9) * 1.05), (low, y.max() + 0.4 * (y.max() - low)), title, name, size=(420, 340))
         for (L, points), colour in zip(of_lengths.items(), COLOURS):
             axes.line(points, colour, dots=True, label=f"{L} x {entries // L}")
         row.append(axes)
