@@ -111,7 +111,8 @@ def draw(found):
     for title, (name, of_lengths) in curves.items():
         x, y = np.concatenate([np.array(points) for points in of_lengths.values()]).T
         low = 0.9 * y.min()
-        axes = Axes((0, max(x.max(), 1e-9) * 1.05), (low, y.max() + 0.4 * (y.max() - low)), title, name, size=(420, 340))
+        limits = (0, max(x.max(), 1e-9) * 1.05), (low, y.max() + 0.4 * (y.max() - low))
+        axes = Axes(*limits, title, name, size=(420, 340))
         for (L, points), colour in zip(of_lengths.items(), COLOURS):
             axes.line(points, colour, dots=True, label=f"{L} x {entries // L}")
         row.append(axes)
