@@ -4,7 +4,7 @@ What an encoder says of all images, computed once and kept in a file of the run'
 
 DisCo-Diff draws an image's codes anew at each visit: the file has logits, in half precision (2.6 GB for ImageNet-64
 with m = 10 and k = 100). The codes of a FrozenEncoder are certain: the file has these (0.7 GB for ImageNet with
-m = 512 and k = 256, twice that if images are mirrored).
+m = 512 and k = 256, twice that if images are mirrored). So are the numbers of a FrozenEmbedding.
 """
 
 import contextlib
@@ -17,7 +17,8 @@ import torch
 import data
 from checkpoint import atomic, weights_checksum
 from configurator import UserError, arguments_of, require, say
-from model import FrozenEncoder, certain
+from embedding import EMBEDDINGS, FrozenEmbedding, embedding_dim
+from model import FrozenEncoder, certain, draw_codes
 from npz import write_npy_header
 from processes import barrier, on_any_process, sum_over_processes
 from run import alone, progress
@@ -34,12 +35,16 @@ def read_encoder(config, shape, chosen):
     that continues knows it, and no first phase. Raises UserError if there is no encoder, or if it doesn't fit.
     """
     folder, dataset, conditioning = (config[name] for name in ("codes", "dataset", "conditioning"))
-    require(conditioning in ("auto", "attention", "average"),
-            f"--conditioning is attention, average or auto, not {conditioning}")
+    require(conditioning in ("auto", "attention", "average", *EMBEDDINGS),
+            f"--conditioning is attention, average, {', '.join(EMBEDDINGS)} or auto, not {conditioning}")
     given = bool(folder and config["num_latents"])
     if conditioning == "auto":
         config["conditioning"] = "average" if given else "attention"
     config["encoder_identity"] = 0
+    require(config["codebook_size"] > 1 or not config["num_latents"],
+            "a code of 1 value says nothing: codebook_size is 2 or more, not 1")
+    require(given or conditioning not in EMBEDDINGS or not config["num_latents"],
+            f"--conditioning={conditioning} is of an encoder that was trained before: name its folder by --codes")
     if not given:
         return None
     require(not chosen, f"--codes brings its encoder's num_latents and codebook_size: leave {' and '.join(chosen)} out")
@@ -55,6 +60,8 @@ def read_encoder(config, shape, chosen):
         say(f"the encoder in {folder} was trained on {trained_on}: its codes may tell less of {dataset}")
     config |= dict(num_latents=encoder.num_latents, codebook_size=encoder.codebook_size, coarse_images=0,
                    frozen=arguments_of(args, SEMEncoder), encoder_identity=weights_checksum(encoder.state_dict()))
+    if config["conditioning"] in EMBEDDINGS:
+        config |= dict(num_latents=embedding_dim(config["conditioning"], **config["frozen"]), codebook_size=1)
     return encoder.state_dict()
 
 
@@ -68,10 +75,11 @@ class Encoded:
 
     def __init__(self, run, model, flips, limit=math.inf):
         self.model, self.images, self.device, self.kept = model, run.images, run.device, None
-        self.certain = isinstance(model.encoder, FrozenEncoder)
+        self.certain = isinstance(model.encoder, (FrozenEncoder, FrozenEmbedding))
         kind, shape, dtype = "logits", (flips, len(run.images), model.num_latents, model.codebook_size), np.float16
         if self.certain:
             kind, shape, dtype = "codes", shape[:3], np.min_scalar_type(model.codebook_size - 1)
+            dtype = np.float32 if isinstance(model.encoder, FrozenEmbedding) else dtype
         if math.prod(shape) * np.dtype(dtype).itemsize > limit:
             return
         folder, of_images = Path(run.config["out_dir"]), data.data_checksum(run.images, run.labels)
@@ -102,7 +110,7 @@ class Encoded:
             mine = np.arange(start + run.rank * size, min(start + (run.rank + 1) * size, count))
             if len(mine):
                 logits = self.encode(mine, np.full(len(mine), bool(flip)))
-                said[mine - start] = (logits.argmax(-1) if self.certain else logits).cpu().float()
+                said[mine - start] = (draw_codes(logits, 0) if self.certain else logits).cpu().float()
             sum_over_processes(said)
             yield said
 
@@ -123,6 +131,8 @@ class Encoded:
         return kept.to(self.device, non_blocking=True).float()
 
     def codes(self, indices, flip):
-        """-> codes int64 (B, m) of a FrozenEncoder, from the file; as in `logits`, but flip is on the device"""
-        kept = torch.from_numpy(self.kept[:, indices]).to(self.device, non_blocking=True).long()
+        """-> codes int64 (B, m) of a FrozenEncoder, or embeddings float (B, m), from the file; as in `logits`, but flip
+        is on the device"""
+        kept = torch.from_numpy(self.kept[:, indices]).to(self.device, non_blocking=True)
+        kept = kept if kept.is_floating_point() else kept.long()
         return torch.where(flip[:, None], kept[-1], kept[0])

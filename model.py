@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from diffusion import guided, within
 from dit import DiT
+from embedding import EMBEDDINGS, FrozenEmbedding, LinearCondition
 from transformer import float32, transformer
 from unet import UNet
 from vit import SEMEncoder
@@ -45,8 +46,9 @@ def draw_codes(logits, gumbel):
     """Hard sample of the categorical with these logits: `gumbel_softmax` at tau -> 0. -> int64 (...)
 
     App. D.2 extracts codes with tau = 0.01, which is one-hot to rounding: a sample, not argmax(logits).
+    Logits of k = 1 are numbers of an embedding (embedding.py), which are returned.
     """
-    return (logits + gumbel).argmax(dim=-1)
+    return logits[..., 0] if logits.shape[-1] == 1 else (logits + gumbel).argmax(dim=-1)
 
 
 class LatentTokens(nn.Module):
@@ -124,8 +126,8 @@ class Encoder(nn.Module):
 
 def certain(codes, codebook_size):
     """Logits of codes that are certain, 0 for these and -inf for all others: `draw_codes` and `gumbel_softmax` give
-    exactly these, for any noise. codes: int64 (B, m) -> (B, m, k)"""
-    return F.one_hot(codes, codebook_size).float().log()
+    exactly these, for any noise. codes: int64 (B, m) -> (B, m, k). (Of an embedding's numbers: themselves.)"""
+    return codes[..., None] if codebook_size == 1 else F.one_hot(codes, codebook_size).float().log()
 
 
 class FrozenEncoder(SEMEncoder):
@@ -146,7 +148,8 @@ class DisCoDiff(nn.Module):
     """Denoiser D(x, sigma, z, c) in EDM's preconditioning, and encoder E(y): stage 1 trains both.
 
     num_latents = 0 leaves plain EDM: no encoder, no cross-attention.
-    conditioning: how the denoiser reads the codes, by "attention" (DisCo-Diff) or their "average" (DLC).
+    conditioning: how the denoiser reads the codes, by "attention" (DisCo-Diff) or their "average" (DLC); or what it
+    reads instead, one of embedding.EMBEDDINGS: then k = 1, and codes are float.
     frozen: the settings of a FrozenEncoder, a dict; None: the encoder is trained too.
     x_shape: (C, H, W) of what is denoised, if not the images themselves: latents of a VAE.
     denoiser: its network, one of DENOISERS, which takes the further arguments.
@@ -163,7 +166,10 @@ class DisCoDiff(nn.Module):
         self.conditioning, self.sigma_data = conditioning, sigma_data
         attended = num_latents and conditioning == "attention"
         self.model = DENOISERS[denoiser](size, channels, label_dim, latent_dim=latent_dim if attended else 0, **network)
-        if num_latents:
+        if num_latents and conditioning in EMBEDDINGS:
+            self.latents = LinearCondition(num_latents, self.model.emb_dim)
+            self.encoder = FrozenEmbedding(conditioning, **frozen)
+        elif num_latents:
             self.latents = LatentTokens(num_latents, codebook_size, latent_dim, latent_layers, latent_heads) \
                 if attended else CodeTable(num_latents, codebook_size, self.model.emb_dim)
             self.encoder = FrozenEncoder(**frozen) if frozen else Encoder(
@@ -179,7 +185,7 @@ class DisCoDiff(nn.Module):
         """
         if not self.num_latents:
             return {}
-        if self.conditioning == "average":
+        if self.conditioning != "attention":
             return {"emb": [self.latents(z, drop)]}
         if z.ndim == 2:
             z = F.one_hot(z, self.codebook_size)

@@ -3,9 +3,10 @@ The autoregressive prior over codes, p(z | c) = prod_i p(z_i | z_<i, c), of DisC
 
 Every prior is an nn.Module over codes int64 (B, m) with k values each, and class labels int64 (B,), -1
 for "no class". It has three methods: `loss`, which training minimises; `nats`, -ln p(z | c) or a bound
-on it (`nats_is_a_bound` says which); and `sample`. The settings of train_prior.py that its constructor
-names, and those of sample.py that `sample` names, reach it. The other prior is in sedd.py; trained.py
-lists both. A third prior needs one new file, and its name in that list.
+on it (`nats_is_a_bound` says which; `unit` is "bits"); and `sample`. The settings of train_prior.py that
+its constructor names, and those of sample.py that `sample` names, reach it. The other prior of codes is
+in sedd.py, the prior of embeddings in rdm.py; trained.py lists all. Another needs one new file, and its
+name in that list.
 """
 
 import math
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from model import draw_codes
 from noise import gumbel_noise, has_float64
 from transformer import float32, transformer, zero
+
+UNITS = {"bits": math.log(2), "loss": 1.0}  # of what training reports: how much of what `nats` gives
 
 
 def class_rows(table, labels, batch):
@@ -30,17 +33,17 @@ def class_rows(table, labels, batch):
 
 
 def mean_bits(prior, logits, labels, draws, g_codes, g_noise):
-    """`prior.nats` in bits, (B,): the mean over draws of codes from the encoder's logits (B, m, k)."""
+    """`prior.nats` in bits, (B,): the mean over draws of codes from the encoder's logits (B, m, k). (RDM: its loss.)"""
     nats = 0
     for _ in range(draws):
         nats += prior.nats(draw_codes(logits, gumbel_noise(logits.shape, g_codes)), labels, g_noise)
-    return nats / draws / math.log(2)
+    return nats / draws / UNITS[prior.unit]
 
 
 class Prior(nn.Module):
     """Causal Transformer (App. D.1) whose first token is the class. label_dim = 0: no classes."""
 
-    nats_is_a_bound = False
+    unit, nats_is_a_bound = "bits", False
 
     def __init__(self, num_latents, codebook_size, label_dim=0, layers=12, dim=512, heads=8):
         super().__init__()

@@ -18,7 +18,7 @@ Writes out_dir/NAME.png, a grid, and out_dir/NAME.npz:
 
     images      uint8 (N, H, W, C)
     labels      int64 (N,), -1 without classes
-    codes       int64 (N, m)
+    codes       int64 (N, m); embeddings in their place are float32
     seeds       int64 (N,): image i comes from the seed `seed + i` alone
     nfe         int64 (N,), the denoiser's evaluations; where guidance acts, D(z) and D(null) are two
     seconds     float32 (N,), the image's share of its batch's time
@@ -51,6 +51,7 @@ from noise import SeededNoise
 from npz import is_whole_npz, merge_npz, require_pngs_alone, save_pngs
 from plot import save_grid
 from processes import barrier, leave_processes, start_processes
+from rdm import DDIM_STEPS
 from run import alone, progress, set_precision
 from trained import PRIORS, classes_of, load_prior, load_stage1, load_vae
 
@@ -77,7 +78,7 @@ guidance = 1.0  # w in D~ = w D(z) + (1 - w) D(null), App. B; 1: none. We read T
 guidance_min = 0.0  # noise levels that are guided (Kynkaanniemi et al. 2024; DLC's program has a highest one)
 guidance_max = math.inf
 # codes: which prior, and its sampler
-prior = "ar"  # or "sedd"
+prior = "ar"  # or "sedd"; "rdm" for embeddings in place of codes
 temperature = 1.0  # for "ar"
 sedd_sampler = "first-hitting"  # m evaluations; "analytic" and "euler" (equal for this noise) take sedd_steps
 sedd_steps = 128
@@ -314,6 +315,7 @@ def sample(run):
               + ", D(z) and D(null) in one batch" * (guidance != 1))
         if run.prior:
             steps = run.model.num_latents if sedd_sampler == "first-hitting" else sedd_steps
+            steps = DDIM_STEPS if prior == "rdm" else steps
             print(f"codes of the prior {prior}, {steps} evaluations each"
                   + f", by {sedd_sampler}" * (prior == "sedd"))
     seconds, made = {"codes": 0.0, "images": 0.0}, np.zeros(2, int)

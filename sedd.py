@@ -146,7 +146,7 @@ class SEDD(nn.Module):
     label_dim = 0: no classes. (Lou et al. have rotary positions, and no class.)
     """
 
-    nats_is_a_bound = True
+    unit, nats_is_a_bound = "bits", True
 
     def __init__(self, num_latents, codebook_size, label_dim=0, layers=12, dim=512, heads=8):
         super().__init__()

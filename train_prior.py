@@ -30,7 +30,7 @@ from configurator import UserError, arguments_of, configure, require, require_nu
 from encoded import Encoded
 from model import draw_codes
 from noise import gumbel_noise, seeded_generator
-from prior import mean_bits
+from prior import UNITS, mean_bits
 from processes import max_over_processes
 from run import progress, running
 from trained import PRIORS, load_stage1, load_trained_on
@@ -44,7 +44,7 @@ device = "auto"
 precision = "bf16"  # as in train_stage1.py
 loss_scale = 1.0
 # the Transformer
-prior = "ar"  # autoregressive; "sedd": discrete diffusion
+prior = "ar"  # autoregressive; "sedd": discrete diffusion; "rdm": diffusion of embeddings, in place of codes
 layers = 4
 dim = 128
 heads = 4
@@ -137,6 +137,8 @@ def setup(config):
     run.stage1, stage1 = load_stage1(out_dir, run.device)
     require(run.stage1.num_latents,
             f"{out_dir}/stage1.pt has no discrete latents (num_latents=0): there is nothing to train a prior on")
+    require(run.stage1.codebook_size > 1 or prior == "rdm",
+            f"{out_dir}/stage1.pt reads embeddings, not codes: say --prior=rdm")
     trained_on = load_trained_on(stage1["config"], f"{out_dir}/stage1.pt")
     run.images, run.labels, run.train_indices, run.held_out_indices = trained_on
     run.batches, run.flips = data.Shuffle(run.train_indices, seed), 2 if stage1["config"]["xflip"] else 1
@@ -229,11 +231,12 @@ def print_bits(run):
 def report(run, seen, bar):
     """A line of the log: bits of the training codes, and of held-out codes."""
     steps, (norm, loss) = training.totals(run, run.lower)
-    line = dict(images=seen, bits=loss.item() / steps / math.log(2), grad_norm=norm.item() / steps)
-    shown = {"bits": f"{line['bits']:.2f}"}
+    unit = run.model.unit
+    line = {"images": seen, unit: loss.item() / steps / UNITS[unit], "grad_norm": norm.item() / steps}
+    shown = {unit: f"{line[unit]:.2f}"}
     if run.master and len(run.held_out_indices):
-        line["held_out_bits"] = held_out_bits(run)[0]
-        shown["held-out bits"] = f"{line['held_out_bits']:.2f}"
+        line[f"held_out_{unit}"] = held_out_bits(run)[0]
+        shown[f"held-out {unit}"] = f"{line[f'held_out_{unit}']:.2f}"
     training.write_line(run, line, bar, shown)
 
 
@@ -267,7 +270,7 @@ def train(run, signals):
             training.save(run)
     bar.close()
     if run.master and seen >= total_images:
-        if len(run.held_out_indices):
+        if len(run.held_out_indices) and run.model.unit == "bits":
             print_bits(run)
         print(f"{run.path} is ready; next: python sample.py --out_dir={out_dir}"
               + f" --prior={prior}" * (prior != "ar"))

@@ -47,6 +47,7 @@ import training
 from coarse import warm_up
 from configurator import UserError, arguments_of, configure, is_default, require, require_numbers
 from diffusion import heun, loss_at, loss_weight
+from embedding import EMBEDDINGS
 from encoded import Encoded, read_encoder
 from latents import Latents
 from model import DENOISERS, DisCoDiff, draw_codes
@@ -90,7 +91,8 @@ heads = 6
 num_latents = 8  # m; 0: plain EDM
 codebook_size = 16  # k
 codes = ""  # folder of train_encoder.py, whose codes are given: m and k are its own, and no encoder is trained here
-conditioning = "auto"  # how codes reach the denoiser: "attention" (DisCo-Diff), "average" (DLC; auto with --codes)
+conditioning = "auto"  # how codes reach the denoiser: "attention" (DisCo-Diff), "average" (DLC; auto with --codes);
+# or what takes their place: the encoder's "embedding", or its "random-mlp" (embedding.py)
 tau = 1.0  # Gumbel-Softmax temperature, constant (App. D.2)
 null_prob = 0.1  # probability that the null embedding replaces an image's latents (sec. 3.1)
 latent_dim = 64
@@ -276,7 +278,7 @@ def setup(config):
     run.ema.eval().requires_grad_(False)
     run.code_lr = code_lr or lr * (run.model.num_latents if config["conditioning"] == "average" else 1)
     if encoder:
-        run.model.encoder.load_state_dict(encoder)
+        run.model.encoder.load_state_dict(run.model.encoder.state_dict() | encoder)  # a random MLP stays as it is
         run.ema.encoder = run.model.encoder  # one for both, in memory and in the checkpoint
     parts = (run.model.model, run.model.latents, run.model.encoder) if num_latents else (run.model.model,)
     groups = [dict(params=part.parameters()) for part in parts]
@@ -437,7 +439,8 @@ def train(run, signals):
     bar.close()
     if run.master and seen >= total_images:
         print_losses(run)
-        print(f"{run.path} is ready" + (f"; next: python train_prior.py --out_dir={out_dir}" if num_latents else ""))
+        then = f"; next: python train_prior.py --out_dir={out_dir}" + " --prior=rdm" * (conditioning in EMBEDDINGS)
+        print(f"{run.path} is ready" + then * (num_latents > 0))
     training.finish(run, stopped, "images")
 
 

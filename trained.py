@@ -12,12 +12,13 @@ from checkpoint import atomic, load_checkpoint, read_log, weights_checksum, writ
 from configurator import UserError, require
 from model import DisCoDiff
 from prior import Prior
+from rdm import RDM
 from sedd import SEDD
 from unet import from_edm
 from vae import vae_from
 from vit import Distilled
 
-PRIORS = {"ar": Prior, "sedd": SEDD}  # a new prior needs a file of its own, and a name here
+PRIORS = {"ar": Prior, "sedd": SEDD, "rdm": RDM}  # a new prior needs a file of its own, and a name here
 
 
 def path_of(folder):

@@ -218,7 +218,7 @@ def test_encoders_that_do_not_fit(few, encoder, tmp_path, capsys):
     (["--codes=ENCODER", "--num_latents=3"], "--codes brings its encoder's num_latents and codebook_size: leave num_latents out"),
     (["--codes=ENCODER", "--codebook_size=5"], "leave codebook_size out"),
     (["--codes=ENCODER", "--encoder_lr=1e-4"], "encoder_lr must be 0, not 0.0001"),
-    (["--conditioning=mean"], "--conditioning is attention, average or auto, not mean"),
+    (["--conditioning=mean"], "--conditioning is attention, average, embedding, random-mlp or auto, not mean"),
 ])
 def test_settings_that_do_not_fit(encoder, tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
