@@ -2,7 +2,7 @@
 Warms the encoder up, before stage 1: Alg. 1 on a coarse grid. (Ours, not the papers'.)
 
 A small batch has few images at whose noise level a code can help, so that the encoder's gradient is
-mostly noise, and beside an untrained denoiser the encoder collapses to one code. The paper has 4,096
+mostly noise, and beside an untrained denoiser the encoder can collapse to one code. The paper has 4,096
 images per step instead. Here the encoder first learns beside a small denoiser of averaged images, 7 x 7
 pixels of 28 x 28, at high noise alone. There every image needs its code, and a step costs little. The
 encoder reads whole images, as ever. A small bonus on the entropy of each latent's codes, averaged over
