@@ -112,12 +112,13 @@ def gradients(phase, y, c):
     with phase.autocast:
         D, logits = phase.forward(y, noise, sigma, c, gumbel, drop, phase.config["tau"])
         loss = (loss_weight(sigma, phase.model.sigma_data) * (D - phase.model.averaged(y)) ** 2).mean()
-    p = logits.softmax(-1).mean(0)  # (m, k)
+    of_images = logits.softmax(-1)  # (B, m, k)
+    p = of_images.mean(0)
     used = mean_over_processes(p.detach()).to(p.device).clamp(min=1e-9)
     bonus = -(p * used.log()).sum()  # has the gradient of the entropy
     training.backward(phase, loss - phase.config["coarse_spread"] * bonus)
     training.unscale(phase)
-    return loss.detach(), *training.usage(logits)
+    return loss.detach(), *training.usage(of_images)
 
 
 def warm_up(run, fetch, signals):

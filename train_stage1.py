@@ -166,7 +166,7 @@ def gradients(run, step):
             training.backward(run, loss)
         loss_sum += loss.detach() / y[0].numel()
         if num_latents:
-            codes, entropies = training.usage(logits)
+            codes, entropies = training.usage(logits.detach().softmax(-1))
             code_sum, entropy_sum = code_sum + codes, entropy_sum + entropies
     training.unscale(run)
     return loss_sum, code_sum, entropy_sum

@@ -145,9 +145,9 @@ def reset(run):
     run.sums, run.good, run.steps, run.since = None, 0, 0, time.time()
 
 
-def usage(logits):
-    """Of an encoder's logits (B, m, k) -> sums over the images of code distributions (m, k), and of entropies"""
-    p = logits.detach().softmax(-1)
+def usage(p):
+    """Of code distributions p (B, m, k) -> sums over the images of these (m, k), and of entropies"""
+    p = p.detach()
     return p.sum(0), torch.special.entr(p).sum()
 
 

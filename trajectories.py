@@ -170,7 +170,8 @@ def draw(measured):
                         log_x=True, log_y=not relative, size=(420, 340))
             for arm, colour in zip(measured, COLOURS):
                 if arm in curves:
-                    axes.line(np.stack([x, curves[arm]], 1), colour, 2, dots=True, label="" if relative else arm.split("/")[-1])
+                    label = "" if relative else arm.split("/")[-1]
+                    axes.line(np.stack([x, curves[arm]], 1), colour, 2, dots=True, label=label)
             row.append(axes)
         rows.append(row)
     return figure(rows)
