@@ -131,7 +131,8 @@ def warm_up(run, fetch, signals):
     total, count = run.config["coarse_images"], run.config["coarse_batch"]
     if state["step"] * count >= total:
         return
-    phase, stopped = prepare(run, state), 0
+    phase, stopped, lower = prepare(run, state), 0, run.lower
+    run.lower = "--coarse_lr"
     seen = phase.step * count
     if run.master:
         write_log(phase.log, read_log(phase.log, seen), mode="w")
@@ -163,4 +164,5 @@ def warm_up(run, fetch, signals):
         training.finish(phase, stopped, "images of the encoder's first phase")
     training.draw_curves(phase)
     run.model.encoder.requires_grad_(run.config["encoder_lr"] > 0)
+    run.lower = lower
     training.reset(run)

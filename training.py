@@ -156,7 +156,8 @@ def of_usage(code_sum, entropy_sum, count):
     p = code_sum / count  # (m, k) averaged code distribution
     entropy = torch.special.entr(p).sum(1)
     perplexity = entropy.exp().tolist()  # codes that each latent uses, 1 ... k
-    # what the codes tell about the image: I(z; y) = H(z) - H(z | y), 0 where the encoder ignores it
+    # what each latent tells about the image, I(z_i; y) = H(z_i) - H(z_i | y), added up: codes that repeat each other
+    # count twice. 0 where the encoder ignores the image
     bits = (entropy.sum() - entropy_sum / count).item() / math.log(2)
     used = "/".join(f"{u:.0f}" for u in perplexity[:16])
     return dict(perplexity=perplexity, bits=bits), {"codes used": f"{used} of {p.shape[1]}", "bits": f"{bits:.1f}"}

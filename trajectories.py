@@ -103,7 +103,7 @@ def levels():
 def measure_all(place):
     """-> {arm: {title: array (parts, levels)}} of all runs, arms named by folder and source of codes"""
     loaded, measured = {}, {}
-    for folder in runs.split(","):
+    for folder in map(str.strip, runs.split(",")):
         model, checkpoint = load_stage1(folder, place)
         has_prior = model.num_latents and Path(path_of(folder), "prior_ar.pt").is_file()
         loaded[folder] = model, load_prior(folder, "ar", place, checkpoint) if has_prior else None, checkpoint["config"]
@@ -188,7 +188,8 @@ def main(argv=()):
             f"num_images {num_images} are two parts or more, of batch_size {batch_size} images each")
     require(num_steps and 0 < min(num_steps) and max(num_steps) < reference_steps,
             f"num_steps are positive and below reference_steps {reference_steps}, not {num_steps}")
-    require(sigmas and min(sigmas) > 0, f"sigmas are positive, not {sigmas}")
+    require(sigmas and 0 < min(sigmas) and max(sigmas) < 1e4, f"sigmas are positive and below 10,000, not {sigmas}")
+    require(all(map(str.strip, runs.split(","))), f"--runs={runs}: folders of train_stage1.py, separated by commas")
     _, world, place = start_processes(device)
     require(world == 1, "trajectories.py runs as one process, without torchrun")
     set_precision("fp32", place)
