@@ -2,7 +2,7 @@
 Warms the encoder up, before stage 1: Alg. 1 on a coarse grid. (Ours, not the papers'.)
 
 A small batch has few images at whose noise level a code can help, so that the encoder's gradient is
-mostly noise, and beside an untrained denoiser the encoder collapses to one code. The paper has 4,096
+mostly noise, and beside an untrained denoiser the encoder can collapse to one code. The paper has 4,096
 images per step instead. Here the encoder first learns beside a small denoiser of averaged images, 7 x 7
 pixels of 28 x 28, at high noise alone. There every image needs its code, and a step costs little. The
 encoder reads whole images, as ever. A small bonus on the entropy of each latent's codes, averaged over
@@ -112,12 +112,13 @@ def gradients(phase, y, c):
     with phase.autocast:
         D, logits = phase.forward(y, noise, sigma, c, gumbel, drop, phase.config["tau"])
         loss = (loss_weight(sigma, phase.model.sigma_data) * (D - phase.model.averaged(y)) ** 2).mean()
-    p = logits.softmax(-1).mean(0)  # (m, k)
+    of_images = logits.softmax(-1)  # (B, m, k)
+    p = of_images.mean(0)
     used = mean_over_processes(p.detach()).to(p.device).clamp(min=1e-9)
     bonus = -(p * used.log()).sum()  # has the gradient of the entropy
     training.backward(phase, loss - phase.config["coarse_spread"] * bonus)
     training.unscale(phase)
-    return loss.detach(), *training.usage(logits)
+    return loss.detach(), *training.usage(of_images)
 
 
 def warm_up(run, fetch, signals):
@@ -130,7 +131,8 @@ def warm_up(run, fetch, signals):
     total, count = run.config["coarse_images"], run.config["coarse_batch"]
     if state["step"] * count >= total:
         return
-    phase, stopped = prepare(run, state), 0
+    phase, stopped, lower = prepare(run, state), 0, run.lower
+    run.lower = "--coarse_lr"
     seen = phase.step * count
     if run.master:
         write_log(phase.log, read_log(phase.log, seen), mode="w")
@@ -162,4 +164,5 @@ def warm_up(run, fetch, signals):
         training.finish(phase, stopped, "images of the encoder's first phase")
     training.draw_curves(phase)
     run.model.encoder.requires_grad_(run.config["encoder_lr"] > 0)
+    run.lower = lower
     training.reset(run)

@@ -29,7 +29,7 @@ def configure(scope, argv):
     """Overrides the settings in `scope`, a script's globals(), by the command line. -> them, as a dict
 
     Settings are the bool, int, float, str and tuple variables, except _private names and CONSTANTS. A
-    new value must have the default's type. ~ at the start of a string is the home folder. Defaults
+    new value must have the default's type; a number makes a tuple of one. ~ at the start of a string is the home folder. Defaults
     replace what an earlier call set. Raises UserError for an unknown name (with the nearest valid one),
     for a wrong type, and for anything that can't be parsed. --help prints the script's docstring and
     settings, and exits.
@@ -147,15 +147,16 @@ def _checked(name, value, default, where):
             f"{where}: a whole number can't be 2^62 or more")
     if kind is float and (type(value) is int or value in ("inf", "-inf")):
         value = float(value)
-    if kind is tuple and type(value) is list:
-        value = tuple(value)
+    if kind is tuple and type(value) in (int, float, list):
+        value = tuple(numbers)
     if kind is tuple and type(value) is tuple and default and type(default[0]) is float:
         value = tuple(float(item) if type(item) is int else item for item in value)
     fits = type(value) is kind
     if fits and kind is tuple and default:
         fits = all(type(item) is type(default[0]) for item in value)
     if not fits:
-        raise UserError(f"{where}: {name} takes a {kind.__name__} such as {default!r}, not {value!r}")
+        article = "an" if kind is int else "a"
+        raise UserError(f"{where}: {name} takes {article} {kind.__name__} such as {default!r}, not {value!r}")
     return _at_home(value, where) if kind is str else value
 
 

@@ -189,7 +189,7 @@ def gradients(run, step):
             training.backward(run, loss)
         loss_sum += loss.detach() / y[0].numel()
         if logits is not None:
-            usage, entropies = training.usage(logits)
+            usage, entropies = training.usage(logits.detach().softmax(-1))
             code_sum, entropy_sum = code_sum + usage, entropy_sum + entropies
     training.unscale(run)
     return loss_sum, code_sum, entropy_sum
@@ -241,8 +241,10 @@ def setup(config):
     require(channel_mult and min(channel_mult) > 0,
             f"channel_mult has a positive number for each level, not {channel_mult}")
     run = training.start(config, "stage1", "train_stage1")
-    require(codes or not (num_latents and coarse_images) or coarse_batch % run.world == 0,
-            f"coarse_batch {coarse_batch} can't be shared among {run.world} processes equally")
+    if num_latents and coarse_images and not codes:
+        require(coarse_batch % run.world == 0,
+                f"coarse_batch {coarse_batch} can't be shared among {run.world} processes equally")
+        require(coarse_batch <= coarse_images, f"coarse_batch {coarse_batch} exceeds coarse_images {coarse_images}")
     run.lower = "--lr or --encoder_lr"  # what may help a run that diverges
     micro_steps = -(-run.local_batch // batch_gpu)
     require(run.local_batch % micro_steps == 0,

@@ -153,9 +153,9 @@ def reset(run):
     run.sums, run.good, run.steps, run.since = None, 0, 0, time.time()
 
 
-def usage(logits):
-    """Of an encoder's logits (B, m, k) -> sums over the images of code distributions (m, k), and of entropies"""
-    p = logits.detach().softmax(-1)
+def usage(p):
+    """Of code distributions p (B, m, k) -> sums over the images of these (m, k), and of entropies"""
+    p = p.detach()
     return p.sum(0), torch.special.entr(p).sum()
 
 
@@ -164,7 +164,8 @@ def of_usage(code_sum, entropy_sum, count):
     p = code_sum / count  # (m, k) averaged code distribution
     entropy = torch.special.entr(p).sum(1)
     perplexity = entropy.exp().tolist()  # codes that each latent uses, 1 ... k
-    # what the codes tell about the image: I(z; y) = H(z) - H(z | y), 0 where the encoder ignores it
+    # what each latent tells about the image, I(z_i; y) = H(z_i) - H(z_i | y), added up: codes that repeat each other
+    # count twice. 0 where the encoder ignores the image
     bits = (entropy.sum() - entropy_sum / count).item() / math.log(2)
     used = "/".join(f"{u:.0f}" for u in perplexity[:16])
     return dict(perplexity=perplexity, bits=bits), {"codes used": f"{used} of {p.shape[1]}", "bits": f"{bits:.1f}"}

@@ -103,7 +103,7 @@ def levels():
 def measure_all(place):
     """-> {arm: {title: array (parts, levels)}} of all runs, arms named by folder and source of codes"""
     loaded, measured = {}, {}
-    for folder in runs.split(","):
+    for folder in map(str.strip, runs.split(",")):
         model, checkpoint = load_stage1(folder, place)
         has_prior = model.num_latents and Path(path_of(folder), "prior_ar.pt").is_file()
         loaded[folder] = model, load_prior(folder, "ar", place, checkpoint) if has_prior else None, checkpoint["config"]
@@ -171,7 +171,8 @@ def draw(measured):
                         log_x=True, log_y=not relative, size=(420, 340))
             for arm, colour in zip(measured, COLOURS):
                 if arm in curves:
-                    axes.line(np.stack([x, curves[arm]], 1), colour, 2, dots=True, label="" if relative else arm.split("/")[-1])
+                    label = "" if relative else arm.split("/")[-1]
+                    axes.line(np.stack([x, curves[arm]], 1), colour, 2, dots=True, label=label)
             row.append(axes)
         rows.append(row)
     return figure(rows)
@@ -188,7 +189,8 @@ def main(argv=()):
             f"num_images {num_images} are two parts or more, of batch_size {batch_size} images each")
     require(num_steps and 0 < min(num_steps) and max(num_steps) < reference_steps,
             f"num_steps are positive and below reference_steps {reference_steps}, not {num_steps}")
-    require(sigmas and min(sigmas) > 0, f"sigmas are positive, not {sigmas}")
+    require(sigmas and 0 < min(sigmas) and max(sigmas) < 1e4, f"sigmas are positive and below 10,000, not {sigmas}")
+    require(all(map(str.strip, runs.split(","))), f"--runs={runs}: folders of train_stage1.py, separated by commas")
     _, world, place = start_processes(device)
     require(world == 1, "trajectories.py runs as one process, without torchrun")
     set_precision("fp32", place)

@@ -1,4 +1,4 @@
-"""As config/finetune.py, in batches of 8: four times as many updates, with which plain EDM gains more than codes do."""
+"""As config/finetune.py, in batches of 8: four times the updates, which help plain EDM more than codes (one seed)."""
 out_dir = "out/finetuned-8"
 class_cond = False
 coarse_images = 100_000

@@ -2,7 +2,7 @@
 Checks your answers: says which properties hold, explains the first that fails, and draws a picture.
 
     python course/check.py                  # all exercises
-    python course/check.py heun             # one of them, or several: heun,guidance
+    python course/check.py heun             # one of them, or several: heun guidance
     python course/check.py heun --seed=5    # with other random numbers
     python course/check.py --pack           # writes submission-A.py, the file to hand in
 
@@ -162,9 +162,11 @@ def packed(sheet):
     missing = []
     for exercise in sheet["exercises"]:
         file = f"{exercise['file']}.py"
-        text = (ROOT / file).read_text(encoding="utf-8")
         try:
+            text = (ROOT / file).read_text(encoding="utf-8")
             tree = parsed(text, file)
+        except ValueError:
+            raise UserError(f"{file} is not written in UTF-8: save it so") from None
         except Wrong as error:
             raise UserError(error) from None
         for name in exercise["functions"]:
@@ -172,7 +174,7 @@ def packed(sheet):
             require(node is not None, f"{file} has no {name} any more: put it back")
             unknown = names_used(node) - {*exercise["names"]}
             require(not unknown, f"{name} uses {', '.join(sorted(unknown))}, which the hand-out's {file} does not "
-                    f"have: put everything that you add inside of {name}, imports too")
+                    f"have: put everything that you add inside {name}, imports too")
             if any(isinstance(s, ast.Raise) and "NotImplementedError" in ast.unparse(s) for s in statements(node)):
                 missing.append(name)
             else:
@@ -188,14 +190,18 @@ def sheet_here():
     """The sheet that make.py wrote beside this file; in the repository itself, that of all sets."""
     file = HERE / "sheet.json"
     if file.exists():
-        return json.loads(file.read_text(encoding="utf-8"))
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{file} is damaged: take it from the hand-out again") from None
     from exercises import SETS
     from make import sheet
     return {"set": "", "variant": 0, "exercises": [e for which in SETS for e in sheet(which)["exercises"]]}
 
 
 def main(argv=()):
-    argv = [a if a.startswith("-") else f"--only={a}" for a in argv]
+    names = ",".join(a for a in argv if not a.startswith("-"))
+    argv = [a for a in argv if a.startswith("-")] + [f"--only={names}"] * bool(names)
     configure(globals(), ["--pack=True" if a == "--pack" else a for a in argv])
     torch.set_num_threads(1)  # tensors here are tiny
     sheet = sheet_here()

@@ -12,6 +12,8 @@ the one in draw.py.
 
 from typing import NamedTuple
 
+from configurator import require
+
 
 class Exercise(NamedTuple):
     name: str
@@ -415,11 +417,20 @@ SET_B = [
 SETS = {"A": SET_A, "B": SET_B}
 
 
+def last_variant(which):
+    return max(len(exercise.variants) for exercise in SETS[which])
+
+
 def exercises(which, variant=0):
-    """The exercises of set "A" or "B", those that have this variant in that form."""
+    """The exercises of set "A" or "B", each in this variant of it, or in the last that it has.
+
+    Raises UserError for a variant that none has.
+    """
+    last = last_variant(which)
+    require(0 <= variant <= last, f"--variant={variant}: set {which} has variants 0 to {last}")
     chosen = []
     for i, exercise in enumerate(SETS[which]):
-        number = variant % (1 + len(exercise.variants))
+        number = min(variant, len(exercise.variants))
         exercise = exercise._replace(number=f"{which}{i + 1}")
         chosen.append(exercise._replace(**exercise.variants[number - 1]) if number else exercise)
     return chosen

@@ -67,6 +67,7 @@ def handed_in(folder):
         files = [*entry.rglob("*.py")] if entry.is_dir() and not entry.is_symlink() else [entry]
         file = files[0] if len(files) == 1 else None
         name = entry.name if entry.is_dir() or entry.stem in students else entry.stem
+        name += "_" * (name == "grades.csv")  # the table's name
         if file and file.suffix == ".py" and file.is_file() and not file.is_symlink() and file.stat().st_size < LARGEST:
             students[name] = file
         else:
@@ -211,6 +212,7 @@ def main(argv=()):
     require(not only or {*only.split(",")} <= {*known}, f"--only={only}: the exercises are {', '.join(known)}")
     chosen = [exercise for exercise in chosen if not only or exercise.name in only.split(",")]
     students = handed_in(Path(submissions))
+    require(students, f"{submissions} has no submissions: one NAME.py of each student, or a folder NAME with it")
     with tempfile.TemporaryDirectory(prefix="grade-", ignore_cleanup_errors=True) as folder:
         grade_all(Path(folder), chosen, students)
 

@@ -274,7 +274,6 @@ cells.start()"""
 def main(argv=()):
     configure(globals(), ["--notebook=True" if a == "--notebook" else a for a in argv])
     require(set in SETS, f"--set={set}: there are {' and '.join(SETS)}")
-    require(variant >= 0, f"variant can't be negative: it is {variant}")
     require(out, "--out=FOLDER says where to put the hand-out")
     torch.set_num_threads(1)  # tensors here are tiny
     folder = Path(out)
@@ -283,6 +282,10 @@ def main(argv=()):
     chosen = exercises(set, variant)
     files = files_of(set, variant, chosen)
     require_no_answers(files, chosen)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't make {out}: {error.strerror}") from None
     files["README.md"] = page(set, chosen)
     for path in (*sorted((ROOT / "config").glob("*.py")), ROOT / "requirements.txt", ROOT / "LICENSE"):
         files[str(path.relative_to(ROOT))] = path.read_text(encoding="utf-8")

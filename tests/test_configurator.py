@@ -21,12 +21,16 @@ def test_strings_are_taken_as_they_are():
     assert configure(settings(), ["--name="])["name"] == ""
 
 
+def test_one_number_makes_a_tuple():
+    assert configure(settings(), ["--mult=3"])["mult"] == (3,)
+
+
 @pytest.mark.parametrize("argument, message", [
     ("--step=3", "no setting 'step'; the nearest is 'steps'"),
     ("--_hidden=3", "no setting '_hidden'"),
     ("--CONSTANT=3", "no setting 'CONSTANT'"),
-    ("--steps=1.5", "steps takes a int such as 10, not 1.5"),
-    ("--steps=True", "steps takes a int"),
+    ("--steps=1.5", "steps takes an int such as 10, not 1.5"),
+    ("--steps=True", "steps takes an int"),
     ("--steps=abc", "not 'abc'"),
     ("--flag=1", "flag takes a bool"),
     ("--mult=1,x", "mult takes a tuple"),
