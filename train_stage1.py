@@ -216,10 +216,10 @@ def setup(config):
     require(channel_mult and min(channel_mult) > 0,
             f"channel_mult has a positive number for each level, not {channel_mult}")
     run = training.start(config, "stage1", "train_stage1")
-    require(not (num_latents and coarse_images) or coarse_batch % run.world == 0,
-            f"coarse_batch {coarse_batch} can't be shared among {run.world} processes equally")
-    require(not (num_latents and coarse_images) or coarse_batch <= coarse_images,
-            f"coarse_batch {coarse_batch} exceeds coarse_images {coarse_images}, which 0 leaves out")
+    if num_latents and coarse_images:
+        require(coarse_batch % run.world == 0,
+                f"coarse_batch {coarse_batch} can't be shared among {run.world} processes equally")
+        require(coarse_batch <= coarse_images, f"coarse_batch {coarse_batch} exceeds coarse_images {coarse_images}")
     run.lower = "--lr or --encoder_lr"  # what may help a run that diverges
     micro_steps = -(-run.local_batch // batch_gpu)
     require(run.local_batch % micro_steps == 0,
