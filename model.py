@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion import guided, within
+from diffusion import PROCESSES, guided, within
 from transformer import float32, transformer
 from unet import UNet
 
@@ -120,16 +120,19 @@ class DisCoDiff(nn.Module):
     """Denoiser D(x, sigma, z, c) in EDM's preconditioning, and encoder E(y): stage 1 trains both.
 
     num_latents = 0 leaves plain EDM: no encoder, no cross-attention.
+    process: a row of diffusion.PROCESSES, for another preconditioning and noise; pfgm_D: PFGM++'s D, else inf.
     conditioning: how the denoiser reads the codes, by "attention" (DisCo-Diff) or their "average" (DLC).
     """
 
     def __init__(self, img_resolution, img_channels, label_dim=0, num_latents=10, codebook_size=100,
                  conditioning="attention", latent_dim=192, latent_layers=6, latent_heads=3, encoder_patch=8,
-                 encoder_dim=768, encoder_layers=12, encoder_heads=12, sigma_data=0.5, **unet):
+                 encoder_dim=768, encoder_layers=12, encoder_heads=12, sigma_data=0.5, process="edm",
+                 pfgm_D=math.inf, **unet):
         super().__init__()
         self.img_shape = (img_channels, img_resolution, img_resolution)
         self.label_dim, self.num_latents, self.codebook_size = label_dim, num_latents, codebook_size
         self.conditioning, self.sigma_data = conditioning, sigma_data
+        self.process, self.pfgm_D = PROCESSES[process], pfgm_D if process == "pfgm++" else math.inf
         attended = num_latents and conditioning == "attention"
         self.model = UNet(img_resolution, img_channels, label_dim, latent_dim=latent_dim if attended else 0, **unet)
         if num_latents:
@@ -154,16 +157,20 @@ class DisCoDiff(nn.Module):
         return self.model.condition(self.latents(z, drop))
 
     def denoise(self, x, sigma, labels=None, condition=None):
-        """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7 and Table 1.
+        """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7.
 
         x: (B, C, H, W) = y + sigma n; sigma: (B,) -> (B, C, H, W) float32
         """
-        sigma, sd = sigma.float().reshape(-1, 1, 1, 1), self.sigma_data
-        c_skip = sd ** 2 / (sigma ** 2 + sd ** 2)
-        c_out = sigma * sd / (sigma ** 2 + sd ** 2).sqrt()
-        c_in = 1 / (sigma ** 2 + sd ** 2).sqrt()
-        c_noise = sigma.flatten().log() / 4
-        return c_skip * x + c_out * self.model(c_in * x, c_noise, labels, condition).float()
+        sigma = sigma.float().reshape(-1, 1, 1, 1)
+        c_skip, c_out, c_in, c_noise = self.process.constants(sigma, self.sigma_data)
+        return c_skip * x + c_out * self.model(c_in * x, c_noise.flatten(), labels, condition).float()
+
+    def noise(self, randn, *count):
+        """The process's noise of scale 1 for images, or for `count` of each. -> (B, C, H, W) or (B, *count, C, H, W)
+
+        randn(*shape): draws N(0, 1), (B, *shape)
+        """
+        return self.process.kernel(randn, (*count, *self.img_shape), self.pfgm_D)
 
     def forward(self, y, noise, sigma, labels=None, gumbel=None, drop=None, tau=1.0):
         """Alg. 1: infers z from the clean images y, and denoises y + noise with it.

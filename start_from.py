@@ -6,7 +6,7 @@ import os
 import zipfile
 from pathlib import Path
 
-from checkpoint import OLDER, is_of, read_checkpoint
+from checkpoint import OLDER, OLDER_CODES, is_of, read_checkpoint
 from configurator import UserError, require, say
 from edm_pickle import read_edm
 from trained import path_of
@@ -28,7 +28,8 @@ def start_from(source, model, model_args):
     path, weights, args, in_our_order = read_network(source)
     try:
         weights = weights if in_our_order else from_edm(weights)
-        there, here = (edm_settings(state) | {name: {**OLDER, **of}.get(name, 0) for name in ("sigma_data", *OF_LATENTS)}
+        older, names = OLDER | OLDER_CODES, ("sigma_data", "process", *OF_LATENTS)
+        there, here = (edm_settings(state) | {name: (older | of).get(name, 0) for name in names}
                        for state, of in ((weights, args), (model.state_dict(), model_args)))
         require(here["num_latents"] or not there["num_latents"],
                 f"{path} has discrete latents, which its denoiser relies on: it can't go on with num_latents=0. "

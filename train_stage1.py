@@ -44,7 +44,7 @@ import data
 import training
 from coarse import warm_up
 from configurator import UserError, arguments_of, configure, require, require_numbers
-from diffusion import heun, loss_at, loss_weight
+from diffusion import PROCESSES, heun, loss_at, monotonic_weight
 from model import DisCoDiff, denoiser, draw_codes
 from noise import gumbel_noise, has_float64, seed_of, seeded_generator
 from plot import save_grid
@@ -68,6 +68,10 @@ dataset = "fashion-mnist-10k"
 held_out = -1  # images that neither stage trains on; -1: 500, or a tenth of a data set with fewer than 5,000
 class_cond = True  # class labels condition the denoiser (and, in stage 2, the prior)
 xflip = False  # mirror half of the images
+# process
+process = "edm"  # or "pfgm++", "flow" (matching): diffusion.py has them all
+pfgm_D = 128.0  # PFGM++'s D, a whole number, or inf, which is EDM
+weighting = "edm"  # of noise levels; "edm-monotonic" is VDM++'s
 # denoiser: ADM's U-Net
 model_channels = 16
 channel_mult = (1, 1, 4)
@@ -104,9 +108,10 @@ warmup_images = 2_000  # linear learning-rate warm-up
 ema_halflife_images = 500_000
 ema_rampup = 0.1  # the half-life is at most this share of the images seen so far
 # ln(sigma) ~ N(P_mean, P_std^2). EDM has -1.2 and 1.2, but a run this short needs more of the high noise
-# levels, where the latents help
+# levels, where the latents help. Flow matching draws its times evenly instead
 P_mean = -0.4
 P_std = 1.4
+shift = 1.0  # all noise levels of training times this: 2 moves EDM's from images of 64 pixels to 128
 sigma_data = 0.5
 # reports, all in images
 log_every = 1_000
@@ -137,12 +142,24 @@ def draw_step(run, step):
     """
     g = seeded_generator(run.device, "step", seed, step)
     normal = torch.randn(batch_size, 1, 1, 1, device=run.device, generator=g)
-    noise = torch.randn(batch_size, *run.model.img_shape, device=run.device, generator=g)
+    noise = noise_of(run, batch_size, g)
     gumbel = gumbel_noise((batch_size, num_latents, codebook_size), g)
     drop = torch.rand(batch_size, device=run.device, generator=g) < null_prob
     flip = torch.rand(batch_size, device=run.device, generator=g) < (0.5 if xflip else 0)
-    sigma = (P_mean + P_std * normal).exp()  # EDM, Table 1
+    sigma = shift * run.model.process.levels(normal, P_mean, P_std)
     return noise * sigma, sigma, gumbel, drop, flip
+
+
+def noise_of(run, count, g):
+    """-> noise of scale 1 for that many images, drawn from the generator g"""
+    return run.model.noise(lambda *shape: torch.randn(count, *shape, device=run.device, generator=g))
+
+
+def weight_of(run, sigma):
+    """-> the weight of (D - y)^2 in the loss at these noise levels: lambda(sigma) of Eq. 3, as EDM has it"""
+    if weighting == "edm-monotonic":
+        return monotonic_weight(sigma, P_mean, P_std, shift)
+    return run.model.process.weight(sigma, sigma_data)
 
 
 def gradients(run, step):
@@ -162,7 +179,7 @@ def gradients(run, step):
                 # lines 5 and 6: z ~ E(y), then D(y + n, sigma, z, c)
                 D, logits = run.forward(y, noise[rows], sigma[rows].flatten(), c, gumbel[rows], drop[rows], tau)
                 # line 7, Eq. 3: lambda(sigma) |D(y + n, sigma, z, c) - y|^2, here a mean over the batch
-                loss = (loss_weight(sigma[rows], sigma_data) * (D - y) ** 2).sum() / run.local_batch
+                loss = (weight_of(run, sigma[rows]) * (D - y) ** 2).sum() / run.local_batch
             training.backward(run, loss)
         loss_sum += loss.detach() / y[0].numel()
         if num_latents:
@@ -196,8 +213,8 @@ FREE = ("out_dir", "overwrite", "change", "device", "compile", "batch_gpu", "tot
         "keep_every", "preview_every")
 # may change if --change names them: they act step by step. Others can't: the prior relies on xflip,
 # and batch_size and seed decide which image comes when
-CHANGEABLE = ("lr", "encoder_lr", "warmup_images", "ema_halflife_images", "ema_rampup", "P_mean", "P_std", "null_prob",
-              "tau", "dropout", "precision", "loss_scale")
+CHANGEABLE = ("lr", "encoder_lr", "warmup_images", "ema_halflife_images", "ema_rampup", "P_mean", "P_std", "shift",
+              "weighting", "null_prob", "tau", "dropout", "precision", "loss_scale")
 
 
 def setup(config):
@@ -207,11 +224,19 @@ def setup(config):
     for settings that don't fit.
     """
     global _checkpoint_path, _micro_batch  # for the line printed when memory runs out
-    require_numbers(config, but=("held_out", "P_mean"), or_zero=(
+    require_numbers(config, but=("held_out", "P_mean", "pfgm_D"), or_zero=(
         "seed", "num_latents", "latent_layers", "encoder_layers", "encoder_patch", "warmup_images", "ema_rampup",
         "ema_halflife_images", "P_std", "encoder_lr", "coarse_images", "coarse_spread", "keep_every", "preview_every",
         "null_prob", "dropout"))
     require(math.isfinite(P_mean), f"P_mean must be finite, not {P_mean}")
+    require(process in PROCESSES, f"--process is one of {', '.join(PROCESSES)}, not {process}")
+    require(pfgm_D > 0 and (pfgm_D == math.inf or pfgm_D % 1 == 0),
+            f"pfgm_D counts the additional dimensions of PFGM++: it is a whole number above 0, or inf, not {pfgm_D}")
+    require(process == "pfgm++" or pfgm_D == 128, "pfgm_D is for --process=pfgm++")
+    require(weighting in ("edm", "edm-monotonic"), f"--weighting is edm or edm-monotonic, not {weighting}")
+    require(weighting == "edm" or process != "flow" and P_std > 0,
+            "--weighting=edm-monotonic divides by the density of EDM's noise levels: it needs P_std above 0, and "
+            "another --process than flow")
     require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
     require(channel_mult and min(channel_mult) > 0,
             f"channel_mult has a positive number for each level, not {channel_mult}")
@@ -311,7 +336,7 @@ def save_preview(run, path, rows=8, columns=8):
     c = torch.from_numpy(run.labels[shown]).to(run.device).repeat_interleave(columns) if class_cond else None
     g = seeded_generator(run.device, "preview", seed)
     z = codes_of(run, y, g).repeat_interleave(columns, dim=0) if num_latents else None
-    noise = torch.randn(len(shown) * columns, *run.model.img_shape, device=run.device, generator=g)
+    noise = noise_of(run, len(shown) * columns, g)
     noise = noise if has_float64(run.device) else noise.cpu()
     x = heun(denoiser(run.ema, c, z, autocast=run.autocast), noise).float().to(run.device)
     grid = torch.cat([y[:, None], x.unflatten(0, (len(shown), columns))], dim=1).flatten(0, 1)
@@ -335,7 +360,7 @@ def print_losses(run, count=256, sigmas=(0.02, 0.1, 0.3, 1, 3, 10, 30, 80)):
         for part in np.array_split(shown, -(-len(shown) // batch_gpu)):
             y = data.to_float(run.images[part], run.device)
             c = torch.from_numpy(run.labels[part]).to(run.device) if class_cond else None
-            n = torch.randn(y.shape, device=run.device, generator=g)
+            n = noise_of(run, len(y), g)
             z = codes_of(run, y, g) if num_latents else None
             for i in range(2 if num_latents else 1):
                 denoise = denoiser(run.ema, c, z, guidance=1 - i, autocast=run.autocast)  # w = 0: null latents
