@@ -140,7 +140,7 @@ def stage1(config, batch, folder, device, *settings):
     batches = (f"--batch_size={batch}", f"--batch_gpu={batch}")
     scope, run = prepared("train_stage1.py", config, folder, device, "--init_from=", *batches, *settings)
     denoise = of_denoiser(run, batch)
-    x, sigma = torch.randn(batch, *run.ema.img_shape, device=run.device), torch.tensor(1.0, device=run.device)
+    x, sigma = torch.randn(batch, *run.ema.x_shape, device=run.device), torch.tensor(1.0, device=run.device)
     return training(scope, run, batch, lambda: denoise(x, sigma))
 
 
@@ -166,7 +166,7 @@ def sampler(config, batch, folder, device):
     settings = {key: settings[key] for key in ("num_steps", "restarts", "gamma", "S_min", "S_max", "S_noise")}
     _, run = prepared("train_stage1.py", "default", folder, device)
     denoise = of_denoiser(run, batch)
-    noise, evaluations = torch.randn(batch, *run.model.img_shape, device=run.device), []
+    noise, evaluations = torch.randn(batch, *run.model.x_shape, device=run.device), []
 
     def sampled(denoise):
         restart(denoise, noise, **settings)

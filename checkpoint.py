@@ -56,13 +56,15 @@ class atomic:
             raise UserError(f"can't write {self.path}: {cause.strerror}{kept}") from None
 
 
-CHECKPOINT = {"train_stage1": {"config", "model_args", "step", "ema"},
+CHECKPOINT = {"train_encoder": {"config", "model_args", "step", "ema"},
+              "train_stage1": {"config", "model_args", "step", "ema"},
               "train_prior": {"config", "model_args", "step", "ema", "encoder"},
               "eval_fid": {"model", "accuracy"}}
 TO_TRAIN_ON = {"model", "optimizer"}
 RENAMED = {"ema": "ema_decay"}  # settings in older checkpoints, and what they are called now
-OLDER = {"process": "edm", "weighting": "edm", "shift": 1.0}  # settings that older checkpoints lack
-OLDER_CODES = {"latents_to_emb": False, "coarse_images": 0}  # and such settings of codes
+# settings that older checkpoints lack, and such settings of codes
+OLDER = {"denoiser": "unet", "space": "pixels", "process": "edm", "weighting": "edm", "shift": 1.0}
+OLDER_CODES = {"latents_to_emb": False, "coarse_images": 0, "conditioning": "attention", "encoder_identity": 0}
 
 
 def save_checkpoint(path, state):

@@ -136,8 +136,8 @@ def warm_up(run, fetch, signals):
         write_log(phase.log, read_log(phase.log, seen), mode="w")
     bar = progress(total=total, initial=seen, unit="img", desc="encoder", disable=not run.master, mininterval=1)
     while seen < total and not stopped:
-        y, c = fetch(run, seen + phase.rank * phase.local_batch, phase.local_batch)
-        measured = gradients(phase, y, c)
+        _, c, images = fetch(run, seen + phase.rank * phase.local_batch, phase.local_batch)
+        measured = gradients(phase, images, c)
         phase.optimizer.param_groups[0]["lr"] = phase.config["coarse_lr"] * min(20 * seen / total, 1)
         norm = training.gradient_norm(phase)
         training.guarded_step(phase.optimizer, norm, phase.skipped)

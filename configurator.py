@@ -68,6 +68,12 @@ def configure(scope, argv):
     return settings
 
 
+def is_default(scope, name):
+    """Whether a setting in `scope`, which `configure` has set, has its default value."""
+    default, value = scope["_given"][name]
+    return value == default
+
+
 def require(condition, message):
     """Raises UserError(message) unless the condition holds."""
     if not condition:

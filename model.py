@@ -6,6 +6,7 @@ The network of DisCo-Diff (Xu et al. 2024), to be read beside the paper.
   LatentTokens    codes -> codebook embeddings -> 6-layer Transformer -> tokens             (App. D.1)
   CodeTable       codes -> the mean of their embeddings, DLC's way              (Discrete Latent Codes)
   Encoder         ViT with a class token for each latent                          (sec. 3.3, App. D.1)
+  FrozenEncoder   an encoder that was trained before, in place of it            (Discrete Latent Codes)
   DisCoDiff       denoiser and encoder together, in EDM's preconditioning             (Eq. 3, Alg. 1)
   denoiser        a trained DisCoDiff as denoise(x, sigma), for the samplers         (Alg. 3, App. B)
 
@@ -22,8 +23,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from diffusion import PROCESSES, guided, within
+from dit import DiT
 from transformer import float32, transformer
 from unet import UNet
+from vit import SEMEncoder
+
+DENOISERS = {"unet": UNet, "dit": DiT}  # a new denoiser needs a file of its own, and a name here
 
 
 def gumbel_softmax(logits, tau, gumbel):
@@ -116,30 +121,55 @@ class Encoder(nn.Module):
         return float32(lambda x: torch.einsum("bmd,mdk->bmk", x, self.head), x)  # a linear head for each latent
 
 
+def certain(codes, codebook_size):
+    """Logits of codes that are certain, 0 for these and -inf for all others: `draw_codes` and `gumbel_softmax` give
+    exactly these, for any noise. codes: int64 (B, m) -> (B, m, k)"""
+    return F.one_hot(codes, codebook_size).float().log()
+
+
+class FrozenEncoder(SEMEncoder):
+    """DLC's encoder, trained beforehand, in place of `Encoder`: its codes are the argmax, and it stays as it is."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.requires_grad_(False)
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def forward(self, y):
+        return certain(super().forward(y).argmax(-1), self.codebook_size)
+
+
 class DisCoDiff(nn.Module):
     """Denoiser D(x, sigma, z, c) in EDM's preconditioning, and encoder E(y): stage 1 trains both.
 
     num_latents = 0 leaves plain EDM: no encoder, no cross-attention.
     process: a row of diffusion.PROCESSES, for another preconditioning and noise; pfgm_D: PFGM++'s D, else inf.
     conditioning: how the denoiser reads the codes, by "attention" (DisCo-Diff) or their "average" (DLC).
+    frozen: the settings of a FrozenEncoder, a dict; None: the encoder is trained too.
+    x_shape: (C, H, W) of what is denoised, if not the images themselves: latents of a VAE.
+    denoiser: its network, one of DENOISERS, which takes the further arguments.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim=0, num_latents=10, codebook_size=100,
                  conditioning="attention", latent_dim=192, latent_layers=6, latent_heads=3, encoder_patch=8,
-                 encoder_dim=768, encoder_layers=12, encoder_heads=12, sigma_data=0.5, process="edm",
-                 pfgm_D=math.inf, **unet):
+                 encoder_dim=768, encoder_layers=12, encoder_heads=12, frozen=None, sigma_data=0.5, process="edm",
+                 pfgm_D=math.inf, x_shape=(), denoiser="unet", **network):
         super().__init__()
         self.img_shape = (img_channels, img_resolution, img_resolution)
+        self.x_shape = channels, size, _ = tuple(x_shape) or self.img_shape
         self.label_dim, self.num_latents, self.codebook_size = label_dim, num_latents, codebook_size
         self.conditioning, self.sigma_data = conditioning, sigma_data
         self.process, self.pfgm_D = PROCESSES[process], pfgm_D if process == "pfgm++" else math.inf
         attended = num_latents and conditioning == "attention"
-        self.model = UNet(img_resolution, img_channels, label_dim, latent_dim=latent_dim if attended else 0, **unet)
+        self.model = DENOISERS[denoiser](size, channels, label_dim, latent_dim=latent_dim if attended else 0, **network)
         if num_latents:
             self.latents = LatentTokens(num_latents, codebook_size, latent_dim, latent_layers, latent_heads) \
                 if attended else CodeTable(num_latents, codebook_size, self.model.emb_dim)
-            self.encoder = Encoder(img_resolution, img_channels, num_latents, codebook_size,
-                                   encoder_patch, encoder_dim, encoder_layers, encoder_heads)
+            self.encoder = FrozenEncoder(**frozen) if frozen else Encoder(
+                img_resolution, img_channels, num_latents, codebook_size,
+                encoder_patch, encoder_dim, encoder_layers, encoder_heads)
 
     def condition(self, z, drop=None):
         """What the denoiser reads of the codes z. -> the `condition` of `denoise`; {} without latents
@@ -170,19 +200,21 @@ class DisCoDiff(nn.Module):
 
         randn(*shape): draws N(0, 1), (B, *shape)
         """
-        return self.process.kernel(randn, (*count, *self.img_shape), self.pfgm_D)
+        return self.process.kernel(randn, (*count, *self.x_shape), self.pfgm_D)
 
-    def forward(self, y, noise, sigma, labels=None, gumbel=None, drop=None, tau=1.0):
+    def forward(self, y, noise, sigma, labels=None, gumbel=None, drop=None, tau=1.0, z=None, images=None):
         """Alg. 1: infers z from the clean images y, and denoises y + noise with it.
 
-        y, noise: (B, C, H, W), noise already scaled by sigma (B,); gumbel: (B, m, k); drop: (B,) bool.
-        -> D (B, C, H, W) and the encoder's logits (B, m, k), None without latents
+        y, noise: (B, C, H, W), noise already scaled by sigma (B,); gumbel: (B, m, k); drop: (B,) bool;
+        z: (B, m) codes of y, where these are known: the encoder is not asked;
+        images: what the encoder reads, where y are latents of a VAE.
+        -> D (B, C, H, W) and the encoder's logits (B, m, k), None if it was not asked
         """
-        logits, condition = None, {}
-        if self.num_latents:
-            logits = self.encoder(y)
+        logits = None
+        if self.num_latents and z is None:
+            logits = self.encoder(y if images is None else images)
             z = gumbel_softmax(logits, tau, gumbel)
-            condition = self.condition(z, drop)
+        condition = self.condition(z, drop)
         return self.denoise(y + noise, sigma, labels, condition), logits
 
 

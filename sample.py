@@ -53,7 +53,7 @@ from npz import is_whole_npz, merge_npz, require_pngs_alone, save_pngs
 from plot import save_grid
 from processes import barrier, leave_processes, start_processes
 from run import alone, progress, set_precision
-from trained import PRIORS, classes_of, load_prior, load_stage1
+from trained import PRIORS, classes_of, load_prior, load_stage1, load_vae
 
 # run
 out_dir = "out"  # folder of the checkpoints, and for the samples
@@ -168,7 +168,7 @@ def images_of(run, seeds, codes, labels):
     x = sampler(denoise, correct, run.model.noise(noise.randn), noise.randn_like)
     require(x.isfinite().all(),
             "the images are not finite: is a setting of the sampler, or guidance, far too large?")
-    return data.to_uint8(x)
+    return data.to_uint8(x, run.vae)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -283,6 +283,7 @@ def setup(config):
     require(run.model.pfgm_D == math.inf or not (S_churn or restarts or correct_steps),
             "S_churn, restarts and correct_steps add Gaussian noise, and this model's is PFGM++'s: leave them out")
     run.correct, correction = load_correction(run) if correct_with else (None, None)
+    run.vae = load_vae(stage1, device)
     run.made = stage1.get("made")  # how the training images were made
     run.class_label = class_number(class_label, classes_of(stage1))
     require(run.class_label < 0 or not random_labels,

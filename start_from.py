@@ -1,20 +1,23 @@
 """
-Starts stage 1 from the weights of a trained network, EDM's or our own.
+Starts stage 1 from the weights of a trained network, EDM's or our own; and the encoder of Discrete Latent Codes from
+DINOv2's.
 """
 
 import os
 import zipfile
 from pathlib import Path
 
-from checkpoint import OLDER, OLDER_CODES, is_of, read_checkpoint
-from configurator import UserError, require, say
+from checkpoint import OLDER, OLDER_CODES, is_of, read_checkpoint, weights_checksum
+from configurator import UserError, arguments_of, require, say
+from dit import DiT
 from edm_pickle import read_edm
 from trained import path_of
 from unet import edm_settings, from_edm
+from vit import positions
 
-# settings of the encoder and its codes; the U-Net's are read off its weights
+# settings of the encoder and its codes
 OF_LATENTS = ("num_latents", "codebook_size", "latent_dim", "latent_layers", "latent_heads", "latents_to_emb",
-              "encoder_patch", "encoder_dim", "encoder_layers", "encoder_heads")
+              "encoder_patch", "encoder_dim", "encoder_layers", "encoder_heads", "conditioning")
 
 
 def start_from(source, model, model_args):
@@ -26,14 +29,23 @@ def start_from(source, model, model_args):
     keeps its initial weights too, and a line says so. Raises UserError if the networks don't fit.
     """
     path, weights, args, in_our_order = read_network(source)
+    theirs, ours = (of.get("denoiser", "unet") for of in (args, model_args))
+    require(theirs == ours, f"{path} has the denoiser {theirs}, this run {ours}: say --denoiser={theirs}")
+    of_class = "model.map_label.weight" if ours == "unet" else "model.classes.weight"
     try:
         weights = weights if in_our_order else from_edm(weights)
         older, names = OLDER | OLDER_CODES, ("sigma_data", "process", *OF_LATENTS)
-        there, here = (edm_settings(state) | {name: (older | of).get(name, 0) for name in names}
+        there, here = (settings_of(state, of) | {name: (older | of).get(name, 0) for name in names}
                        for state, of in ((weights, args), (model.state_dict(), model_args)))
         require(here["num_latents"] or not there["num_latents"],
                 f"{path} has discrete latents, which its denoiser relies on: it can't go on with num_latents=0. "
                 "Start from plain EDM, or keep the latents")
+        encoders = [{name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
+                    for state in (weights, model.state_dict())]
+        require(not there["num_latents"] or not (args.get("frozen") or model_args.get("frozen"))
+                or weights_checksum(encoders[0]) == weights_checksum(encoders[1]),
+                f"{path} has codes of another encoder than this run, and its denoiser relies on them: "
+                "name its encoder by --codes, or start from plain EDM")
         classes, wanted = there.pop("label_dim"), here.pop("label_dim")
         different = [f"{name}={there[name]!r} there, {here[name]!r} here" for name in here
                      if there[name] != here[name] and (there["num_latents"] or name not in OF_LATENTS)]
@@ -41,7 +53,7 @@ def start_from(source, model, model_args):
                 f"give the settings of the network to start from, or another --init_from: {path} is a network "
                 f"of other settings: {'; '.join(different)}")
         if classes != wanted:
-            weights.pop("model.map_label.weight", None)
+            weights.pop(of_class, None)
             say(f"{path} has {classes} classes, this run {wanted}: a new class embedding starts afresh")
         if weights.pop("model.map_augment.weight", None) is not None:
             say(f"{path} was trained with augmentation: its map_augment is left out; "
@@ -49,7 +61,7 @@ def start_from(source, model, model_args):
 
         def starts_afresh(name):
             of_latents = not name.startswith("model.") or ".cross." in name or ".map_latents." in name
-            return of_latents and not there["num_latents"] or name == "model.map_label.weight" and classes != wanted
+            return of_latents and not there["num_latents"] or name == of_class and classes != wanted
 
         missing, unexpected = model.load_state_dict(weights, strict=False)
         missing = [name for name in missing if not starts_afresh(name)]
@@ -58,7 +70,15 @@ def start_from(source, model, model_args):
         return there["num_latents"] > 0
     except (LookupError, ValueError, TypeError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is not a network of ADM's architecture: {why}") from None
+        architecture = "ADM's" if ours == "unet" else "DiT's"
+        raise UserError(f"{path} is not a network of {architecture} architecture: {why}") from None
+
+
+def settings_of(state, args):
+    """The denoiser's settings: a U-Net's are read off its weights, a DiT's are among `args`."""
+    if args.get("denoiser") == "dit":
+        return arguments_of(args, DiT) | dict(x_shape=tuple(args["x_shape"]))
+    return edm_settings(state)
 
 
 def read_network(source):
@@ -110,3 +130,28 @@ def kind_of(path):
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from None
     return "checkpoint" if start[:2] == b"PK" else "pickle" if start[:1] == b"\x80" else ""
+
+
+def start_from_dinov2(path, encoder):
+    """Loads a ViT with registers that DINOv2 published (dinov2_vitl14_reg4_pretrain.pth, say) into `encoder`, a
+    SEMEncoder of its sizes. Position embeddings are interpolated to the encoder's grid; the SEMs keep their initial
+    weights (DLC sec. 5). Raises UserError if the file does not fit.
+    """
+    require(os.path.isfile(path), f"there is no file {path} to start from")
+    weights = read_checkpoint(path)
+    require(isinstance(weights, dict) and all(hasattr(value, "shape") for value in weights.values()),
+            f"{path} is damaged, or no file of weights: a ViT with registers of DINOv2 is wanted")
+    here = {name: p for name, p in encoder.state_dict().items() if not name.startswith("sem_")}
+    missing, unknown = sorted(here.keys() - weights.keys()), sorted(weights.keys() - here.keys())
+    mend = "Change layers, registers or stem, or give another --init_from"
+    require(not missing, f"{path} lacks {len(missing)} of the {len(here)} weights of this ViT, {missing[:1]}. {mend}")
+    require(not unknown, f"{path} has {len(unknown)} weights that this ViT lacks, {unknown[:1]}. {mend}")
+    try:
+        weights["pos_embed"] = positions(weights["pos_embed"], encoder.img_resolution // encoder.patch)
+    except (RuntimeError, ValueError):
+        pass  # its shape is reported below
+    other = [f"{name} is {[*weights[name].shape]} there, {[*p.shape]} here" for name, p in here.items()
+             if weights[name].shape != p.shape]
+    require(not other, f"{path} is a ViT of other sizes: {'; '.join(other[:2])}. Change dim, patch or registers, or give "
+                       "another --init_from")
+    encoder.load_state_dict(encoder.state_dict() | weights)

@@ -10,15 +10,14 @@ autoregressive, or SEDD-absorb as in Discrete Latent Codes (sec. 4).
 Reads out_dir/stage1.pt, which names the images, their split and classes. Writes out_dir/prior_ar.pt
 or prior_sedd.pt, a log and its curves.
 
-Each visit to an image draws its codes anew. The encoder runs only once per image: its logits are kept
-in half precision in out_dir/logits-*.npy (2.6 GB for ImageNet-64 with m = 10 and k = 100). The same
-command again continues a run, as in train_stage1.py.
+Each visit to an image draws its codes anew. The encoder runs only once per image: out_dir/logits-*.npy
+keeps what it says, or codes-*.npy after train_stage1.py --codes, where codes are certain (encoded.py). The
+same command again continues a run, as in train_stage1.py.
 """
 
 import copy
 import math
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,14 +25,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import data
 import training
-from checkpoint import atomic, weights_checksum
+from checkpoint import weights_checksum
 from configurator import UserError, arguments_of, configure, require, require_numbers
+from encoded import Encoded
 from model import draw_codes
 from noise import gumbel_noise, seeded_generator
-from npz import write_npy_header
 from prior import mean_bits
-from processes import barrier, max_over_processes
-from run import alone, progress, running
+from processes import max_over_processes
+from run import progress, running
 from trained import PRIORS, load_stage1, load_trained_on
 
 # run
@@ -58,7 +57,7 @@ label_drop = 0.1  # probability of training without the class
 grad_clip = 1.0  # as in SEDD, like ema_decay
 ema_decay = 0.9999  # of the weights' average, per step; at step n at most (1 + n) / (10 + n)
 # memory and reports
-cache_gb = 16.0  # if the logits need more, they are not kept: the encoder runs on every batch
+cache_gb = 16.0  # if what the encoder says needs more, it is not kept: the encoder runs on every batch
 log_every = 10_000  # images; also computes held-out bits
 save_every = 50_000
 
@@ -109,17 +108,7 @@ def labels_of(run, indices):
 
 def logits_of(run, indices, flip):
     """-> the encoder's logits (B, m, k) for these images, mirrored where flip (B,) is true"""
-    if run.kept is None:
-        return encode(run, indices, flip)
-    kept = torch.from_numpy(run.kept[np.asarray(flip, dtype=np.int64), indices])
-    return kept.to(run.device, non_blocking=True).float()
-
-
-@torch.no_grad()
-def encode(run, indices, flip):
-    """`logits_of`, computed by the encoder."""
-    y = data.to_float(run.images[indices], run.device)
-    return run.stage1.encoder(torch.where(torch.as_tensor(flip, device=run.device)[:, None, None, None], y.flip(3), y))
+    return run.encoded.logits(indices, flip)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -169,36 +158,8 @@ def setup(config):
 
     training.resume_run(run, FREE, CHANGEABLE, prepare=require_same_encoder, **run.carries)
     run.forward = training.distributed(run, run.model)
-    keep_logits(run)
+    run.encoded = Encoded(run, run.stage1, run.flips, cache_gb * 2 ** 30)
     return run
-
-
-def keep_logits(run):
-    """Sets run.kept to the encoder's logits (flips, N, m, k), mapped from a file that process 0 writes.
-
-    None if they are too large. flips is 2 if stage 1 mirrored images, else 1.
-    """
-    shape = (run.flips, len(run.images), run.stage1.num_latents, run.stage1.codebook_size)
-    run.kept = None
-    if np.prod(shape) * 2 > cache_gb * 2 ** 30:
-        return
-    path = Path(f"{out_dir}/logits-{run.carries['encoder']:08x}.npy")
-    if run.master and not path.exists():
-        with alone(f"{out_dir}/logits"):
-            for old in Path(out_dir).glob("logits-*.npy"):
-                old.unlink()
-            with atomic(path) as file:
-                write_npy_header(file, np.float16, shape)
-                for flip in range(run.flips):
-                    for part in progress(np.split(np.arange(shape[1]), range(500, shape[1], 500)), desc="encoding"):
-                        file.write(encode(run, part, np.full(len(part), bool(flip))).half().cpu().numpy().tobytes())
-    barrier()
-    try:
-        run.kept = np.load(path, mmap_mode="r")
-        if (run.kept.shape, run.kept.dtype) != (shape, np.float16):
-            raise ValueError
-    except (ValueError, AttributeError, EOFError, OSError):  # an .npz has no shape
-        raise UserError(f"{path} is damaged: delete it, and start again") from None
 
 
 # ----------------------------------------------------------------------------------------------------

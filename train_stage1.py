@@ -11,6 +11,8 @@ One GPU, eight GPUs, two nodes of eight GPUs (the same line on each):
     (out_dir on a file system that both share; docs/running.md has what to add for restarts)
 Plain EDM, the baseline:
     python train_stage1.py --num_latents=0 --out_dir=out/edm
+On the codes of an encoder that train_encoder.py trained, as in Discrete Latent Codes:
+    python train_stage1.py config/dlc.py
 From EDM's trained network, the paper's recipe for ImageNet-64:
     torchrun --nproc_per_node=8 train_stage1.py config/imagenet64_finetune.py
 From a network of our own, on another data set or with codes added to plain EDM:
@@ -43,15 +45,17 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import data
 import training
 from coarse import warm_up
-from configurator import UserError, arguments_of, configure, require, require_numbers
+from configurator import UserError, arguments_of, configure, is_default, require, require_numbers
 from diffusion import PROCESSES, heun, loss_at, monotonic_weight
-from model import DisCoDiff, denoiser, draw_codes
+from encoded import Encoded, read_encoder
+from latents import Latents
+from model import DENOISERS, DisCoDiff, draw_codes
+from model import denoiser as denoiser_of
 from noise import gumbel_noise, has_float64, seed_of, seeded_generator
 from plot import save_grid
 from processes import max_over_processes
 from run import can_compile, progress, running
 from start_from import sort_older, start_from
-from unet import UNet
 
 # run
 out_dir = "out"
@@ -68,26 +72,36 @@ dataset = "fashion-mnist-10k"
 held_out = -1  # images that neither stage trains on; -1: 500, or a tenth of a data set with fewer than 5,000
 class_cond = True  # class labels condition the denoiser (and, in stage 2, the prior)
 xflip = False  # mirror half of the images
+space = "pixels"  # what is denoised: "pixels", or "vae": latents, which `python data.py NAME --vae=FILE` computes
 # process
 process = "edm"  # or "pfgm++", "flow" (matching): diffusion.py has them all
 pfgm_D = 128.0  # PFGM++'s D, a whole number, or inf, which is EDM
 weighting = "edm"  # of noise levels; "edm-monotonic" is VDM++'s
-# denoiser: ADM's U-Net
+# denoiser
+denoiser = "unet"  # or "dit"
+# U-Net: ADM's
 model_channels = 16
 channel_mult = (1, 1, 4)
 channel_mult_emb = 4
 num_blocks = 1
 attn_resolutions = (0,)  # sizes of the feature maps with self- and cross-attention; (0,): the smallest
 dropout = 0.0
+# DiT; the published sizes S, B, L and XL are 384 x 12, 768 x 12, 1024 x 24 and 1152 x 28, with 6, 12, 16 and 16 heads
+patch = 2  # pixels per side
+width = 384
+depth = 12
+heads = 6
 # discrete latents
 num_latents = 8  # m; 0: plain EDM
 codebook_size = 16  # k
+codes = ""  # folder of train_encoder.py, whose codes are given: m and k are its own, and no encoder is trained here
+conditioning = "auto"  # how codes reach the denoiser: "attention" (DisCo-Diff), "average" (DLC; auto with --codes)
 tau = 1.0  # Gumbel-Softmax temperature, constant (App. D.2)
 null_prob = 0.1  # probability that the null embedding replaces an image's latents (sec. 3.1)
 latent_dim = 64
 latent_layers = 6
 latent_heads = 2
-latents_to_emb = True  # the codes also join the embedding of noise level and class (DLC), not in DisCo-Diff
+latents_to_emb = True  # besides attention, codes join the embedding of noise level and class; not in DisCo-Diff
 # encoder: ViT
 encoder_patch = 0  # pixels per side; 0: a quarter of the image
 encoder_dim = 128
@@ -112,7 +126,7 @@ ema_rampup = 0.1  # the half-life is at most this share of the images seen so fa
 P_mean = -0.4
 P_std = 1.4
 shift = 1.0  # all noise levels of training times this: 2 moves EDM's from images of 64 pixels to 128
-sigma_data = 0.5
+sigma_data = 0.0  # standard deviation of what is denoised; 0: 0.5 for pixels, 1 for latents
 # reports, all in images
 log_every = 1_000
 save_every = 10_000
@@ -123,14 +137,19 @@ preview_every = 15_000  # 0: no previews
 # Alg. 1. Each step has its own seed, so a resumed run equals an uninterrupted one.
 
 
-def fetch(run, position, count):
-    """Line 3: the endless shuffle's next images -> y (count, C, H, W) in [-1, 1], labels (count,) or None"""
-    require(data.file_stamp(run.images) == run.stamp,
-            f"{dataset} changed while it was being trained on: prepare it as it was, and give the same command again. "
-            f"{run.path} is from before the change, or nearly so")
+def fetch(run, position, count, flip=None):
+    """Line 3: the endless shuffle's next images, mirrored where flip (count,) says so -> y (count, C, H, W) in [-1, 1],
+    or their VAE latents; labels (count,) or None; what the encoder reads: the images, or None if there are codes
+    """
+    training.require_unchanged(run)
     indices = run.batches.take(position, count)
     c = torch.from_numpy(run.labels[indices]).to(run.device, non_blocking=True) if class_cond else None
-    return data.to_float(run.images[indices], run.device), c
+    if run.latents and (run.encoded or not num_latents):
+        return run.latents.of(indices, flip), c, None
+    images = data.to_float(run.images[indices], run.device)
+    if flip is not None:
+        images = torch.where(flip[:, None, None, None], images.flip(3), images)
+    return run.latents.of(indices, flip) if run.latents else images, c, images
 
 
 def draw_step(run, step):
@@ -138,12 +157,12 @@ def draw_step(run, step):
     so the result does not depend on the number of processes. (Dropout's masks do.)
 
     -> noise n (B, C, H, W), sigma (B, 1, 1, 1), Gumbel noise (B, m, k), which images get null latents
-    (B,), which are mirrored (B,)
+    (B,), which are mirrored (B,). Codes that are given are not drawn: m = 0
     """
     g = seeded_generator(run.device, "step", seed, step)
     normal = torch.randn(batch_size, 1, 1, 1, device=run.device, generator=g)
     noise = noise_of(run, batch_size, g)
-    gumbel = gumbel_noise((batch_size, num_latents, codebook_size), g)
+    gumbel = gumbel_noise((batch_size, 0 if codes else num_latents, codebook_size), g)
     drop = torch.rand(batch_size, device=run.device, generator=g) < null_prob
     flip = torch.rand(batch_size, device=run.device, generator=g) < (0.5 if xflip else 0)
     sigma = shift * run.model.process.levels(normal, P_mean, P_std)
@@ -159,7 +178,7 @@ def weight_of(run, sigma):
     """-> the weight of (D - y)^2 in the loss at these noise levels: lambda(sigma) of Eq. 3, as EDM has it"""
     if weighting == "edm-monotonic":
         return monotonic_weight(sigma, P_mean, P_std, shift)
-    return run.model.process.weight(sigma, sigma_data)
+    return run.model.process.weight(sigma, run.model.sigma_data)
 
 
 def gradients(run, step):
@@ -170,21 +189,23 @@ def gradients(run, step):
     noise, sigma, gumbel, drop, flip = draw_step(run, step)
     loss_sum, code_sum, entropy_sum = 0, 0, 0
     for rows in run.micro_batches:
-        y, c = fetch(run, step * batch_size + rows.start, rows.stop - rows.start)
-        y = torch.where(flip[rows, None, None, None], y.flip(3), y)
+        position, count = step * batch_size + rows.start, rows.stop - rows.start
+        y, c, images = fetch(run, position, count, flip[rows])
+        z = run.encoded.codes(run.batches.take(position, count), flip[rows]) if run.encoded else None
         torch.manual_seed(seed_of("dropout", seed, step, rows.start))
         exchange = run.world == 1 or rows is run.micro_batches[-1]  # processes exchange gradients once a step
         with contextlib.nullcontext() if exchange else run.forward.no_sync():
             with run.autocast:
-                # lines 5 and 6: z ~ E(y), then D(y + n, sigma, z, c)
-                D, logits = run.forward(y, noise[rows], sigma[rows].flatten(), c, gumbel[rows], drop[rows], tau)
+                # lines 5 and 6: z ~ E(y) where codes aren't given, then D(y + n, sigma, z, c)
+                D, logits = run.forward(y, noise[rows], sigma[rows].flatten(), c, gumbel[rows], drop[rows], tau, z,
+                                        images)
                 # line 7, Eq. 3: lambda(sigma) |D(y + n, sigma, z, c) - y|^2, here a mean over the batch
                 loss = (weight_of(run, sigma[rows]) * (D - y) ** 2).sum() / run.local_batch
             training.backward(run, loss)
         loss_sum += loss.detach() / y[0].numel()
-        if num_latents:
-            codes, entropies = training.usage(logits)
-            code_sum, entropy_sum = code_sum + codes, entropy_sum + entropies
+        if logits is not None:
+            usage, entropies = training.usage(logits)
+            code_sum, entropy_sum = code_sum + usage, entropy_sum + entropies
     training.unscale(run)
     return loss_sum, code_sum, entropy_sum
 
@@ -209,8 +230,8 @@ def update(run, seen):
 # from the settings to a run
 
 # may change when a run continues: the run's course stays the same (batch_gpu changes dropout's masks)
-FREE = ("out_dir", "overwrite", "change", "device", "compile", "batch_gpu", "total_images", "log_every", "save_every",
-        "keep_every", "preview_every")
+FREE = ("out_dir", "overwrite", "change", "device", "compile", "batch_gpu", "codes", "total_images", "log_every",
+        "save_every", "keep_every", "preview_every")
 # may change if --change names them: they act step by step. Others can't: the prior relies on xflip,
 # and batch_size and seed decide which image comes when
 CHANGEABLE = ("lr", "encoder_lr", "warmup_images", "ema_halflife_images", "ema_rampup", "P_mean", "P_std", "shift",
@@ -227,12 +248,14 @@ def setup(config):
     require_numbers(config, but=("held_out", "P_mean", "pfgm_D"), or_zero=(
         "seed", "num_latents", "latent_layers", "encoder_layers", "encoder_patch", "warmup_images", "ema_rampup",
         "ema_halflife_images", "P_std", "encoder_lr", "coarse_images", "coarse_spread", "keep_every", "preview_every",
-        "null_prob", "dropout"))
+        "null_prob", "dropout", "sigma_data"))
+    require(denoiser in DENOISERS, f"--denoiser is {' or '.join(DENOISERS)}, not {denoiser}")
+    require(space in ("pixels", "vae"), f"--space is pixels or vae, not {space}")
     require(math.isfinite(P_mean), f"P_mean must be finite, not {P_mean}")
     require(process in PROCESSES, f"--process is one of {', '.join(PROCESSES)}, not {process}")
     require(pfgm_D > 0 and (pfgm_D == math.inf or pfgm_D % 1 == 0),
             f"pfgm_D counts the additional dimensions of PFGM++: it is a whole number above 0, or inf, not {pfgm_D}")
-    require(process == "pfgm++" or pfgm_D == 128, "pfgm_D is for --process=pfgm++")
+    require(process == "pfgm++" or is_default(globals(), "pfgm_D"), "pfgm_D is for --process=pfgm++")
     require(weighting in ("edm", "edm-monotonic"), f"--weighting is edm or edm-monotonic, not {weighting}")
     require(weighting == "edm" or process != "flow" and P_std > 0,
             "--weighting=edm-monotonic divides by the density of EDM's noise levels: it needs P_std above 0, and "
@@ -240,8 +263,14 @@ def setup(config):
     require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
     require(channel_mult and min(channel_mult) > 0,
             f"channel_mult has a positive number for each level, not {channel_mult}")
+    require(conditioning in ("auto", "attention", "average"),
+            f"--conditioning is attention, average or auto, not {conditioning}")
+    given = bool(codes and num_latents)  # num_latents=0 leaves plain EDM of a configuration with codes
+    require(not given or is_default(globals(), "num_latents") and is_default(globals(), "codebook_size"),
+            "--codes brings its encoder's num_latents and codebook_size: leave these settings out")
+    require(not given or encoder_lr == 0, f"--codes takes an encoder as it is: encoder_lr must be 0, not {encoder_lr}")
     run = training.start(config, "stage1", "train_stage1")
-    require(not (num_latents and coarse_images) or coarse_batch % run.world == 0,
+    require(given or not (num_latents and coarse_images) or coarse_batch % run.world == 0,
             f"coarse_batch {coarse_batch} can't be shared among {run.world} processes equally")
     run.lower = "--lr or --encoder_lr"  # what may help a run that diverges
     micro_steps = -(-run.local_batch // batch_gpu)
@@ -252,7 +281,11 @@ def setup(config):
     run.micro_batches = [slice(i, i + _micro_batch) for i in range(first, first + run.local_batch, _micro_batch)]
 
     run.images, run.labels, num_classes = data.load(dataset)
-    fit_to_images(config, run.images.shape, num_classes)
+    run.latents = Latents(dataset, len(run.images), xflip, run.device) if space == "vae" else None
+    x_shape = run.latents.shape if run.latents else ()
+    fit_to_images(config, run.images.shape, num_classes, x_shape)
+    encoder = read_encoder(config, run.images.shape) if given else None
+    config["conditioning"] = conditioning if conditioning != "auto" else "average" if given else "attention"
     run.train_indices, run.held_out_indices = data.split(len(run.images), config["held_out"])
     run.to_show = run.held_out_indices if len(run.held_out_indices) else run.train_indices
     run.batches, run.stamp = data.Shuffle(run.train_indices, seed), data.file_stamp(run.images)
@@ -260,9 +293,10 @@ def setup(config):
     config["data_identity"] = data.data_checksum(run.images, run.labels)  # in the checkpoint, to notice changes
     run.carries = dict(  # also in the checkpoint
         classes=run.classes, made=data.made_of(dataset), qkv="sorted", coarse=dict(step=0))
-
-    run.model_args = arguments_of(config, DisCoDiff, UNet) | dict(
-        img_resolution=run.images.shape[1], img_channels=run.images.shape[3],
+    if run.latents:
+        run.carries["vae"], config["vae_identity"] = run.latents.vae.state_dict(), run.latents.identity
+    run.model_args = arguments_of(config, DisCoDiff, DENOISERS[denoiser]) | dict(
+        img_resolution=run.images.shape[1], img_channels=run.images.shape[3], x_shape=x_shape,
         label_dim=num_classes if class_cond else 0)
     torch.manual_seed(seed)
     try:
@@ -271,6 +305,9 @@ def setup(config):
     except ValueError as error:  # sizes that don't fit each other
         raise UserError(error) from None
     run.ema.eval().requires_grad_(False)
+    if encoder:
+        run.model.encoder.load_state_dict(encoder)
+        run.ema.encoder = run.model.encoder  # one for both, in memory and in the checkpoint
     parts = (run.model.model, run.model.latents, run.model.encoder) if num_latents else (run.model.model,)
     groups = [dict(params=part.parameters()) for part in parts]
     run.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
@@ -278,8 +315,9 @@ def setup(config):
         if init_from and start_from(init_from, run.model, run.model_args):
             run.carries["coarse"] = dict(step=coarse_images)
         run.ema.load_state_dict(run.model.state_dict())
-    if num_latents:
+    if num_latents and not encoder:
         run.model.encoder.requires_grad_(encoder_lr > 0)
+    run.encoded = Encoded(run, run.model, 2 if xflip else 1) if encoder else None
     warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP's; harmless for 1 x 1 convolutions
     network = torch.compile(run.model) if compile and can_compile(run.device) else run.model
     run.forward = training.distributed(run, network)
@@ -292,29 +330,34 @@ def take_over(run, checkpoint):
     run.carries["coarse"] = checkpoint.get("coarse", run.carries["coarse"])
 
 
-def fit_to_images(config, shape, num_classes):
-    """Replaces adaptive settings by what fits images of this shape, (N, H, W, C).
+def fit_to_images(config, shape, num_classes, x_shape=()):
+    """Replaces adaptive settings by what fits images of this shape, (N, H, W, C), and their latents' (C, h, w), if any.
 
     Raises UserError for settings that don't fit.
     """
     count, height, width, _ = shape
     require(height == width, f"images must be square, not {height} x {width}: prepare them with "
                              f"--resolution={min(height, width)}")
-    maps = [height >> level for level in range(len(channel_mult))]  # sizes of the feature maps
+    side = x_shape[1] if x_shape else height
+    maps = [side >> level for level in range(len(channel_mult))]  # sizes of the feature maps
     if held_out == -1:
         config["held_out"] = min(500, count // 10)
     if attn_resolutions == (0,):
         config["attn_resolutions"] = (maps[-1],)
     if not encoder_patch:
         config["encoder_patch"] = max(p for p in range(1, 1 + max(1, height // 4)) if height % p == 0)
-    held, at, patch = (config[name] for name in ("held_out", "attn_resolutions", "encoder_patch"))
+    if not sigma_data:
+        config["sigma_data"] = 1.0 if x_shape else 0.5
+    held, at, of_encoder = (config[name] for name in ("held_out", "attn_resolutions", "encoder_patch"))
     misfits = [misfit for misfit, wrong in (  # all in one message, each with what fits
         (f"the data set {dataset} has no class labels: train with --class_cond=False", class_cond and not num_classes),
         (f"held_out is {held}: the data set has {count} images, -1 takes a tenth", not 0 <= held < count),
         (f"attn_resolutions has {sorted({*at} - {*maps})}: the feature maps are {maps}, (0,) takes the last",
-         {*at} - {*maps}),
-        (f"encoder_patch {patch} does not divide images of {height} pixels, 0 takes a quarter",
-         num_latents and height % patch)) if wrong]
+         denoiser == "unet" and {*at} - {*maps}),
+        (f"patch {patch} does not divide {side} x {side}, the size of {'latents' if x_shape else 'images'}",
+         denoiser == "dit" and side % patch),
+        (f"encoder_patch {of_encoder} does not divide images of {height} pixels, 0 takes a quarter",
+         num_latents and height % of_encoder)) if wrong]
     require(not misfits, "; ".join(misfits))
 
 
@@ -338,10 +381,11 @@ def save_preview(run, path, rows=8, columns=8):
     z = codes_of(run, y, g).repeat_interleave(columns, dim=0) if num_latents else None
     noise = noise_of(run, len(shown) * columns, g)
     noise = noise if has_float64(run.device) else noise.cpu()
-    x = heun(denoiser(run.ema, c, z, autocast=run.autocast), noise).float().to(run.device)
-    grid = torch.cat([y[:, None], x.unflatten(0, (len(shown), columns))], dim=1).flatten(0, 1)
+    x = heun(denoiser_of(run.ema, c, z, autocast=run.autocast), noise).float()
+    x = np.split(data.to_uint8(x, run.latents and run.latents.vae), len(shown))
+    grid = np.concatenate([image for y, samples in zip(run.images[shown], x) for image in (y[None], samples)])
     titles = [run.classes[i] for i in run.labels[shown]] if class_cond else ()
-    save_grid(data.to_uint8(grid), path, columns + 1, titles)
+    save_grid(grid, path, columns + 1, titles)
 
 
 @torch.no_grad()
@@ -358,13 +402,14 @@ def print_losses(run, count=256, sigmas=(0.02, 0.1, 0.3, 1, 3, 10, 30, 80)):
     for level in sigmas:
         sums = [0.0, 0.0]
         for part in np.array_split(shown, -(-len(shown) // batch_gpu)):
-            y = data.to_float(run.images[part], run.device)
+            images = data.to_float(run.images[part], run.device)
+            y = run.latents.of(part) if run.latents else images
             c = torch.from_numpy(run.labels[part]).to(run.device) if class_cond else None
             n = noise_of(run, len(y), g)
-            z = codes_of(run, y, g) if num_latents else None
+            z = codes_of(run, images, g) if num_latents else None
             for i in range(2 if num_latents else 1):
-                denoise = denoiser(run.ema, c, z, guidance=1 - i, autocast=run.autocast)  # w = 0: null latents
-                sums[i] += loss_at(denoise, y, n, torch.tensor(float(level)), sigma_data).sum().item()
+                denoise = denoiser_of(run.ema, c, z, guidance=1 - i, autocast=run.autocast)  # w = 0: null latents
+                sums[i] += loss_at(denoise, y, n, torch.tensor(float(level)), run.ema.sigma_data).sum().item()
         own, null = sums[0] / len(shown), sums[1] / len(shown)
         print(f"{level:8g}  {own:10.4f}" + (f"  {null:10.4f}  {null / own:10.2f}" if num_latents else ""))
 
@@ -374,7 +419,7 @@ def report(run, seen, bar):
     steps, (norm, loss, code_sum, entropy_sum) = training.totals(run, f"{run.lower}, and look at the data")
     line = dict(images=seen, loss=loss.item() / steps)
     shown = {"loss": f"{line['loss']:.4f}"}
-    if num_latents:
+    if num_latents and not codes:
         usage, used = training.of_usage(code_sum, entropy_sum, steps * run.local_batch)
         line, shown = line | usage, shown | used
     training.write_line(run, line | dict(grad_norm=norm.item() / steps), bar, shown)
@@ -394,10 +439,10 @@ def train(run, signals):
     """The encoder's first phase, then Alg. 1 over and over, until total_images are seen or a signal comes."""
     stopped, seen = 0, run.step * batch_size
     if run.master:
-        of_unet, in_all = (sum(p.numel() for p in part.parameters()) for part in (run.model.model, run.model))
+        of_network, in_all = (sum(p.numel() for p in part.parameters()) for part in (run.model.model, run.model))
         shape = " x ".join(map(str, run.images.shape[1:]))
         print(f"{dataset}: {len(run.train_indices):,} images to train on, {shape}, {len(run.classes)} classes; "
-              f"U-Net {of_unet:,} parameters, latents {in_all - of_unet:,}; on {run.device}")
+              f"denoiser {of_network:,} parameters, latents {in_all - of_network:,}; on {run.device}")
         training.open_log(run, "images")
         for snapshot in Path(out_dir).glob("stage1-*.pt") if overwrite and not run.step else ():
             snapshot.unlink()  # of the run that this one replaces

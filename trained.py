@@ -14,6 +14,8 @@ from model import DisCoDiff
 from prior import Prior
 from sedd import SEDD
 from unet import from_edm
+from vae import vae_from
+from vit import Distilled
 
 PRIORS = {"ar": Prior, "sedd": SEDD}  # a new prior needs a file of its own, and a name here
 
@@ -30,6 +32,11 @@ def load_stage1(folder, device="cpu", snapshot=""):
     """
     checkpoint = load_checkpoint(snapshot or f"{path_of(folder)}/stage1.pt", "train_stage1")
     return build(DisCoDiff, checkpoint, device), checkpoint
+
+
+def load_vae(checkpoint, device="cpu"):
+    """-> the VAE whose latents the denoiser of a stage-1 checkpoint works on, None if it works on pixels"""
+    return vae_from(checkpoint["vae"]).to(device) if "vae" in checkpoint else None
 
 
 def load_prior(folder, kind, device, stage1, snapshot=""):
@@ -56,13 +63,20 @@ def load_prior(folder, kind, device, stage1, snapshot=""):
     return build(PRIORS[kind], checkpoint, device)
 
 
+def load_encoder(folder, device="cpu"):
+    """-> the SEMEncoder of train_encoder.py's folder, the teacher's; its checkpoint, a dict. Raises UserError if there
+    is none."""
+    checkpoint = load_checkpoint(f"{folder}/encoder.pt", "train_encoder")
+    return build(Distilled, checkpoint, device).backbone, checkpoint
+
+
 def build(network, checkpoint, device):
     """-> a network of this class with a checkpoint's averaged weights; UserError if they don't fit"""
     older = network is DisCoDiff and "qkv" not in checkpoint
     try:
         model = network(**checkpoint["model_args"])
         model.load_state_dict(from_edm(checkpoint["ema"]) if older else checkpoint["ema"])
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"the checkpoint is of another architecture than this {network.__name__}: "
                         f"{str(error).splitlines()[-1].strip()}") from None
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -16,6 +16,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
+import data
 from checkpoint import atomic, previous, read_log, resume, save_checkpoint, write_log
 from configurator import UserError, require, say
 from plot import save_curves
@@ -81,6 +82,13 @@ def distributed(run, network):
 
 # ----------------------------------------------------------------------------------------------------
 # a step
+
+
+def require_unchanged(run):
+    """Raises UserError if the file of run.images has changed since the run began."""
+    require(data.file_stamp(run.images) == run.stamp,
+            f"{run.config['dataset']} changed while it was being trained on: prepare it as it was, and give the same "
+            f"command again. {run.path} is from before the change, or nearly so")
 
 
 def backward(run, loss):

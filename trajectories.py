@@ -108,6 +108,7 @@ def measure_all(place):
         has_prior = model.num_latents and Path(path_of(folder), "prior_ar.pt").is_file()
         loaded[folder] = model, load_prior(folder, "ar", place, checkpoint) if has_prior else None, checkpoint["config"]
     folder, (model, _, config) = next(iter(loaded.items()))
+    require(all(m.x_shape == m.img_shape for m, *_ in loaded.values()), f"--runs={runs}: denoisers of pixels are wanted")
     images, labels, train, held_out = load_trained_on(config, f"{folder}/stage1.pt")
     require(len({config["data_identity"] for *_, config in loaded.values()}) == 1,
             f"--runs={runs} were trained on different data sets: compare models of one")

@@ -1,0 +1,102 @@
+"""
+What an encoder says of all images, computed once and kept in a file of the run's folder; and the encoder that
+`train_stage1.py --codes=FOLDER` names.
+
+DisCo-Diff draws an image's codes anew at each visit: the file has logits, in half precision (2.6 GB for ImageNet-64
+with m = 10 and k = 100). The codes of a FrozenEncoder are certain: the file has these (0.7 GB for ImageNet with
+m = 512 and k = 256, twice that if images are mirrored).
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from checkpoint import atomic, weights_checksum
+from configurator import UserError, arguments_of, require, say
+from model import FrozenEncoder, certain
+from npz import write_npy_header
+from processes import barrier
+from run import alone, progress
+from trained import load_encoder
+from vit import SEMEncoder
+
+
+def read_encoder(config, shape):
+    """-> the weights of the encoder in the folder config["codes"], which train_encoder.py trained
+
+    shape: of the images, (N, H, W, C). Sets in config what comes from the encoder: m and k, its own settings, its
+    checksum, by which a run that continues knows it, and no first phase. Raises UserError if there is no encoder, or if
+    it doesn't fit.
+    """
+    folder, dataset = config["codes"], config["dataset"]
+    encoder, checkpoint = load_encoder(folder)
+    args, trained_on = checkpoint["model_args"], checkpoint["config"]["dataset"]
+    require(shape[3] == args["img_channels"] and shape[1] >= encoder.img_resolution,
+            f"the encoder in {folder} reads {encoder.img_resolution} pixels and {args['img_channels']} channels, images of "
+            f"{dataset} have {shape[1]} and {shape[3]}: train one on them, `python train_encoder.py --dataset={dataset}`")
+    if trained_on != dataset:
+        say(f"the encoder in {folder} was trained on {trained_on}: its codes may tell less of {dataset}")
+    config |= dict(num_latents=encoder.num_latents, codebook_size=encoder.codebook_size, coarse_images=0,
+                   frozen=arguments_of(args, SEMEncoder), encoder_identity=weights_checksum(encoder.state_dict()))
+    return encoder.state_dict()
+
+
+class Encoded:
+    """What the encoder of `model`, a DisCoDiff, says of run.images.
+
+    It is mapped from out_dir/logits-*.npy or codes-*.npy, named after encoder and images, which process 0 writes if
+    it is not there. flips: 2 if images are mirrored, else 1. If the file needs more than `limit` bytes there is none,
+    and the encoder runs whenever it is asked. Raises UserError for a damaged file.
+    """
+
+    def __init__(self, run, model, flips, limit=math.inf):
+        self.model, self.images, self.device, self.kept = model, run.images, run.device, None
+        self.certain = isinstance(model.encoder, FrozenEncoder)
+        kind, shape, dtype = "logits", (flips, len(run.images), model.num_latents, model.codebook_size), np.float16
+        if self.certain:
+            kind, shape, dtype = "codes", shape[:3], np.min_scalar_type(model.codebook_size - 1)
+        if math.prod(shape) * np.dtype(dtype).itemsize > limit:
+            return
+        folder, of_images = Path(run.config["out_dir"]), data.data_checksum(run.images, run.labels)
+        path = folder / f"{kind}-{weights_checksum(model.encoder.state_dict()):08x}-{of_images:08x}.npy"
+        if run.master and not path.exists():
+            with alone(folder / kind):
+                for old in folder.glob(f"{kind}-*.npy"):
+                    old.unlink()
+                with atomic(path) as file:
+                    write_npy_header(file, dtype, shape)
+                    for flip in range(flips):
+                        for part in progress(np.split(np.arange(shape[1]), range(500, shape[1], 500)), desc="encoding"):
+                            logits = self.encode(part, np.full(len(part), bool(flip))).cpu()
+                            file.write((logits.argmax(-1) if self.certain else logits).numpy().astype(dtype).tobytes())
+        barrier()
+        try:
+            self.kept = np.load(path, mmap_mode="r")
+            if (self.kept.shape, self.kept.dtype) != (shape, dtype):
+                raise ValueError
+        except (ValueError, AttributeError, EOFError, OSError):  # an .npz has no shape
+            raise UserError(f"{path} is damaged: delete it, and start again") from None
+
+    @torch.no_grad()
+    def encode(self, indices, flip):
+        """-> the encoder's logits (B, m, k), computed; arguments as in `logits`"""
+        y = data.to_float(self.images[indices], self.device)
+        flip = torch.as_tensor(flip, device=self.device)
+        return self.model.encoder(torch.where(flip[:, None, None, None], y.flip(3), y))
+
+    def logits(self, indices, flip):
+        """-> logits (B, m, k) of the images with these indices (B,), mirrored where flip (B,), on the CPU, is true"""
+        if self.kept is None:
+            return self.encode(indices, flip)
+        if self.certain:
+            return certain(self.codes(indices, torch.as_tensor(flip, device=self.device)), self.model.codebook_size)
+        kept = torch.from_numpy(self.kept[np.asarray(flip, dtype=np.int64), indices])
+        return kept.to(self.device, non_blocking=True).float()
+
+    def codes(self, indices, flip):
+        """-> codes int64 (B, m) of a FrozenEncoder, from the file; as in `logits`, but flip is on the device"""
+        kept = torch.from_numpy(self.kept[:, indices]).to(self.device, non_blocking=True).long()
+        return torch.where(flip[:, None], kept[-1], kept[0])
