@@ -116,6 +116,28 @@ def monotonic_weight(sigma, P_mean, P_std, shift=1.0):
     return (log_w - log_p).exp() * (low ** 2 + 0.5 ** 2) / (0.5 * sigma) ** 2
 
 
+def noise_schedule(process, weighting, P_mean, P_std, shift, pfgm_D, sigma_data):
+    """How stage 1 draws noise levels and weights them, from its settings. -> levels(normal), weight(sigma)
+
+    Raises UserError for settings that don't fit each other.
+    """
+    require(process in PROCESSES, f"--process is one of {', '.join(PROCESSES)}, not {process}")
+    require(pfgm_D == math.inf or pfgm_D > 0 and pfgm_D % 1 == 0,
+            f"pfgm_D counts the additional dimensions of PFGM++: a whole number above 0, or inf, not {pfgm_D}")
+    require(weighting in ("edm", "edm-monotonic"), f"--weighting is edm or edm-monotonic, not {weighting}")
+    require(weighting == "edm" or process != "flow" and P_std > 0,
+            "--weighting=edm-monotonic divides by the density of EDM's noise levels: it needs a P_std above 0, and "
+            "another --process than flow")
+    row = PROCESSES[process]
+
+    def weight(sigma):
+        if weighting == "edm-monotonic":
+            return monotonic_weight(sigma, P_mean, P_std, shift)
+        return row.weight(sigma, sigma_data)
+
+    return lambda normal: shift * row.levels(normal, P_mean, P_std), weight
+
+
 # ----------------------------------------------------------------------------------------------------
 # loss and guidance
 

@@ -26,9 +26,10 @@ from diffusion import PROCESSES, guided, within
 from dit import DiT
 from transformer import float32, transformer
 from unet import UNet
+from uvit import UViT
 from vit import SEMEncoder
 
-DENOISERS = {"unet": UNet, "dit": DiT}  # a new denoiser needs a file of its own, and a name here
+DENOISERS = {"unet": UNet, "dit": DiT, "uvit": UViT}  # a new denoiser needs a file of its own, and a name here
 
 
 def gumbel_softmax(logits, tau, gumbel):
@@ -52,15 +53,18 @@ def draw_codes(logits, gumbel):
 class LatentTokens(nn.Module):
     """Codes -> codebook embeddings -> Transformer (App. D.1: 6 layers, width 192). -> (B, m, dim)
 
-    The tokens depend on neither x nor sigma: sampling computes them once per image.
+    null_token: one more token, (B, m + 1, dim), the same for all codes: attention can turn to it, and so away from
+    the codes, where noise is small (sec. 4.1's suggestion). The tokens depend on neither x nor sigma: sampling computes
+    them once per image.
     """
 
-    def __init__(self, num_latents, codebook_size, dim=192, layers=6, heads=3):
+    def __init__(self, num_latents, codebook_size, dim=192, layers=6, heads=3, null_token=False):
         super().__init__()
         self.codebook = nn.Parameter(torch.randn(num_latents, codebook_size, dim))
         self.null = nn.Parameter(torch.randn(dim))  # in place of all m embeddings: "no latents"
         self.blocks = transformer(layers, dim, heads)
         self.norm = nn.LayerNorm(dim)
+        self.null_token = nn.Parameter(torch.zeros(dim)) if null_token else None
 
     def forward(self, z, drop=None):
         """z: (B, m, k) relaxed or one-hot; drop: (B,) bool, True for the null embedding (sec. 3.1)."""
@@ -69,7 +73,8 @@ class LatentTokens(nn.Module):
             x = torch.where(drop[:, None, None], self.null, x)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        x = self.norm(x)
+        return x if self.null_token is None else torch.cat([x, self.null_token.expand(len(x), 1, -1)], dim=1)
 
 
 class CodeTable(nn.Module):
@@ -153,9 +158,9 @@ class DisCoDiff(nn.Module):
     """
 
     def __init__(self, img_resolution, img_channels, label_dim=0, num_latents=10, codebook_size=100,
-                 conditioning="attention", latent_dim=192, latent_layers=6, latent_heads=3, encoder_patch=8,
-                 encoder_dim=768, encoder_layers=12, encoder_heads=12, frozen=None, sigma_data=0.5, process="edm",
-                 pfgm_D=math.inf, x_shape=(), denoiser="unet", **network):
+                 conditioning="attention", latent_dim=192, latent_layers=6, latent_heads=3, null_token=False,
+                 encoder_patch=8, encoder_dim=768, encoder_layers=12, encoder_heads=12, frozen=None, sigma_data=0.5,
+                 process="edm", pfgm_D=math.inf, x_shape=(), denoiser="unet", **network):
         super().__init__()
         self.img_shape = (img_channels, img_resolution, img_resolution)
         self.x_shape = channels, size, _ = tuple(x_shape) or self.img_shape
@@ -165,7 +170,8 @@ class DisCoDiff(nn.Module):
         attended = num_latents and conditioning == "attention"
         self.model = DENOISERS[denoiser](size, channels, label_dim, latent_dim=latent_dim if attended else 0, **network)
         if num_latents:
-            self.latents = LatentTokens(num_latents, codebook_size, latent_dim, latent_layers, latent_heads) \
+            self.latents = LatentTokens(
+                num_latents, codebook_size, latent_dim, latent_layers, latent_heads, null_token) \
                 if attended else CodeTable(num_latents, codebook_size, self.model.emb_dim)
             self.encoder = FrozenEncoder(**frozen) if frozen else Encoder(
                 img_resolution, img_channels, num_latents, codebook_size,
