@@ -276,7 +276,7 @@ def corrected(denoise, correct, noise, below, correct_steps, num_steps=18, sigma
     """
     below = min(below, sigma_max)
     t = noise_levels(num_steps, sigma_min, sigma_max, rho)
-    t = torch.cat([t[t > below], torch.tensor([below])]).to(noise.device)
+    t = torch.cat([t[t > below], t.new_tensor([below])]).to(noise.device)
     x = noise.double() * t[0]
     for t_i, t_next in zip(t, t[1:]):
         x = heun_step(denoise, x, t_i, t_next)

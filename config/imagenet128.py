@@ -7,7 +7,7 @@
     torchrun --nproc_per_node=8 sample.py --out_dir=out/imagenet128 --num_images=50000 --per_code=1 --batch_size=32 \
         --num_steps=58 --correct_with=out/imagenet128_plain --correct_steps=376
 
-The second line trains the plain model that the third adds codes to, as the paper does; it trains both as for ImageNet-64.
+The second line trains the plain model, to which the third adds codes, as in the paper. Training is as for ImageNet-64.
 The last line is the correction of Table 2: DisCo-Diff's ODE down to a noise level of 10, DDPM's sampler and the plain
 model from there, 38 + 376 evaluations. Without its last two settings, 57 steps are the ODE alone.
 
