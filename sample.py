@@ -257,7 +257,7 @@ def source_of(setting, given, run, stage1):
 def load_correction(run):
     """-> the model that --correct_with names, and the CRC-32 of its weights. Raises UserError if it does not fit."""
     correct, checkpoint = load_stage1(correct_with, run.device)
-    here, there = (dict(images=model.img_shape, classes=model.label_dim, pfgm_D=model.pfgm_D)
+    here, there = (dict(images=model.x_shape, classes=model.label_dim, pfgm_D=model.pfgm_D)
                    for model in (run.model, correct))
     different = [f"{name} {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]
     require(not different, f"--correct_with={correct_with} is no model to go on with: {', '.join(different)}")

@@ -9,7 +9,8 @@
 
 The second line trains the plain model, to which the third adds codes, as in the paper. Training is as for ImageNet-64.
 The last line is the correction of Table 2: DisCo-Diff's ODE down to a noise level of 10, DDPM's sampler and the plain
-model from there, 38 + 376 evaluations. Without its last two settings, 57 steps are the ODE alone.
+model from there, 38 + 376 evaluations. Without its last two settings, it is the ODE alone, in 115 evaluations; the
+paper's table says 114.
 
 Open in the paper, and chosen here: what uvit.py says; 3 blocks on each level; dropout; noise levels from a fixed
 distribution (VDM++ adapts it to the loss as training goes on); that the shift moves weights and levels alike.
