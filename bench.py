@@ -1,7 +1,7 @@
 """
 How fast? Times training steps and sampler evaluations of every configuration, and the data loader.
 
-    python bench.py                                                   # the default and all of config/
+    python bench.py                                                   # the default and config/, without DLC's
     python bench.py --config=config/imagenet64.py --batch_size=128    # one configuration
     python bench.py --config=default --profile=True                   # also the most expensive operations
 
@@ -301,7 +301,8 @@ def main(argv=()):
             f"there is no file {config}; --config=default is the default")
     _, world, place = start_processes(device)
     require(world == 1, "bench.py measures one process: run it without torchrun")
-    configs = [config] if config else ["default", *sorted(map(str, (data.HERE / "config").glob("*.py")))]
+    configs = [config] if config else ["default", *sorted(str(path) for path in (data.HERE / "config").glob("*.py")
+                                                       if "dlc" not in path.stem and "encoder" not in path.stem)]
     on = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{on}, torch {torch.__version__}; GFLOP per image; medians of {rounds} rounds")
     print(f"{'':30}{'training: images a second':>40}{'evaluation: images a second':>35}{'peak':>8}")

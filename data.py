@@ -247,7 +247,7 @@ PUBLIC = {  # name -> address, {file: MD5}
     "cifar10": ("https://www.cs.toronto.edu/~kriz/", {
         "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
 }
-OURS = {"images.npy", "labels.npy", "classes.json", "made.json", "latents.npy", "vae.pt"}  # the files of a prepared data set
+OURS = {"images.npy", "labels.npy", "classes.json", "made.json", "latents.npy", "vae.pt"}  # files of a prepared set
 
 
 def download(name, root):

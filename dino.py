@@ -1,6 +1,7 @@
 """
 Self-distillation without labels: the losses, targets, masks and schedules of DINOv2 (Oquab et al. 2023), with which
-Discrete Latent Codes trains its encoder. Pure functions of tensors; sums go over all processes where it says so.
+Discrete Latent Codes trains its encoder. Pure functions of tensors, outside autocast; sums go over all processes
+where it says so.
 
 The student sees crops of an image, some with patches hidden. From each it predicts which prototypes the teacher,
 a moving average of the student, gives another crop of the image (DINO), and hidden patches (iBOT). Two
@@ -74,10 +75,9 @@ def patch_weights(mask):
 
 def koleo(x):
     """-mean ln(distance to the nearest neighbour) of l2-normed rows x (B, D): keeps images apart (DINOv2, sec. 4)"""
-    with torch.autocast(x.device.type, enabled=False):
-        x = F.normalize(x.float(), dim=-1, eps=1e-8)
-        nearest = (x @ x.mT).fill_diagonal_(-1).argmax(1)
-        return -(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).log().mean()
+    x = F.normalize(x.float(), dim=-1, eps=1e-8)
+    nearest = (x @ x.mT).fill_diagonal_(-1).argmax(1)
+    return -(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).log().mean()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -88,8 +88,8 @@ def draw_masks(count, side, g, share=(0.1, 0.5), least=4):
     """Hides patches in half of `count` crops of side x side patches. -> (count, side^2) bool, on the CPU
 
     Of this half, chosen at random, the k-th crop hides a share from the k-th slice of `share`. least = 1 hides single
-    patches. With more, rectangles of at least so many patches and an aspect of 0.3 ... 1 / 0.3 are added, until the
-    number is reached or ten in a row don't fit (BEiT, DINOv2). On 4 x 4 patches, least = 4 leaves most masks empty.
+    patches. With more, rectangles of about so many patches or more, and an aspect of 0.3 ... 1 / 0.3, are added, until
+    the number is reached or ten in a row don't fit (BEiT, DINOv2).
     """
     number = count // 2
     edges = torch.linspace(*share, number + 1)

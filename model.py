@@ -137,9 +137,9 @@ class FrozenEncoder(SEMEncoder):
 
     def __init__(self, **settings):
         super().__init__(**settings)
-        self.requires_grad_(False)
+        self.eval().requires_grad_(False)
 
-    def train(self, mode=True):
+    def train(self, mode=True):  # no drop path
         return super().train(False)
 
     def forward(self, y):

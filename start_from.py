@@ -25,8 +25,9 @@ def start_from(source, model, model_args):
     -> whether a trained encoder was among them
 
     Layers that plain EDM lacks keep their initial weights: the cross-attentions start as the identity
-    (sec. 4.1), so D is the source's for any codes. With another number of classes, the class embedding
-    keeps its initial weights too, and a line says so. Raises UserError if the networks don't fit.
+    (sec. 4.1), so D is the source's for any codes; averaged ones change it a little. With another number of
+    classes, the class embedding keeps its initial weights too, and a line says so. Raises UserError if the
+    networks don't fit.
     """
     path, weights, args, in_our_order = read_network(source)
     theirs, ours = (of.get("denoiser", "unet") for of in (args, model_args))
@@ -149,7 +150,7 @@ def start_from_dinov2(path, encoder):
     require(not missing, f"{path} lacks {len(missing)} of the {len(here)} weights of this ViT, {missing[:1]}. {mend}")
     require(not unknown, f"{path} has {len(unknown)} weights that this ViT lacks, {unknown[:1]}. {mend}")
     try:
-        weights["pos_embed"] = positions(weights["pos_embed"], encoder.img_resolution // encoder.patch)
+        weights["pos_embed"] = positions(weights["pos_embed"].float(), encoder.img_resolution // encoder.patch)
     except (RuntimeError, ValueError):
         pass  # its shape is reported below
     other = [f"{name} is {[*weights[name].shape]} there, {[*p.shape]} here" for name, p in here.items()

@@ -128,8 +128,8 @@ save_every = 16_000
 def views(run, step):
     """-> of this process's images: global crops (2B, C, H, W), the first ones, then the second; local crops
     (nB, C, h, w), crop by crop, or None; masks of the global crops (2B, N) bool, on the CPU"""
-    rows = slice(run.rank * run.local_batch, (run.rank + 1) * run.local_batch)
     training.require_unchanged(run)
+    rows = slice(run.rank * run.local_batch, (run.rank + 1) * run.local_batch)
     y = data.to_float(run.images[run.batches.take(step * batch_size + rows.start, run.local_batch)], run.device)
     g = seeded_generator(run.device, "views", seed, step)
     side = run.config["global_size"] // run.config["patch"]
@@ -158,23 +158,23 @@ def gradients(run, step):
     masked = mask.flatten().nonzero().flatten().to(run.device)
     mask = mask.to(run.device)
     torch.manual_seed(seed_of("drop path", seed, step, run.rank))
+    with run.autocast, torch.no_grad():
+        answers = run.ema(whole, None, None, masked)[::2]  # of global crops (2B, K), of hidden patches (M, K)
+    temp = at(step, teacher_temp, teacher_temp, teacher_temp_images, teacher_temp_start)
+    answer, patch_answers = (spread(*given, temp) for given in zip(answers, run.carries["centers"]))
+    answer = answer.unflatten(0, (2, -1))
+    run.new_centers = torch.stack([mean_of_all(x) for x in answers]) if targets == "centring" else None
     with run.autocast:
-        with torch.no_grad():
-            answers = run.ema(whole, None, None, masked)[::2]  # of global crops (2B, K), of hidden patches (M, K)
-            temp = at(step, teacher_temp, teacher_temp, teacher_temp_images, teacher_temp_start)
-            of_images, of_patches = (spread(*given, temp) for given in zip(answers, run.carries["centers"]))
-            run.new_centers = torch.stack([mean_of_all(x) for x in answers]) if targets == "centring" else None
-        said, of_local, said_of_patches, image = run.forward(whole, small, mask, masked)
-        said = (said if small is None else torch.cat([said, of_local])).unflatten(0, (-1, run.local_batch))
-        of_images = of_images.unflatten(0, (2, -1))
-        local_part, global_part = class_loss(said, of_images, student_temp)
-        parts = (local_part + global_part, patch_loss(said_of_patches, of_patches, patch_weights(mask), student_temp),
-                 sum(koleo(x) for x in image.chunk(2)))
-        loss = parts[0] + patch_weight * parts[1] + koleo_weight * parts[2]
+        of_whole, of_small, of_patches, image = run.forward(whole, small, mask, masked)
+    of_crops = of_whole if small is None else torch.cat([of_whole, of_small])
+    local_part, global_part = class_loss(of_crops.unflatten(0, (-1, run.local_batch)), answer, student_temp)
+    parts = (local_part + global_part, patch_loss(of_patches, patch_answers, patch_weights(mask), student_temp),
+             sum(koleo(x) for x in image.chunk(2)))
+    loss = parts[0] + patch_weight * parts[1] + koleo_weight * parts[2]
     training.backward(run, loss)
     training.unscale(run)
-    entropy = torch.special.entr(of_images).sum(-1).mean()
-    return loss.detach(), *(part.detach() for part in parts), entropy, of_images.mean((0, 1))
+    entropy = torch.special.entr(answer).sum(-1).mean()
+    return loss.detach(), *(part.detach() for part in parts), entropy, answer.mean((0, 1))
 
 
 def spread(logits, center, temp):
@@ -188,7 +188,7 @@ def at(step, value, end, warmup=0, start=0.0):
 
 
 def update(run, step):
-    """Clipping, AdamW, then teacher and centres. -> gradient norm; if it is not finite, nothing changes"""
+    """Clipping, AdamW, then teacher and centres. -> gradient norm; if it is not finite, student and centres stay"""
     norms = [torch.nn.utils.clip_grad_norm_(part.parameters(), grad_clip) for part in run.model.children()]
     norm = torch.stack(norms).norm()
     rate, decay = at(step, lr, lr_end, warmup_images), at(step, weight_decay, weight_decay_end)
@@ -232,6 +232,9 @@ def setup(config):
     for name in ("global_area", "local_area", "mask_share"):
         require(len(config[name]) == 2 and 0 < config[name][0] <= config[name][1] <= 1,
                 f"{name} takes two shares, such as 0.1,0.5, not {config[name]}")
+    for name, count in (("jitter", 4), ("blur_prob", 3), ("blur_sigma", 2)):
+        require(len(config[name]) == count and min(config[name]) >= 0,
+                f"{name} has {count} numbers, none negative: not {config[name]}")
     run = training.start(config, "encoder", "train_encoder")
     run.lower, _checkpoint_path = "--lr", run.path
     require(targets != "sinkhorn" or batch_size > 1,
@@ -253,7 +256,8 @@ def setup(config):
         img_resolution=config["global_size"], img_channels=run.images.shape[3])
     torch.manual_seed(seed)
     try:
-        run.model, run.ema = (Distilled(**run.model_args).to(run.device) for _ in range(2))
+        run.model, run.ema = (Distilled(**run.model_args).to(run.device, memory_format=torch.channels_last)
+                              for _ in range(2))
     except ValueError as error:  # sizes that don't fit each other
         raise UserError(error) from None
     run.ema.eval().requires_grad_(False)
@@ -305,7 +309,8 @@ def fit_to_images(config, shape):
         (f"images have {channels} channels: colours are jittered for 1 or 3", channels not in (1, 3)),
         (f"crops of {max(size, local)} pixels are larger than the images, which have {height}: {fits}",
          max(size, local) > height),
-        (f"patch {side} does not divide crops of {size} and {local} pixels: {fits}", size % side or local % side)) if wrong]
+        (f"patch {side} does not divide crops of {size} and {local} pixels: {fits}",
+         size % side or local % side)) if wrong]
     require(not misfits, "; ".join(misfits))
 
 
@@ -347,7 +352,7 @@ def collapse(run, line, count=10_000):
           f"{codebook_size} entries (perplexity)")
     apart = line["mean_entropy"] - line["teacher_entropy"]
     possible = min(1, codebook_size ** num_latents / len(shown))
-    if distinct > possible / 2 and apart > 0.02 * math.log(prototypes):
+    if distinct > possible / 10 and apart > 0.01 * math.log(prototypes):
         return ""
     return (f"the encoder has collapsed: {distinct:.1%} of the codes are distinct, and the teacher's answers tell "
             f"images apart by {apart:.2f} of {math.log(prototypes):.2f} nats. {run.path} is kept. Try images with more "

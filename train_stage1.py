@@ -266,6 +266,7 @@ def setup(config):
     x_shape = run.latents.shape if run.latents else ()
     fit_to_images(config, run.images.shape, num_classes, x_shape)
     run.levels, run.weight = noise_schedule(**arguments_of(config, noise_schedule))
+    config["encoder_identity"] = 0  # of an encoder that is trained here
     encoder = read_encoder(config, run.images.shape) if given else None
     config["conditioning"] = conditioning if conditioning != "auto" else "average" if given else "attention"
     require(not null_token or config["conditioning"] == "attention", "null_token is for --conditioning=attention")
@@ -330,8 +331,7 @@ def fit_to_images(config, shape, num_classes, x_shape=()):
         config["attn_resolutions"] = (maps[-1],)
     if not encoder_patch:
         config["encoder_patch"] = max(p for p in range(1, 1 + max(1, height // 4)) if height % p == 0)
-    if not sigma_data:
-        config["sigma_data"] = 1.0 if x_shape else 0.5
+    config["sigma_data"] = sigma_data or (1.0 if x_shape else 0.5)
     held, at, of_encoder = (config[name] for name in ("held_out", "attn_resolutions", "encoder_patch"))
     misfits = [misfit for misfit, wrong in (  # all in one message, each with what fits
         (f"the data set {dataset} has no class labels: train with --class_cond=False", class_cond and not num_classes),

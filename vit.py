@@ -81,6 +81,8 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(channels, stem, 3, padding=1), nn.GELU(),
                                   nn.Conv2d(stem, stem, 3, padding=1), nn.GELU()) if stem else nn.Identity()
+        for name, p in self.stem.named_parameters():  # PyTorch's weights are small beside its biases: little of y is left
+            nn.init.kaiming_normal_(p) if name.endswith("weight") else nn.init.zeros_(p)
         self.proj = nn.Conv2d(stem or channels, dim, patch, stride=patch)
 
     def forward(self, y):
@@ -203,7 +205,7 @@ class DINOHead(nn.Module):
         self.last_layer = Prototypes(head_bottleneck, prototypes)
 
     def forward(self, x):
-        return self.last_layer(F.normalize(self.mlp(x).float(), dim=-1))
+        return float32(lambda x: self.last_layer(F.normalize(x, dim=-1)), self.mlp(x))
 
 
 class Distilled(nn.Module):

@@ -18,7 +18,7 @@ held_out = 5_000
 class_cond = False
 xflip = True
 space = "vae"
-# denoiser: DiT-XL/2, 673.7 M parameters, and 151.5 M in the table of codes
+# denoiser: DiT-XL/2, 673.7 M parameters, and 151.6 M in the table of codes
 denoiser = "dit"
 patch = 2
 width = 1152

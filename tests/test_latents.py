@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import checkpoint, load, same, same_training
-from scripts import SAMPLE, Script, run
+from scripts import PRIOR, SAMPLE, Script, run
 from vaes import state_of, write
 
 import data
@@ -15,6 +15,7 @@ import preview
 from configurator import UserError
 from pictures import random_images
 from test_dit import TINY_DIT
+from test_encoded import make_encoder
 from trained import load_stage1, load_vae
 from vae import vae_from
 
@@ -92,6 +93,22 @@ def test_the_denoiser_is_given_latents_and_the_encoder_images(colours, tmp_path,
     mirrored = np.where(flip.numpy()[:, None, None, None], IMAGES[which][:, :, ::-1], IMAGES[which])
     stored = latents.Latents("colours", 40, True, "cpu").mapped[which, flip.int().numpy()]
     assert torch.equal(images, data.to_float(mirrored)) and np.array_equal(y.numpy(), stored.astype(np.float32))
+
+
+def test_discrete_latent_codes_whole_way(colours, tmp_path):
+    """Given codes, averaged into a DiT on VAE latents: no pixels are read in a step; then a prior, and guided samples."""
+    encoder = make_encoder(tmp_path / "encoder", dataset="colours", img_resolution=16, img_channels=3, patch=8)
+    settings = [s for s in SETTINGS if not s.startswith(("--num_latents", "--codebook_size"))]
+    settings += [f"--codes={encoder}", "--xflip=True", "--total_images=16", "--class_cond=False"]
+    stage1 = Script("train_stage1.py", "default", tmp_path / "steps", "cpu", *settings)
+    y, _, images = stage1.fetch(0, 8, stage1.draw_step(0)[4])
+    assert y.shape == (8, 4, 4, 4) and images is None and stage1.gradients(0)[0] > 0
+    run("train_stage1.py", f"--out_dir={tmp_path / 'run'}", *settings)
+    run("train_prior.py", f"--out_dir={tmp_path / 'run'}", *PRIOR, "--prior=sedd", "--total_images=50")
+    run("sample.py", f"--out_dir={tmp_path / 'run'}", *SAMPLE, "--prior=sedd", "--guidance=1.7", "--guidance_max=5")
+    made, (model, _) = load(tmp_path / "run"), load_stage1(tmp_path / "run")
+    assert made["images"].shape == (20, 16, 16, 3) and made["codes"].shape == (20, 4) and made["codes"].max() < 6
+    assert model.latents.table.shape == (4, 7, 16) and model.conditioning == "average"
 
 
 def test_samples_are_decoded(colours, tmp_path):

@@ -132,6 +132,18 @@ def test_the_script_spends_the_evaluations_that_it_prints(trained, monkeypatch, 
     assert f"5 images, {nfe} evaluations each" in printed and calls == [5] * nfe
 
 
+@pytest.mark.parametrize("arguments", [["--num_steps=5"], ["--restarts=(3,1,0.06,3.0),", "--num_steps=5"]])
+def test_guidance_at_some_noise_levels_costs_two_evaluations_there(trained, monkeypatch, arguments):
+    calls = []
+    monkeypatch.setattr(DisCoDiff, "denoise", lambda self, x, sigma, *_: (calls.append((len(x), sigma[0].item())), x * 0)[1])
+    guided = ["--guidance=2", "--guidance_min=0.1", "--guidance_max=10", "--code=0,1,2"]
+    printed = run("sample.py", f"--out_dir={trained}", "--name=n", "--num_images=5", "--device=cpu", *arguments, *guided)
+    assert [size for size, _ in calls] == [10 if 0.1 <= sigma <= 10 else 5 for _, sigma in calls]
+    nfe = sum(size for size, _ in calls) // 5
+    assert len(calls) < nfe < 2 * len(calls) and f"5 images, {nfe} evaluations each, D(z) and D(null)" in printed
+    assert (load(trained, "n")["nfe"] == nfe).all()
+
+
 def test_a_device_without_float64_is_given_none(trained, samples, monkeypatch):
     """As Apple's GPUs, which a CPU stands for: the samplers stay in float64, what networks get is float32; the samples are the same."""
     given = []
@@ -267,6 +279,8 @@ def test_images_that_are_not_finite_are_not_written(trained):
     (["--restarts=(3,1,0.3,0.06),"], "restarts has .3, 1, 0.3, 0.06.: N_restart and num_steps are 2 or more"),
     (["--restarts=39"], "restarts takes a tuple"),
     (["--compose=1,2,3"], "give the first by --code or --encode"),
+    (["--guidance=2", "--guidance_min=3", "--guidance_max=1"], "0 <= guidance_min < guidance_max is wanted"),
+    (["--guidance_max=3"], "bound the noise levels of guidance: say --guidance= too"),
     (["--code=1,2,3", "--compose=1,2"], r"--compose takes 3 numbers in 0 ... 4, not \(1, 2\)"),
     (["--code=1,2,3", "--compose=nothing"], "there is no data set 'nothing'"),
     (["--code=1,2,True"], "--code takes"),
