@@ -62,7 +62,7 @@ rounds = 3  # each times everything in turns; the table has medians
 profile = False  # also the ten most expensive operations of a training step
 
 LINE = "{:24}{:>6}{:>10}{:>9}{:>6}{:>7}{:>8}{:>12}{:>10}{:>6}{:>7}{:>8}"  # a line of the table
-SHAPES = {"cifar10": (32, 32, 3, 10), "imagenet64": (64, 64, 3, 1000), "imagenet128": (128, 128, 3, 1000)}  # random images
+SHAPES = {"cifar10": (32, 32, 3, 10), "imagenet64": (64, 64, 3, 1000), "imagenet128": (128, 128, 3, 1000)}  # random ones
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -301,8 +301,9 @@ def main(argv=()):
             f"there is no file {config}; --config=default is the default")
     _, world, place = start_processes(device)
     require(world == 1, "bench.py measures one process: run it without torchrun")
-    configs = [config] if config else ["default", *sorted(str(path) for path in (data.HERE / "config").glob("*.py")
-                                                       if "dlc" not in path.stem and "encoder" not in path.stem)]
+    of_repository = sorted(str(path) for path in (data.HERE / "config").glob("*.py")
+                           if "_encoder" not in path.stem and "dlc" not in path.stem)
+    configs = [config] if config else ["default", *of_repository]
     on = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{on}, torch {torch.__version__}; GFLOP per image; medians of {rounds} rounds")
     print(f"{'':30}{'training: images a second':>40}{'evaluation: images a second':>35}{'peak':>8}")

@@ -7,6 +7,7 @@ with m = 10 and k = 100). The codes of a FrozenEncoder are certain: the file has
 m = 512 and k = 256, twice that if images are mirrored).
 """
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -18,25 +19,38 @@ from checkpoint import atomic, weights_checksum
 from configurator import UserError, arguments_of, require, say
 from model import FrozenEncoder, certain
 from npz import write_npy_header
-from processes import barrier
+from processes import barrier, on_any_process, sum_over_processes
 from run import alone, progress
 from trained import load_encoder
 from vit import SEMEncoder
 
 
-def read_encoder(config, shape):
-    """-> the weights of the encoder in the folder config["codes"], which train_encoder.py trained
+def read_encoder(config, shape, chosen):
+    """-> the weights of the encoder in the folder config["codes"], which train_encoder.py trained; None if no folder
+    is named, or num_latents = 0 asks for plain EDM
 
-    shape: of the images, (N, H, W, C). Sets in config what comes from the encoder: m and k, its own settings, its
-    checksum, by which a run that continues knows it, and no first phase. Raises UserError if there is no encoder, or if
-    it doesn't fit.
+    shape: of the images, (N, H, W, C); chosen: those settings of the codes that the user has chosen. Sets in config how
+    codes reach the denoiser, and what comes from the encoder: m and k, its own settings, its checksum, by which a run
+    that continues knows it, and no first phase. Raises UserError if there is no encoder, or if it doesn't fit.
     """
-    folder, dataset = config["codes"], config["dataset"]
+    folder, dataset, conditioning = (config[name] for name in ("codes", "dataset", "conditioning"))
+    require(conditioning in ("auto", "attention", "average"),
+            f"--conditioning is attention, average or auto, not {conditioning}")
+    given = bool(folder and config["num_latents"])
+    if conditioning == "auto":
+        config["conditioning"] = "average" if given else "attention"
+    config["encoder_identity"] = 0
+    if not given:
+        return None
+    require(not chosen, f"--codes brings its encoder's num_latents and codebook_size: leave {' and '.join(chosen)} out")
+    require(config["encoder_lr"] == 0,
+            f"--codes takes an encoder as it is: encoder_lr must be 0, not {config['encoder_lr']}")
     encoder, checkpoint = load_encoder(folder)
     args, trained_on = checkpoint["model_args"], checkpoint["config"]["dataset"]
-    require(shape[3] == args["img_channels"] and shape[1] >= encoder.img_resolution,
-            f"the encoder in {folder} reads {encoder.img_resolution} pixels and {args['img_channels']} channels, images of "
-            f"{dataset} have {shape[1]} and {shape[3]}: train one on them, `python train_encoder.py --dataset={dataset}`")
+    size, channels = encoder.img_resolution, args["img_channels"]
+    require(shape[3] == channels and shape[1] >= size,
+            f"the encoder in {folder} reads {size} pixels and {channels} channels, images of {dataset} have {shape[1]} "
+            f"and {shape[3]}: train one, `python train_encoder.py --dataset={dataset}`")
     if trained_on != dataset:
         say(f"the encoder in {folder} was trained on {trained_on}: its codes may tell less of {dataset}")
     config |= dict(num_latents=encoder.num_latents, codebook_size=encoder.codebook_size, coarse_images=0,
@@ -47,9 +61,9 @@ def read_encoder(config, shape):
 class Encoded:
     """What the encoder of `model`, a DisCoDiff, says of run.images.
 
-    It is mapped from out_dir/logits-*.npy or codes-*.npy, named after encoder and images, which process 0 writes if
-    it is not there. flips: 2 if images are mirrored, else 1. If the file needs more than `limit` bytes there is none,
-    and the encoder runs whenever it is asked. Raises UserError for a damaged file.
+    It is mapped from out_dir/logits-*.npy or codes-*.npy, named after encoder and images. If it is not there, all
+    processes compute it, and process 0 writes it. flips: 2 if images are mirrored, else 1. If the file needs more than
+    `limit` bytes there is none, and the encoder runs whenever it is asked. Raises UserError for a damaged file.
     """
 
     def __init__(self, run, model, flips, limit=math.inf):
@@ -62,16 +76,16 @@ class Encoded:
             return
         folder, of_images = Path(run.config["out_dir"]), data.data_checksum(run.images, run.labels)
         path = folder / f"{kind}-{weights_checksum(model.encoder.state_dict()):08x}-{of_images:08x}.npy"
-        if run.master and not path.exists():
-            with alone(folder / kind):
-                for old in folder.glob(f"{kind}-*.npy"):
-                    old.unlink()
-                with atomic(path) as file:
+        if on_any_process(run.master and not path.exists()):
+            with alone(folder / kind), atomic(path) if run.master else contextlib.nullcontext() as file:
+                if run.master:
+                    for old in folder.glob(f"{kind}-*.npy"):
+                        old.unlink()
                     write_npy_header(file, dtype, shape)
-                    for flip in range(flips):
-                        for part in progress(np.split(np.arange(shape[1]), range(500, shape[1], 500)), desc="encoding"):
-                            logits = self.encode(part, np.full(len(part), bool(flip))).cpu()
-                            file.write((logits.argmax(-1) if self.certain else logits).numpy().astype(dtype).tobytes())
+                for flip in range(flips):
+                    for said in self.all(run, flip, shape[2:]):
+                        if run.master:
+                            file.write(said.numpy().astype(dtype).tobytes())
         barrier()
         try:
             self.kept = np.load(path, mmap_mode="r")
@@ -79,6 +93,18 @@ class Encoded:
                 raise ValueError
         except (ValueError, AttributeError, EOFError, OSError):  # an .npz has no shape
             raise UserError(f"{path} is damaged: delete it, and start again") from None
+
+    def all(self, run, flip, shape):
+        """Yields what the encoder says of all images, in parts; of each part, every process computes `size` images."""
+        count, size = len(self.images), 500
+        for start in progress(range(0, count, size * run.world), desc="encoding", disable=not run.master):
+            said = torch.zeros(min(size * run.world, count - start), *shape, dtype=torch.float32)
+            mine = np.arange(start + run.rank * size, min(start + (run.rank + 1) * size, count))
+            if len(mine):
+                logits = self.encode(mine, np.full(len(mine), bool(flip)))
+                said[mine - start] = (logits.argmax(-1) if self.certain else logits).cpu().float()
+            sum_over_processes(said)
+            yield said
 
     @torch.no_grad()
     def encode(self, indices, flip):

@@ -81,7 +81,8 @@ class CodeTable(nn.Module):
     """Codes -> the mean of their embeddings, with a table for each position (DLC sec. 5). -> (B, width)
 
     The denoiser adds it to its embedding of the noise level, as DiT adds a class label's. The last row of each table
-    stands for "no latents". It depends on neither x nor sigma.
+    stands for "no latents". It depends on neither x nor sigma. A row counts 1 / m in the mean: with the learning rate
+    of other weights the codes stay unheard for long (train_stage1.py has code_lr).
     """
 
     def __init__(self, num_latents, codebook_size, width):

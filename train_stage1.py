@@ -117,6 +117,7 @@ total_images = 33_000  # to train on, in all
 batch_size = 8  # over all processes
 batch_gpu = 512  # the most images in one process at once; a larger share accumulates gradients
 lr = 2e-3
+code_lr = 0.0  # of what embeds the codes; 0: lr, and of m averaged ones m lr, since each counts 1 / m in the average
 encoder_lr = 0.0  # after its first phase; 0 holds it. A fast encoder collapses to one code (bits go to 0)
 warmup_images = 2_000  # linear learning-rate warm-up
 ema_halflife_images = 500_000
@@ -204,7 +205,7 @@ def update(run, seen):
     If the norm is not finite, Adam leaves the weights as they are. (EDM replaces NaN by 0 and infinity
     by 1e5, and goes on.)
     """
-    for group, peak in zip(run.optimizer.param_groups, (lr, lr, encoder_lr)):  # U-Net, latent tokens, encoder
+    for group, peak in zip(run.optimizer.param_groups, (lr, run.code_lr, encoder_lr)):  # U-Net, codes, encoder
         group["lr"] = peak * min(seen / max(warmup_images, 1), 1)
     norm = training.gradient_norm(run)
     training.guarded_step(run.optimizer, norm, run.skipped)
@@ -222,8 +223,8 @@ FREE = ("out_dir", "overwrite", "change", "device", "compile", "recompute", "bat
         "log_every", "save_every", "keep_every", "preview_every")
 # may change if --change names them: they act step by step. Others can't: the prior relies on xflip,
 # and batch_size and seed decide which image comes when
-CHANGEABLE = ("lr", "encoder_lr", "warmup_images", "ema_halflife_images", "ema_rampup", "P_mean", "P_std", "shift",
-              "weighting", "null_prob", "tau", "dropout", "precision", "loss_scale")
+CHANGEABLE = ("lr", "code_lr", "encoder_lr", "warmup_images", "ema_halflife_images", "ema_rampup", "P_mean", "P_std",
+              "shift", "weighting", "null_prob", "tau", "dropout", "precision", "loss_scale")
 
 
 def setup(config):
@@ -235,8 +236,8 @@ def setup(config):
     global _checkpoint_path, _micro_batch  # for the line printed when memory runs out
     require_numbers(config, but=("held_out", "P_mean", "pfgm_D"), or_zero=(
         "seed", "num_latents", "latent_layers", "encoder_layers", "encoder_patch", "warmup_images", "ema_rampup",
-        "ema_halflife_images", "P_std", "encoder_lr", "coarse_images", "coarse_spread", "keep_every", "preview_every",
-        "null_prob", "dropout", "sigma_data"))
+        "ema_halflife_images", "P_std", "code_lr", "encoder_lr", "coarse_images", "coarse_spread", "keep_every",
+        "preview_every", "null_prob", "dropout", "sigma_data"))
     require(denoiser in DENOISERS, f"--denoiser is {' or '.join(DENOISERS)}, not {denoiser}")
     require(space in ("pixels", "vae"), f"--space is pixels or vae, not {space}")
     require(math.isfinite(P_mean), f"P_mean must be finite, not {P_mean}")
@@ -244,14 +245,8 @@ def setup(config):
     require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
     require(channel_mult and min(channel_mult) > 0,
             f"channel_mult has a positive number for each level, not {channel_mult}")
-    require(conditioning in ("auto", "attention", "average"),
-            f"--conditioning is attention, average or auto, not {conditioning}")
-    given = bool(codes and num_latents)  # num_latents=0 leaves plain EDM of a configuration with codes
-    require(not given or is_default(globals(), "num_latents") and is_default(globals(), "codebook_size"),
-            "--codes brings its encoder's num_latents and codebook_size: leave these settings out")
-    require(not given or encoder_lr == 0, f"--codes takes an encoder as it is: encoder_lr must be 0, not {encoder_lr}")
     run = training.start(config, "stage1", "train_stage1")
-    require(given or not (num_latents and coarse_images) or coarse_batch % run.world == 0,
+    require(codes or not (num_latents and coarse_images) or coarse_batch % run.world == 0,
             f"coarse_batch {coarse_batch} can't be shared among {run.world} processes equally")
     run.lower = "--lr or --encoder_lr"  # what may help a run that diverges
     micro_steps = -(-run.local_batch // batch_gpu)
@@ -266,9 +261,8 @@ def setup(config):
     x_shape = run.latents.shape if run.latents else ()
     fit_to_images(config, run.images.shape, num_classes, x_shape)
     run.levels, run.weight = noise_schedule(**arguments_of(config, noise_schedule))
-    config["encoder_identity"] = 0  # of an encoder that is trained here
-    encoder = read_encoder(config, run.images.shape) if given else None
-    config["conditioning"] = conditioning if conditioning != "auto" else "average" if given else "attention"
+    chosen = [name for name in ("num_latents", "codebook_size") if not is_default(globals(), name)]
+    encoder = read_encoder(config, run.images.shape, chosen)
     require(not null_token or config["conditioning"] == "attention", "null_token is for --conditioning=attention")
     run.train_indices, run.held_out_indices = data.split(len(run.images), config["held_out"])
     run.to_show = run.held_out_indices if len(run.held_out_indices) else run.train_indices
@@ -289,6 +283,7 @@ def setup(config):
     except ValueError as error:  # sizes that don't fit each other
         raise UserError(error) from None
     run.ema.eval().requires_grad_(False)
+    run.code_lr = code_lr or lr * (run.model.num_latents if config["conditioning"] == "average" else 1)
     if encoder:
         run.model.encoder.load_state_dict(encoder)
         run.ema.encoder = run.model.encoder  # one for both, in memory and in the checkpoint

@@ -1,7 +1,7 @@
 import pytest
 from scripts import run, start
 
-from configurator import UserError, configure
+from configurator import UserError, configure, is_default
 
 
 def settings():
@@ -110,3 +110,9 @@ def test_help_shows_the_settings():
         assert "python " + script in printed
         assert "overwrite = False" in printed or script in ("sample.py", "compare_priors.py", "bench.py")
         assert "num_steps = 18" in printed or script != "sample.py"
+
+
+def test_whether_a_setting_has_its_default():
+    scope = settings()
+    configure(scope, ["--lr=5", "--steps=10"])
+    assert [is_default(scope, name) for name in ("lr", "steps", "mult")] == [False, True, True]

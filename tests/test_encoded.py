@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import checkpoint, fill, load, same, same_training
-from scripts import PRIOR, SAMPLE, TINY, Script, run
+from scripts import PRIOR, SAMPLE, TINY, Script, outputs, run, start_together
 
 import data
 from checkpoint import save_checkpoint, weights_checksum
@@ -74,7 +74,7 @@ def test_codes_are_kept_in_as_few_bytes_as_they_need(few, tmp_path, k, dtype):
     frozen = dict(img_resolution=28, img_channels=1, num_latents=3, codebook_size=k, patch=14, dim=8, layers=1, heads=2, stem=0)
     model = DisCoDiff(28, 1, num_latents=3, codebook_size=k, conditioning="average", frozen=frozen, model_channels=8,
                       channel_mult=(1,), num_blocks=1, attn_resolutions=())
-    place = SimpleNamespace(images=few, labels=None, device=torch.device("cpu"), master=True, config=dict(out_dir=tmp_path))
+    place = SimpleNamespace(images=few, labels=None, device=torch.device("cpu"), master=True, rank=0, world=1, config=dict(out_dir=tmp_path))
     model.encoder.sem_norm.bias.data[2 * k - 1] = 99  # the second latent's code is k - 1
     encoded = Encoded(place, model, 1)
     assert encoded.kept.dtype == dtype
@@ -83,6 +83,18 @@ def test_codes_are_kept_in_as_few_bytes_as_they_need(few, tmp_path, k, dtype):
     assert (codes[:, 1] == k - 1).all() and torch.equal(codes, model.encoder(data.to_float(few[indices])).argmax(-1))
     computed = Encoded(place, model, 1, limit=599)  # 600 bytes or more are too many
     assert computed.kept is None and torch.equal(computed.logits(indices, flip), encoded.logits(indices, flip))
+
+
+def test_two_processes_do_what_one_does(encoder, tmp_path):
+    """They share the images to encode, and all others of the step's numbers are one process's."""
+    settings = ["train_stage1.py", *GIVEN, f"--codes={encoder}", "--total_images=16", "--xflip=True"]
+    two = start_together(2, *settings, f"--out_dir={tmp_path / 'two'}")
+    run(*settings, f"--out_dir={tmp_path / 'one'}")
+    outputs(two)
+    one, two = (np.load(next((tmp_path / name).glob("codes-*"))) for name in ("one", "two"))
+    assert one.shape == (2, 10_000, 4) and np.array_equal(one, two)
+    one, two = (checkpoint(tmp_path / name)["model"] for name in ("one", "two"))
+    assert all((p - two[name]).abs().max() < 1e-4 for name, p in one.items())
 
 
 def test_a_run_goes_on_to_the_bit(few, encoder, tmp_path):
@@ -143,6 +155,15 @@ def test_num_latents_0_is_plain_edm(few, tmp_path):
     assert same_training(*(checkpoint(tmp_path / name) for name in ("plain", "codes")))
 
 
+def test_averaged_codes_learn_m_times_as_fast(few, encoder, tmp_path):
+    """As rows that are summed up would. So that the table alone has another rate, and the setting says any."""
+    for settings, rates in (([], [0.002, 0.008, 0]), (["--conditioning=attention"], [0.002, 0.002, 0]), (["--code_lr=0.5"], [0.002, 0.5, 0])):
+        stage1 = Script("train_stage1.py", "default", tmp_path, "cpu", *GIVEN, f"--codes={encoder}", *settings)
+        stage1.gradients(3)
+        stage1.update(24)
+        assert [group["lr"] for group in stage1.optimizer.param_groups] == pytest.approx(rates)
+
+
 def test_attention_reads_given_codes_too(few, encoder, tmp_path):
     run("train_stage1.py", f"--out_dir={tmp_path}", *GIVEN, f"--codes={encoder}", "--conditioning=attention")
     state = checkpoint(tmp_path)
@@ -180,7 +201,7 @@ def test_the_denoiser_of_other_codes_is_no_start(few, encoder, tmp_path):
 
 
 def test_encoders_that_do_not_fit(few, encoder, tmp_path, capsys):
-    for changes, message in ((dict(img_channels=3), "reads 28 pixels and 3 channels, images of fashion-mnist-10k have 28 and 1: train one on them, "
+    for changes, message in ((dict(img_channels=3), "reads 28 pixels and 3 channels, images of fashion-mnist-10k have 28 and 1: train one, "
                                                     "`python train_encoder.py --dataset=fashion-mnist-10k`"),
                              (dict(img_resolution=42), "reads 42 pixels and 1 channels")):
         make_encoder(tmp_path / "other", **changes)
@@ -194,8 +215,8 @@ def test_encoders_that_do_not_fit(few, encoder, tmp_path, capsys):
 
 @pytest.mark.parametrize("settings, message", [
     (["--codes=nowhere"], "there is no checkpoint nowhere/encoder.pt: run `python train_encoder.py --out_dir=nowhere` first"),
-    (["--codes=ENCODER", "--num_latents=3"], "--codes brings its encoder's num_latents and codebook_size: leave these settings out"),
-    (["--codes=ENCODER", "--codebook_size=5"], "leave these settings out"),
+    (["--codes=ENCODER", "--num_latents=3"], "--codes brings its encoder's num_latents and codebook_size: leave num_latents out"),
+    (["--codes=ENCODER", "--codebook_size=5"], "leave codebook_size out"),
     (["--codes=ENCODER", "--encoder_lr=1e-4"], "encoder_lr must be 0, not 0.0001"),
     (["--conditioning=mean"], "--conditioning is attention, average or auto, not mean"),
 ])
