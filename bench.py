@@ -62,7 +62,8 @@ rounds = 3  # each times everything in turns; the table has medians
 profile = False  # also the ten most expensive operations of a training step
 
 LINE = "{:24}{:>6}{:>10}{:>9}{:>6}{:>7}{:>8}{:>12}{:>10}{:>6}{:>7}{:>8}"  # a line of the table
-SHAPES = {"cifar10": (32, 32, 3, 10), "imagenet64": (64, 64, 3, 1000)}  # random images replace these data sets
+# random images replace these data sets
+SHAPES = {"cifar10": (32, 32, 3, 10), "imagenet64": (64, 64, 3, 1000), "imagenet128": (128, 128, 3, 1000)}
 
 
 # ----------------------------------------------------------------------------------------------------

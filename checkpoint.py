@@ -62,9 +62,10 @@ CHECKPOINT = {"train_encoder": {"config", "model_args", "step", "ema"},
               "eval_fid": {"model", "accuracy"}}
 TO_TRAIN_ON = {"model", "optimizer"}
 RENAMED = {"ema": "ema_decay"}  # settings in older checkpoints, and what they are called now
-PIXELS = {"denoiser": "unet", "space": "pixels"}  # settings of the denoiser that older checkpoints lack
-# settings of codes that older checkpoints lack
-OLDER = {"latents_to_emb": False, "coarse_images": 0, "conditioning": "attention", "encoder_identity": 0}
+# settings that older checkpoints lack, and such settings of codes
+OLDER = {"denoiser": "unet", "space": "pixels", "process": "edm", "weighting": "edm", "shift": 1.0}
+OLDER_CODES = {"latents_to_emb": False, "coarse_images": 0, "conditioning": "attention", "encoder_identity": 0,
+               "null_token": False}
 
 
 def save_checkpoint(path, state):
@@ -151,9 +152,9 @@ def resume(path, config, model_args, free, changeable, made_by, **others):
 
     config, model_args: this run's settings, as the checkpoint carries them.
     free: settings that may always change. changeable: settings that may change if --change names them.
-    Settings that an older checkpoint lacks are compared if `PIXELS` or `OLDER` has them. With --overwrite=True,
-    only an unfinished run of the same command continues: its settings, and `others` in its checkpoint, must be the
-    same.
+    Settings that an older checkpoint lacks are compared if `OLDER` or `OLDER_CODES` has them. With --overwrite=True,
+    only an unfinished run of the same command continues: its settings, and `others` in its checkpoint, must be
+    the same.
     Raises UserError, which names the differences.
     """
     change = [name.strip() for name in config["change"].split(",") if name.strip()]
@@ -170,7 +171,7 @@ def resume(path, config, model_args, free, changeable, made_by, **others):
 
     def different(state, *but):
         """-> {setting: (its value there, here)}"""
-        older = PIXELS | (OLDER if state["model_args"].get("num_latents") else {})
+        older = OLDER | OLDER_CODES if state["model_args"].get("num_latents") else OLDER
         had = {**older, **state["model_args"], **state["config"]}
         old = {RENAMED.get(name, name): value for name, value in had.items()}
         return {k: (old[k], new[k]) for k in sorted((old.keys() & new.keys()) - {*but}) if old[k] != new[k]}

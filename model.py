@@ -22,14 +22,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion import guided, within
+from diffusion import PROCESSES, guided, within
 from dit import DiT
 from embedding import EMBEDDINGS, FrozenEmbedding, LinearCondition
 from transformer import float32, transformer
 from unet import UNet
+from uvit import UViT
 from vit import SEMEncoder
 
-DENOISERS = {"unet": UNet, "dit": DiT}  # a new denoiser needs a file of its own, and a name here
+DENOISERS = {"unet": UNet, "dit": DiT, "uvit": UViT}  # a new denoiser needs a file of its own, and a name here
 
 
 def gumbel_softmax(logits, tau, gumbel):
@@ -54,15 +55,18 @@ def draw_codes(logits, gumbel):
 class LatentTokens(nn.Module):
     """Codes -> codebook embeddings -> Transformer (App. D.1: 6 layers, width 192). -> (B, m, dim)
 
-    The tokens depend on neither x nor sigma: sampling computes them once per image.
+    null_token: one more token, (B, m + 1, dim), the same for all codes: attention can turn to it, and so away from
+    the codes, where noise is small (sec. 4.1's suggestion). The tokens depend on neither x nor sigma: sampling computes
+    them once per image.
     """
 
-    def __init__(self, num_latents, codebook_size, dim=192, layers=6, heads=3):
+    def __init__(self, num_latents, codebook_size, dim=192, layers=6, heads=3, null_token=False):
         super().__init__()
         self.codebook = nn.Parameter(torch.randn(num_latents, codebook_size, dim))
         self.null = nn.Parameter(torch.randn(dim))  # in place of all m embeddings: "no latents"
         self.blocks = transformer(layers, dim, heads)
         self.norm = nn.LayerNorm(dim)
+        self.null_token = nn.Parameter(torch.zeros(dim)) if null_token else None
 
     def forward(self, z, drop=None):
         """z: (B, m, k) relaxed or one-hot; drop: (B,) bool, True for the null embedding (sec. 3.1)."""
@@ -71,7 +75,8 @@ class LatentTokens(nn.Module):
             x = torch.where(drop[:, None, None], self.null, x)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        x = self.norm(x)
+        return x if self.null_token is None else torch.cat([x, self.null_token.expand(len(x), 1, -1)], dim=1)
 
 
 class CodeTable(nn.Module):
@@ -148,6 +153,7 @@ class DisCoDiff(nn.Module):
     """Denoiser D(x, sigma, z, c) in EDM's preconditioning, and encoder E(y): stage 1 trains both.
 
     num_latents = 0 leaves plain EDM: no encoder, no cross-attention.
+    process: a row of diffusion.PROCESSES, for another preconditioning and noise; pfgm_D: PFGM++'s D, else inf.
     conditioning: how the denoiser reads the codes, by "attention" (DisCo-Diff) or their "average" (DLC); or what it
     reads instead, one of embedding.EMBEDDINGS: then k = 1, and codes are float.
     frozen: the settings of a FrozenEncoder, a dict; None: the encoder is trained too.
@@ -156,21 +162,23 @@ class DisCoDiff(nn.Module):
     """
 
     def __init__(self, img_resolution, img_channels, label_dim=0, num_latents=10, codebook_size=100,
-                 conditioning="attention", latent_dim=192, latent_layers=6, latent_heads=3, encoder_patch=8,
-                 encoder_dim=768, encoder_layers=12, encoder_heads=12, frozen=None, sigma_data=0.5, x_shape=(),
-                 denoiser="unet", **network):
+                 conditioning="attention", latent_dim=192, latent_layers=6, latent_heads=3, null_token=False,
+                 encoder_patch=8, encoder_dim=768, encoder_layers=12, encoder_heads=12, frozen=None, sigma_data=0.5,
+                 process="edm", pfgm_D=math.inf, x_shape=(), denoiser="unet", **network):
         super().__init__()
         self.img_shape = (img_channels, img_resolution, img_resolution)
         self.x_shape = channels, size, _ = tuple(x_shape) or self.img_shape
         self.label_dim, self.num_latents, self.codebook_size = label_dim, num_latents, codebook_size
         self.conditioning, self.sigma_data = conditioning, sigma_data
+        self.process, self.pfgm_D = PROCESSES[process], pfgm_D if process == "pfgm++" else math.inf
         attended = num_latents and conditioning == "attention"
         self.model = DENOISERS[denoiser](size, channels, label_dim, latent_dim=latent_dim if attended else 0, **network)
         if num_latents and conditioning in EMBEDDINGS:
             self.latents = LinearCondition(num_latents, self.model.emb_dim)
             self.encoder = FrozenEmbedding(conditioning, **frozen)
         elif num_latents:
-            self.latents = LatentTokens(num_latents, codebook_size, latent_dim, latent_layers, latent_heads) \
+            self.latents = LatentTokens(
+                num_latents, codebook_size, latent_dim, latent_layers, latent_heads, null_token) \
                 if attended else CodeTable(num_latents, codebook_size, self.model.emb_dim)
             self.encoder = FrozenEncoder(**frozen) if frozen else Encoder(
                 img_resolution, img_channels, num_latents, codebook_size,
@@ -192,16 +200,20 @@ class DisCoDiff(nn.Module):
         return self.model.condition(self.latents(z, drop))
 
     def denoise(self, x, sigma, labels=None, condition=None):
-        """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7 and Table 1.
+        """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM Eq. 7.
 
         x: (B, C, H, W) = y + sigma n; sigma: (B,) -> (B, C, H, W) float32
         """
-        sigma, sd = sigma.float().reshape(-1, 1, 1, 1), self.sigma_data
-        c_skip = sd ** 2 / (sigma ** 2 + sd ** 2)
-        c_out = sigma * sd / (sigma ** 2 + sd ** 2).sqrt()
-        c_in = 1 / (sigma ** 2 + sd ** 2).sqrt()
-        c_noise = sigma.flatten().log() / 4
-        return c_skip * x + c_out * self.model(c_in * x, c_noise, labels, condition).float()
+        sigma = sigma.float().reshape(-1, 1, 1, 1)
+        c_skip, c_out, c_in, c_noise = self.process.constants(sigma, self.sigma_data)
+        return c_skip * x + c_out * self.model(c_in * x, c_noise.flatten(), labels, condition).float()
+
+    def noise(self, randn, *count):
+        """The process's noise of scale 1 for images, or for `count` of each. -> (B, C, H, W) or (B, *count, C, H, W)
+
+        randn(*shape): draws N(0, 1), (B, *shape)
+        """
+        return self.process.kernel(randn, (*count, *self.x_shape), self.pfgm_D)
 
     def forward(self, y, noise, sigma, labels=None, gumbel=None, drop=None, tau=1.0, z=None, images=None):
         """Alg. 1: infers z from the clean images y, and denoises y + noise with it.

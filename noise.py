@@ -25,6 +25,11 @@ def gumbel_noise(shape, generator):
     return -torch.empty(shape, device=generator.device).exponential_(generator=generator).log()
 
 
+def randn_of(count, generator, dtype=None):
+    """-> randn(*shape), which draws N(0, 1) noise (count, *shape) on the generator's device, in this precision"""
+    return lambda *shape: torch.randn(count, *shape, device=generator.device, generator=generator, dtype=dtype)
+
+
 def has_float64(device):
     """Whether this device has float64 tensors: Apple's GPUs don't."""
     return torch.device(device).type != "mps"

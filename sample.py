@@ -12,6 +12,7 @@ Samples from a trained DisCo-Diff (Alg. 3): codes from the prior, then the denoi
     python sample.py --encode=a.png --compose=b.png --class_label=4   # the codes of both, mixed
     python sample.py --prior=sedd --sedd_sampler=analytic --eta=0.02  # the other prior, remasking
     python sample.py config/restart39.py               # the Restart sampler
+    python sample.py --correct_with=out/edm --correct_steps=50  # plain EDM below a noise level of 10, by DDPM's sampler
     torchrun --nproc_per_node=8 sample.py --num_images=50000 --per_code=1 --batch_size=256
 
 Writes out_dir/NAME.png, a grid, and out_dir/NAME.npz:
@@ -45,7 +46,7 @@ import data
 from checkpoint import atomic, weights_checksum
 from codes import by_hand, composed, of_images
 from configurator import arguments_of, configure, require
-from diffusion import heun, restart, within
+from diffusion import corrected, flow, heun, restart, within
 from model import denoiser
 from noise import SeededNoise
 from npz import is_whole_npz, merge_npz, require_pngs_alone, save_pngs
@@ -86,6 +87,7 @@ eta = 0.0  # remasking: probability of masking a token again, per step from t1 t
 t0 = 0.3
 t1 = 0.55
 # images: EDM's sampler
+ode = "edm"  # Heun's method on EDM's noise levels; or in equal steps of flow matching's time: "flow-heun", "flow-euler"
 num_steps = 18
 sigma_min = 0.002
 sigma_max = 80.0
@@ -96,6 +98,10 @@ S_max = math.inf
 S_noise = 1.0
 restarts = ()  # (N_restart, K, t_min, t_max), ...: Restart sampling, as in config/restart*.py
 gamma = 0.0  # churn of the restarts' steps, which go from t by way of t (1 + gamma)
+# DisCo-Diff's correction (sec. 4.1): another model, without codes, at low noise
+correct_with = ""  # its folder
+correct_below = 10.0  # it takes over at this noise level
+correct_steps = 0  # of DDPM's sampler, down from there; 0: the sampler above goes on
 
 # ----------------------------------------------------------------------------------------------------
 # Alg. 3: class labels, codes, then the ODE. `rows` number the codes: `per_code` images share one.
@@ -128,11 +134,18 @@ def codes_of(run, rows):
     return mixed, torch.where(of_first, *own_labels)
 
 
-def sampler(denoise, noise, randn_like):
-    """Alg. 3, lines 7-15: the sampler that the settings name. -> x, shaped like noise"""
+def sampler(denoise, correct, noise, randn_like):
+    """Alg. 3, lines 7-15: the sampler that the settings name. correct: the denoiser of low noise. -> x, like noise"""
+    levels = dict(num_steps=num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    if correct_steps:
+        return corrected(denoise, correct, noise, correct_below, correct_steps, **levels, randn_like=randn_like)
+    if correct_with:
+        denoise = within((correct_below, math.inf), denoise, correct)
+    if ode != "edm":
+        times = torch.linspace(1 / (1 + sigma_max), 1, num_steps + 1, dtype=torch.float64)
+        return flow(denoise, noise, times, second_order=ode == "flow-heun")
     of_kind = partial(restart, restarts=restarts, gamma=gamma) if restarts else partial(heun, S_churn=S_churn)
-    return of_kind(denoise, noise, num_steps=num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho,
-                   S_min=S_min, S_max=S_max, S_noise=S_noise, randn_like=randn_like)
+    return of_kind(denoise, noise, **levels, S_min=S_min, S_max=S_max, S_noise=S_noise, randn_like=randn_like)
 
 
 def evaluations():
@@ -143,16 +156,17 @@ def evaluations():
         return lambda x, sigma: counts.append(number) or x
 
     inside = count(2 if guidance != 1 else 1)
-    sampler(within((guidance_min, guidance_max), inside, count(1)), torch.zeros(1), torch.zeros_like)
+    sampler(within((guidance_min, guidance_max), inside, count(1)), count(1), torch.zeros(1), torch.zeros_like)
     return sum(counts)
 
 
 def images_of(run, seeds, codes, labels):
     """-> images uint8 (B, H, W, C) of these codes (B, m) and labels (B,)"""
     noise = SeededNoise("images", seeds, run.device)
-    denoise = denoiser(run.model, labels if run.model.label_dim else None, codes, guidance, run.autocast,
-                       (guidance_min, guidance_max))
-    x = sampler(denoise, noise.randn(*run.model.x_shape), noise.randn_like)
+    c = labels if run.model.label_dim else None
+    denoise = denoiser(run.model, c, codes, guidance, run.autocast, (guidance_min, guidance_max))
+    correct = run.correct and denoiser(run.correct, c, codes, autocast=run.autocast)
+    x = sampler(denoise, correct, run.model.noise(noise.randn), noise.randn_like)
     require(x.isfinite().all(),
             "the images are not finite: is a setting of the sampler, or guidance, far too large?")
     return data.to_uint8(x, run.vae)
@@ -193,6 +207,13 @@ def check(config):
             "eta > 0 masks tokens again at every step: say --sedd_sampler=analytic, since first-hitting has no steps")
     require(not (restarts and S_churn), "S_churn is Heun's churn: the churn of restarts is gamma")
     require(restarts or not gamma, "gamma is the churn of restarts: there are none")
+    require(ode in ("edm", "flow-heun", "flow-euler"), f"--ode is edm, flow-heun or flow-euler, not {ode}")
+    require(ode == "edm" or not (restarts or S_churn), f"churn and restarts are EDM's: they don't go with --ode={ode}")
+    require(correct_with or not correct_steps, "correct_steps are another model's: name it by --correct_with=")
+    require(correct_steps >= 0 and sigma_min < correct_below < math.inf, f"correct_steps {correct_steps} can't be "
+            f"negative, and correct_below {correct_below} must be finite, and above sigma_min {sigma_min}")
+    require(not correct_steps or ode == "edm" and not (restarts or S_churn),
+            "--correct_steps follow Heun's method without churn, restarts or another --ode")
     require(not checkpoint or Path(checkpoint).is_file(), f"--checkpoint={checkpoint}: there is no such file")
 
 
@@ -234,6 +255,19 @@ def source_of(setting, given, run, stage1):
     return of_images(images, labels, order, run.model), data.data_checksum(images, labels)
 
 
+def load_correction(run):
+    """-> the model that --correct_with names, and the CRC-32 of its weights. Raises UserError if it does not fit."""
+    correct, checkpoint = load_stage1(correct_with, run.device)
+    here, there = (dict(images=model.x_shape, classes=model.label_dim, pfgm_D=model.pfgm_D)
+                   for model in (run.model, correct))
+    different = [f"{name} {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]
+    require(not different, f"--correct_with={correct_with} is no model to go on with: {', '.join(different)}")
+    checksum = weights_checksum(checkpoint["ema"])
+    require(not correct.num_latents or checksum == run.checksum,
+            f"--correct_with={correct_with} has discrete latents of its own: name a model without them (num_latents=0)")
+    return correct, checksum
+
+
 def setup(config):
     """The networks, and where codes come from -> run, a namespace of what the functions above need
 
@@ -246,6 +280,10 @@ def setup(config):
                           autocast=set_precision(precision, device))
     folder = init_from or out_dir
     run.model, stage1 = load_stage1(folder, device, checkpoint)
+    run.checksum = weights_checksum(stage1["ema"])
+    require(run.model.pfgm_D == math.inf or not (S_churn or restarts or correct_steps),
+            "S_churn, restarts and correct_steps add Gaussian noise, and this model's is PFGM++'s: leave them out")
+    run.correct, correction = load_correction(run) if correct_with else (None, None)
     run.vae = load_vae(stage1, device)
     run.made = stage1.get("made")  # how the training images were made
     run.class_label = class_number(class_label, classes_of(stage1))
@@ -260,7 +298,7 @@ def setup(config):
     run.prior = load_prior(folder, prior, device, stage1, checkpoint) if needs_prior else None
     # all that the images depend on: an interrupted run continues only if this is the same
     run.made_with = json.dumps({**config, "out_dir": "", "init_from": "", "checkpoint": "", "device": "",
-                                "given": identities, "stage1": weights_checksum(stage1["ema"]),
+                                "correct_with": correction, "given": identities, "stage1": run.checksum,
                                 "prior_net": run.prior and weights_checksum(run.prior.state_dict())})
     return run
 

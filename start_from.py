@@ -7,17 +7,17 @@ import os
 import zipfile
 from pathlib import Path
 
-from checkpoint import OLDER, is_of, read_checkpoint, weights_checksum
+from checkpoint import OLDER, OLDER_CODES, is_of, read_checkpoint, weights_checksum
 from configurator import UserError, arguments_of, require, say
-from dit import DiT
 from edm_pickle import read_edm
+from model import DENOISERS
 from trained import path_of
 from unet import edm_settings, from_edm
 from vit import positions
 
 # settings of the encoder and its codes
 OF_LATENTS = ("num_latents", "codebook_size", "latent_dim", "latent_layers", "latent_heads", "latents_to_emb",
-              "encoder_patch", "encoder_dim", "encoder_layers", "encoder_heads", "conditioning")
+              "encoder_patch", "encoder_dim", "encoder_layers", "encoder_heads", "conditioning", "null_token")
 
 
 def start_from(source, model, model_args):
@@ -32,11 +32,11 @@ def start_from(source, model, model_args):
     path, weights, args, in_our_order = read_network(source)
     theirs, ours = (of.get("denoiser", "unet") for of in (args, model_args))
     require(theirs == ours, f"{path} has the denoiser {theirs}, this run {ours}: say --denoiser={theirs}")
-    of_class = "model.map_label.weight" if ours == "unet" else "model.classes.weight"
+    of_class = "model.classes.weight" if ours == "dit" else "model.map_label.weight"
     try:
         weights = weights if in_our_order else from_edm(weights)
-        there, here = (settings_of(state, of)
-                       | {name: {**OLDER, **of}.get(name, 0) for name in ("sigma_data", *OF_LATENTS)}
+        older, names = OLDER | OLDER_CODES, ("sigma_data", "process", *OF_LATENTS)
+        there, here = (settings_of(state, of) | {name: (older | of).get(name, 0) for name in names}
                        for state, of in ((weights, args), (model.state_dict(), model_args)))
         require(here["num_latents"] or not there["num_latents"],
                 f"{path} has discrete latents, which its denoiser relies on: it can't go on with num_latents=0. "
@@ -71,15 +71,17 @@ def start_from(source, model, model_args):
         return there["num_latents"] > 0
     except (LookupError, ValueError, TypeError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
-        architecture = "ADM's" if ours == "unet" else "DiT's"
-        raise UserError(f"{path} is not a network of {architecture} architecture: {why}") from None
+        architecture = {"unet": "ADM", "dit": "DiT", "uvit": "U-ViT"}[ours]
+        raise UserError(f"{path} is not a network of {architecture}'s architecture: {why}") from None
 
 
 def settings_of(state, args):
-    """The denoiser's settings: a U-Net's are read off its weights, a DiT's are among `args`."""
-    if args.get("denoiser") == "dit":
-        return arguments_of(args, DiT) | dict(x_shape=tuple(args["x_shape"]))
-    return edm_settings(state)
+    """The denoiser's settings: a U-Net's are read off its weights, another network's are among `args`."""
+    kind = args.get("denoiser", "unet")
+    if kind == "unet":
+        return edm_settings(state)
+    settings = arguments_of(args, DENOISERS[kind]) | dict(x_shape=tuple(args["x_shape"]))
+    return {name: value for name, value in settings.items() if name not in ("dropout", "recompute")}
 
 
 def read_network(source):

@@ -5,6 +5,7 @@ Latent Codes sec. 3).
     python toy2d.py                         # both parts, one seed: eight minutes on two CPU cores
     python toy2d.py --quick=True            # under a minute: every picture, hardly any training
     python toy2d.py --seeds=5 --modes="()"  # part 1 alone, seeds 0 ... 4; pictures of the first
+    python toy2d.py --modes="()" --process=flow --out_dir=out/toy2d-flow    # the same by flow matching
 
 Part 1, in this file, has eight Gaussians. A denoiser learns them alone, then together with an
 encoder that gives each point one of eight codes. Each code takes one mode, and the trajectories
@@ -33,13 +34,22 @@ from tqdm import tqdm
 
 from checkpoint import atomic
 from configurator import UserError, configure, require
-from diffusion import curvature, heun
+from diffusion import PROCESSES, curvature, heun
 from model import draw_codes, gumbel_softmax
-from noise import gumbel_noise, seeded_generator
+from noise import gumbel_noise, randn_of, seeded_generator
 from processes import start_processes
 from run import alone, progress
 from toy_grids import KINDS, gaussian_grid
-from toy_measures import around, even_parts, exact_denoiser, jacobian_norms, purity, stray, wasserstein2
+from toy_measures import (
+    around,
+    even_parts,
+    exact_denoiser,
+    exact_pfgm_denoiser,
+    jacobian_norms,
+    purity,
+    stray,
+    wasserstein2,
+)
 from toy_pictures import (
     draw_curves,
     draw_eight,
@@ -57,6 +67,8 @@ out_dir = "out/toy2d"
 seed = 0
 seeds = 1  # that many seeds, from this one on
 quick = False
+process = "edm"  # of part 1; or "pfgm++", "flow" (matching): noise, its levels and weights. Networks and sampler stay
+pfgm_D = 8.0  # PFGM++'s D: of the order of the plane's two dimensions
 # training, the same for all
 width = 64  # of the networks: denoiser with four layers, encoder with three
 steps = 8000
@@ -152,12 +164,12 @@ def train(points, num_latents, codebook_size, std, seed, codes=None):
     """Alg. 1 in two dimensions. -> Denoiser, and Encoder (or None): both in float64
 
     points: (N, 2); std: of one Gaussian; codes: (N, m) where they are known, else an encoder learns
-    them. ln t is normal, with 95 % of the noise levels between std / 2 and 5 times the data's std.
+    them. EDM's ln t is normal, with 95 % of the noise levels between std / 2 and 5 times the data's std.
     Adam's learning rates fall to 0 as a cosine. Raises UserError where training diverges.
     """
     torch.manual_seed(seed)
     g = seeded_generator("cpu", "train", seed)
-    points = points.float()
+    points, row = points.float(), PROCESSES[process]
     scale = points.std().item()
     model = Denoiser(num_latents, codebook_size, std, scale)
     groups = [{"params": model.net.parameters(), "lr": lr}, {"params": [model.codebook], "lr": embedding_lr}]
@@ -171,15 +183,15 @@ def train(points, num_latents, codebook_size, std, seed, codes=None):
     for step in progress(range(steps), desc=f"m = {num_latents}, k = {codebook_size}", leave=False):
         rows = torch.randint(len(points), (batch_size,), generator=g)
         y = points[rows]  # Alg. 1, line 3
-        t = ((low + high) / 2 + (high - low) / 4 * torch.randn(batch_size, 1, generator=g)).exp()  # line 4
+        t = row.levels(torch.randn(batch_size, 1, generator=g), (low + high) / 2, (high - low) / 4)  # line 4
         if encoder is None:
             z = one_hot(codes[rows], codebook_size).float()
         else:
             logits = encoder(y)
             temperature = tau ** max(0, 1 - 2 * step / steps)
             z = gumbel_softmax(logits, temperature, gumbel_noise(logits.shape, g))  # line 6
-        D = model(y + t * torch.randn(y.shape, generator=g), t, model.embed(z))  # lines 5 and 7
-        loss = ((t ** 2 + scale ** 2) / (t * scale) ** 2 * (D - y) ** 2).mean()  # lambda(t): EDM Table 1
+        D = model(y + t * row.kernel(randn_of(batch_size, g), (2,), pfgm_D), t, model.embed(z))  # lines 5 and 7
+        loss = (row.weight(t, scale) * (D - y) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -199,7 +211,7 @@ def ring():
 
 
 def trajectories(denoise, noise):
-    """Heun's method on N(0, 1) noise (B, 2), step by step.
+    """Heun's method on noise of scale 1 (B, 2), step by step.
 
     -> noise levels t (num_steps + 1,), from 80 to 0, and x at each of them (num_steps + 1, B, 2)
     """
@@ -227,8 +239,10 @@ def eight_gaussians(seed):
     new_codes = codes[torch.randint(len(points), (num_samples,), generator=g)]  # their frequencies are the prior
 
     # trajectories, all from the same noise
-    noise = torch.randn(num_samples, 2, generator=g, dtype=torch.float64)
-    denoisers = {"exact score": exact_denoiser(centres, EIGHT_STD), "plain": plain.with_codes(no_codes[:1]),
+    noise = PROCESSES[process].kernel(randn_of(num_samples, g, torch.float64), (2,), pfgm_D)
+    of_pfgm = process == "pfgm++" and pfgm_D < math.inf
+    exact = exact_pfgm_denoiser(centres, EIGHT_STD, pfgm_D) if of_pfgm else exact_denoiser(centres, EIGHT_STD)
+    denoisers = {"exact score": exact, "plain": plain.with_codes(no_codes[:1]),
                  "DisCo-Diff": disco.with_codes(new_codes)}
     paths, curves = {}, {}
     for name, denoise in denoisers.items():
@@ -263,6 +277,10 @@ def eight_gaussians(seed):
 
 def check(config):
     """Raises UserError for settings that make no sense."""
+    require(process in PROCESSES, f"--process is one of {', '.join(PROCESSES)}, not {process}")
+    require(pfgm_D == math.inf or pfgm_D > 0 and pfgm_D % 1 == 0,
+            f"pfgm_D is a whole number above 0, or inf, not {pfgm_D}")
+    require(process == "edm" or not modes, f'part 2 has no --process={process}: leave it out by --modes="()"')
     for name in ("seeds", "width", "batch_size", "lr", "encoder_lr", "embedding_lr", "steps", "num_samples",
                  "codebook_factor"):
         require(0 < config[name] < math.inf, f"{name} must be positive, not {config[name]}")

@@ -38,7 +38,6 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -46,14 +45,13 @@ import data
 import training
 from coarse import warm_up
 from configurator import UserError, arguments_of, configure, is_default, require, require_numbers
-from diffusion import heun, loss_at, loss_weight
+from diffusion import noise_schedule
 from embedding import EMBEDDINGS
 from encoded import Encoded, read_encoder
 from latents import Latents
-from model import DENOISERS, DisCoDiff, draw_codes
-from model import denoiser as denoiser_of
-from noise import gumbel_noise, has_float64, seed_of, seeded_generator
-from plot import save_grid
+from model import DENOISERS, DisCoDiff
+from noise import gumbel_noise, randn_of, seed_of, seeded_generator
+from preview import print_losses, save_preview
 from processes import max_over_processes
 from run import can_compile, progress, running
 from start_from import sort_older, start_from
@@ -74,8 +72,13 @@ held_out = -1  # images that neither stage trains on; -1: 500, or a tenth of a d
 class_cond = True  # class labels condition the denoiser (and, in stage 2, the prior)
 xflip = False  # mirror half of the images
 space = "pixels"  # what is denoised: "pixels", or "vae": latents, which `python data.py NAME --vae=FILE` computes
-denoiser = "unet"  # or "dit"
-# U-Net: ADM's
+# process
+process = "edm"  # or "pfgm++", "flow" (matching): diffusion.py has them all
+pfgm_D = 128.0  # PFGM++'s D, a whole number, or inf, which is EDM
+weighting = "edm"  # of noise levels; "edm-monotonic" is VDM++'s
+# denoiser
+denoiser = "unet"  # or "dit", "uvit"
+# U-Net: ADM's; and the levels of a U-ViT above its Transformer, whose width is the last of channel_mult
 model_channels = 16
 channel_mult = (1, 1, 4)
 channel_mult_emb = 4
@@ -85,8 +88,9 @@ dropout = 0.0
 # DiT; the published sizes S, B, L and XL are 384 x 12, 768 x 12, 1024 x 24 and 1152 x 28, with 6, 12, 16 and 16 heads
 patch = 2  # pixels per side
 width = 384
-depth = 12
+depth = 12  # also of the U-ViT
 heads = 6
+recompute = False  # U-ViT: keep few activations in training, and compute the others again; for large ones
 # discrete latents
 num_latents = 8  # m; 0: plain EDM
 codebook_size = 16  # k
@@ -98,6 +102,7 @@ null_prob = 0.1  # probability that the null embedding replaces an image's laten
 latent_dim = 64
 latent_layers = 6
 latent_heads = 2
+null_token = False  # a key without a code for the cross-attentions, which may then ignore the codes (sec. 4.1)
 latents_to_emb = True  # besides attention, codes join the embedding of noise level and class; not in DisCo-Diff
 # encoder: ViT
 encoder_patch = 0  # pixels per side; 0: a quarter of the image
@@ -120,9 +125,10 @@ warmup_images = 2_000  # linear learning-rate warm-up
 ema_halflife_images = 500_000
 ema_rampup = 0.1  # the half-life is at most this share of the images seen so far
 # ln(sigma) ~ N(P_mean, P_std^2). EDM has -1.2 and 1.2, but a run this short needs more of the high noise
-# levels, where the latents help
+# levels, where the latents help. Flow matching draws its times evenly instead
 P_mean = -0.4
 P_std = 1.4
+shift = 1.0  # all noise levels of training times this: 2 moves EDM's from images of 64 pixels to 128
 sigma_data = 0.0  # standard deviation of what is denoised; 0: 0.5 for pixels, 1 for latents
 # reports, all in images
 log_every = 1_000
@@ -158,11 +164,11 @@ def draw_step(run, step):
     """
     g = seeded_generator(run.device, "step", seed, step)
     normal = torch.randn(batch_size, 1, 1, 1, device=run.device, generator=g)
-    noise = torch.randn(batch_size, *run.model.x_shape, device=run.device, generator=g)
+    noise = run.model.noise(randn_of(batch_size, g))
     gumbel = gumbel_noise((batch_size, 0 if codes else num_latents, codebook_size), g)
     drop = torch.rand(batch_size, device=run.device, generator=g) < null_prob
     flip = torch.rand(batch_size, device=run.device, generator=g) < (0.5 if xflip else 0)
-    sigma = (P_mean + P_std * normal).exp()  # EDM, Table 1
+    sigma = run.levels(normal)
     return noise * sigma, sigma, gumbel, drop, flip
 
 
@@ -185,7 +191,7 @@ def gradients(run, step):
                 D, logits = run.forward(y, noise[rows], sigma[rows].flatten(), c, gumbel[rows], drop[rows], tau, z,
                                         images)
                 # line 7, Eq. 3: lambda(sigma) |D(y + n, sigma, z, c) - y|^2, here a mean over the batch
-                loss = (loss_weight(sigma[rows], run.model.sigma_data) * (D - y) ** 2).sum() / run.local_batch
+                loss = (run.weight(sigma[rows]) * (D - y) ** 2).sum() / run.local_batch
             training.backward(run, loss)
         loss_sum += loss.detach() / y[0].numel()
         if logits is not None:
@@ -215,12 +221,12 @@ def update(run, seen):
 # from the settings to a run
 
 # may change when a run continues: the run's course stays the same (batch_gpu changes dropout's masks)
-FREE = ("out_dir", "overwrite", "change", "device", "compile", "batch_gpu", "codes", "total_images", "log_every",
-        "save_every", "keep_every", "preview_every")
+FREE = ("out_dir", "overwrite", "change", "device", "compile", "recompute", "batch_gpu", "codes", "total_images",
+        "log_every", "save_every", "keep_every", "preview_every")
 # may change if --change names them: they act step by step. Others can't: the prior relies on xflip,
 # and batch_size and seed decide which image comes when
 CHANGEABLE = ("lr", "code_lr", "encoder_lr", "warmup_images", "ema_halflife_images", "ema_rampup", "P_mean", "P_std",
-              "null_prob", "tau", "dropout", "precision", "loss_scale")
+              "shift", "weighting", "null_prob", "tau", "dropout", "precision", "loss_scale")
 
 
 def setup(config):
@@ -230,13 +236,14 @@ def setup(config):
     for settings that don't fit.
     """
     global _checkpoint_path, _micro_batch  # for the line printed when memory runs out
-    require_numbers(config, but=("held_out", "P_mean"), or_zero=(
+    require_numbers(config, but=("held_out", "P_mean", "pfgm_D"), or_zero=(
         "seed", "num_latents", "latent_layers", "encoder_layers", "encoder_patch", "warmup_images", "ema_rampup",
         "ema_halflife_images", "P_std", "code_lr", "encoder_lr", "coarse_images", "coarse_spread", "keep_every",
         "preview_every", "null_prob", "dropout", "sigma_data"))
     require(denoiser in DENOISERS, f"--denoiser is {' or '.join(DENOISERS)}, not {denoiser}")
     require(space in ("pixels", "vae"), f"--space is pixels or vae, not {space}")
     require(math.isfinite(P_mean), f"P_mean must be finite, not {P_mean}")
+    require(process == "pfgm++" or is_default(globals(), "pfgm_D"), "pfgm_D is for --process=pfgm++")
     require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
     require(channel_mult and min(channel_mult) > 0,
             f"channel_mult has a positive number for each level, not {channel_mult}")
@@ -257,8 +264,10 @@ def setup(config):
     run.latents = Latents(dataset, len(run.images), xflip, run.device) if space == "vae" else None
     x_shape = run.latents.shape if run.latents else ()
     fit_to_images(config, run.images.shape, num_classes, x_shape)
+    run.levels, run.weight = noise_schedule(**arguments_of(config, noise_schedule))
     chosen = [name for name in ("num_latents", "codebook_size") if not is_default(globals(), name)]
     encoder = read_encoder(config, run.images.shape, chosen)
+    require(not null_token or config["conditioning"] == "attention", "null_token is for --conditioning=attention")
     run.train_indices, run.held_out_indices = data.split(len(run.images), config["held_out"])
     run.to_show = run.held_out_indices if len(run.held_out_indices) else run.train_indices
     run.batches, run.stamp = data.Shuffle(run.train_indices, seed), data.file_stamp(run.images)
@@ -313,7 +322,8 @@ def fit_to_images(config, shape, num_classes, x_shape=()):
     require(height == width, f"images must be square, not {height} x {width}: prepare them with "
                              f"--resolution={min(height, width)}")
     side = x_shape[1] if x_shape else height
-    maps = [side >> level for level in range(len(channel_mult))]  # sizes of the feature maps
+    levels = len(channel_mult) - 1 if denoiser == "uvit" and len(channel_mult) > 1 else len(channel_mult)
+    maps = [side >> level for level in range(levels)]  # sizes of the U-Net's feature maps
     if held_out == -1:
         config["held_out"] = min(500, count // 10)
     if attn_resolutions == (0,):
@@ -326,7 +336,7 @@ def fit_to_images(config, shape, num_classes, x_shape=()):
         (f"the data set {dataset} has no class labels: train with --class_cond=False", class_cond and not num_classes),
         (f"held_out is {held}: the data set has {count} images, -1 takes a tenth", not 0 <= held < count),
         (f"attn_resolutions has {sorted({*at} - {*maps})}: the feature maps are {maps}, (0,) takes the last",
-         denoiser == "unet" and {*at} - {*maps}),
+         denoiser != "dit" and {*at} - {*maps}),
         (f"patch {patch} does not divide {side} x {side}, the size of {'latents' if x_shape else 'images'}",
          denoiser == "dit" and side % patch),
         (f"encoder_patch {of_encoder} does not divide images of {height} pixels, 0 takes a quarter",
@@ -335,56 +345,7 @@ def fit_to_images(config, shape, num_classes, x_shape=()):
 
 
 # ----------------------------------------------------------------------------------------------------
-# what a person looks at
-
-
-def codes_of(run, y, g):
-    """Hard codes (B, m) of clean images, drawn from the averaged encoder."""
-    logits = run.ema.encoder(y)
-    return draw_codes(logits, gumbel_noise(logits.shape, g))
-
-
-@torch.no_grad()
-def save_preview(run, path, rows=8, columns=8):
-    """Draws rows of a held-out image, then samples that share its code (and class), as in Fig. 2b."""
-    shown = run.to_show[:rows]
-    y = data.to_float(run.images[shown], run.device)
-    c = torch.from_numpy(run.labels[shown]).to(run.device).repeat_interleave(columns) if class_cond else None
-    g = seeded_generator(run.device, "preview", seed)
-    z = codes_of(run, y, g).repeat_interleave(columns, dim=0) if num_latents else None
-    noise = torch.randn(len(shown) * columns, *run.model.x_shape, device=run.device, generator=g)
-    noise = noise if has_float64(run.device) else noise.cpu()
-    x = heun(denoiser_of(run.ema, c, z, autocast=run.autocast), noise).float()
-    x = np.split(data.to_uint8(x, run.latents and run.latents.vae), len(shown))
-    grid = np.concatenate([image for y, samples in zip(run.images[shown], x) for image in (y[None], samples)])
-    titles = [run.classes[i] for i in run.labels[shown]] if class_cond else ()
-    save_grid(grid, path, columns + 1, titles)
-
-
-@torch.no_grad()
-def print_losses(run, count=256, sigmas=(0.02, 0.1, 0.3, 1, 3, 10, 30, 80)):
-    """The weighted loss per pixel on held-out images, per noise level (Fig. 7, left).
-
-    It is computed with the images' own codes and with null latents: where they differ, the codes help.
-    """
-    shown = run.to_show[:count]
-    g = seeded_generator(run.device, "losses", seed)
-    kind = "held-out" if len(run.held_out_indices) else "training"
-    print(f"loss on {len(shown)} {kind} images, lambda(sigma) |D - y|^2 / pixels")
-    print("   sigma   own codes  null codes  null / own" if num_latents else "   sigma        loss")
-    for level in sigmas:
-        sums = [0.0, 0.0]
-        for part in np.array_split(shown, -(-len(shown) // batch_gpu)):
-            images = data.to_float(run.images[part], run.device)
-            y = run.latents.of(part) if run.latents else images
-            c = torch.from_numpy(run.labels[part]).to(run.device) if class_cond else None
-            n = torch.randn(y.shape, device=run.device, generator=g)
-            z = codes_of(run, images, g) if num_latents else None
-            for i in range(2 if num_latents else 1):
-                denoise = denoiser_of(run.ema, c, z, guidance=1 - i, autocast=run.autocast)  # w = 0: null latents
-                sums[i] += loss_at(denoise, y, n, torch.tensor(float(level)), run.ema.sigma_data).sum().item()
-        own, null = sums[0] / len(shown), sums[1] / len(shown)
-        print(f"{level:8g}  {own:10.4f}" + (f"  {null:10.4f}  {null / own:10.2f}" if num_latents else ""))
+# the run
 
 
 def report(run, seen, bar):
@@ -396,10 +357,6 @@ def report(run, seen, bar):
         usage, used = training.of_usage(code_sum, entropy_sum, steps * run.local_batch)
         line, shown = line | usage, shown | used
     training.write_line(run, line | dict(grad_norm=norm.item() / steps), bar, shown)
-
-
-# ----------------------------------------------------------------------------------------------------
-# the run
 
 
 def main(argv=()):

@@ -78,8 +78,8 @@ def denoisers(model, prior, images, labels, chosen, seeds):
 def measure(denoise, source, noise, y, loss_noise, sigma_data):
     """-> {title: values}, the measures of a batch at `levels`
 
-    noise: N(0, 1), where trajectories start, shaped like the clean images y (B, ...); loss_noise:
-    N(0, 1), (B, len(sigmas), ...). Null codes have a loss alone. The prior's have none: they are not
+    noise: where trajectories start, of scale 1, shaped like the clean images y (B, ...); loss_noise:
+    of scale 1, (B, len(sigmas), ...). Null codes have a loss alone. The prior's have none: they are not
     the codes of y.
     """
     found = {}
@@ -117,8 +117,8 @@ def measure_all(place):
     for folder, (model, prior, _) in loaded.items():
         for numbers in progress(np.split(np.arange(num_images), num_images // batch_size), desc=folder, unit="part"):
             chosen, seeds = order[numbers], seed + numbers
-            noise = SeededNoise("images", seeds, place).randn(*model.img_shape)
-            loss_noise = SeededNoise("losses", seeds, place).randn(len(sigmas), *model.img_shape)
+            noise = model.noise(SeededNoise("images", seeds, place).randn)
+            loss_noise = model.noise(SeededNoise("losses", seeds, place).randn, len(sigmas))
             y = data.to_float(images[chosen]).to(noise.device)
             for source, denoise in denoisers(model, prior, images, labels, chosen, seeds).items():
                 of_arm = measured.setdefault(f"{folder}, {source}".removesuffix(", "), {})

@@ -185,21 +185,24 @@ class UNet(nn.Module):
             condition["emb"] = [float32(self.map_latents, tokens.mean(1))]
         return condition
 
+    def embed(self, c_noise, labels, condition):
+        """Noise level, class and codes -> what modulates every block, (B, emb_dim), already through SiLU"""
+        emb = F.silu(float32(self.map_layer0, sinusoids(c_noise, self.map_layer0.in_features)))
+        emb = float32(self.map_layer1, emb)
+        if self.map_label is not None and labels is not None:
+            one_hot = labels[:, None] == torch.arange(self.map_label.in_features, device=labels.device)
+            emb = emb + float32(self.map_label, one_hot)  # label -1: a row of zeros
+        if "emb" in condition:
+            emb = emb + condition["emb"][0]
+        return F.silu(emb)
+
     def forward(self, x, c_noise, labels=None, condition=None):
         """x: (B, C, H, W); c_noise: (B,); labels: (B,) int64, -1 for none, or None
 
         condition: as above, or "emb" alone; None without latents
         """
         condition = condition or {}
-        emb = F.silu(float32(self.map_layer0, sinusoids(c_noise, self.map_layer0.in_features)))
-        emb = float32(self.map_layer1, emb)
-        if self.map_label is not None and labels is not None:
-            one_hot = labels[:, None] == torch.arange(self.map_label.in_features, device=x.device)
-            emb = emb + float32(self.map_label, one_hot)  # label -1: a row of zeros
-        if "emb" in condition:
-            emb = emb + condition["emb"][0]
-        emb = F.silu(emb)
-
+        emb = self.embed(c_noise, labels, condition)
         skips = []
         for name, block in self.enc.items():
             x = block(x, emb, condition.get(f"enc.{name}")) if isinstance(block, UNetBlock) else block(x)

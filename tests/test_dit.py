@@ -162,7 +162,7 @@ def test_a_run_of_before_the_dit_keeps_its_u_net(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--denoiser=mlp"], "--denoiser is unet or dit, not mlp"),
+    (["--denoiser=mlp"], "--denoiser is unet or dit or uvit, not mlp"),
     (["--patch=5"], "patch 5 does not divide 28 x 28, the size of images"),
     (["--width=6"], "width 6 must be divisible by 4"),
     (["--heads=3"], "16 is not by 3"),

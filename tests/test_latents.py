@@ -11,6 +11,7 @@ from vaes import state_of, write
 import data
 import diffusion
 import latents
+import preview
 from configurator import UserError
 from pictures import random_images
 from test_dit import TINY_DIT
@@ -35,7 +36,7 @@ def place(tmp_path, monkeypatch):
     for module, names in ((data, ("load", "class_names", "made_of", "is_prepared")), (latents, ("encode", "Latents"))):
         for name in names:
             monkeypatch.setattr(module, name, partial(getattr(module, name), root=root))
-    monkeypatch.setattr(diffusion, "heun", partial(diffusion.heun, num_steps=2))  # of previews
+    monkeypatch.setattr(preview, "heun", partial(diffusion.heun, num_steps=2))  # of previews
     return root
 
 

@@ -12,7 +12,7 @@ from scripts import PRIOR, TINY, Script, run
 
 import data
 import diffusion
-import plot
+import preview
 from configurator import UserError
 
 # a step: what is drawn, what the network is given, the loss, the rates, the averages
@@ -105,9 +105,9 @@ def test_the_table_of_losses(stage1, monkeypatch, capsys):
 
 def test_what_is_shown_has_codes_of_the_average(stage1):
     y = data.to_float(data.load("fashion-mnist-10k")[0][:8])
-    codes = stage1.codes_of(y, torch.Generator().manual_seed(0))
+    codes = preview.codes_of(stage1.run, y, torch.Generator().manual_seed(0))
     torch.nn.init.normal_(stage1.model.encoder.head, std=100)
-    assert torch.equal(stage1.codes_of(y, torch.Generator().manual_seed(0)), codes)
+    assert torch.equal(preview.codes_of(stage1.run, y, torch.Generator().manual_seed(0)), codes)
 
 
 def test_dropout_differs_from_step_to_step(stage1, monkeypatch):
@@ -128,7 +128,7 @@ def test_dropout_differs_from_step_to_step(stage1, monkeypatch):
 
 
 def test_what_stage_1_leaves_and_prints(tmp_path, monkeypatch):
-    monkeypatch.setattr(diffusion, "heun", partial(diffusion.heun, num_steps=4))  # of previews
+    monkeypatch.setattr(preview, "heun", partial(diffusion.heun, num_steps=4))  # of previews
     printed = run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--log_every=24", "--preview_every=24", "--coarse_images=48")
     assert {p.name for p in tmp_path.iterdir()} == {"stage1.pt", "stage1.previous.pt", "stage1.jsonl", "stage1_curves.png", "coarse.jsonl",
                                                    "coarse_curves.png", "preview_000000024.png", "preview_000000048.png"}
@@ -178,8 +178,8 @@ def test_images_of_ones_own_at_the_first_try(tmp_path, monkeypatch):
     data.prepare("pets", str(tmp_path / "photos"), transform="center-crop-dhariwal", root=root)
     for function in (data.load, data.class_names, data.made_of):
         monkeypatch.setattr(data, function.__name__, partial(function, root=root))
-    monkeypatch.setattr(plot, "save_grid", lambda images, path, columns, names=(): titles.append(names))
-    monkeypatch.setattr(diffusion, "heun", partial(diffusion.heun, num_steps=2))  # of previews
+    monkeypatch.setattr(preview, "save_grid", lambda images, path, columns, names=(): titles.append(names))
+    monkeypatch.setattr(preview, "heun", partial(diffusion.heun, num_steps=2))  # of previews
     run("train_stage1.py", "--dataset=pets", f"--out_dir={tmp_path / 'out'}", "--coarse_images=128", "--total_images=32", "--device=cpu")
     state = checkpoint(tmp_path / "out")
     assert {k: state["config"][k] for k in ("held_out", "attn_resolutions", "encoder_patch")} == dict(
