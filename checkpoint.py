@@ -59,6 +59,7 @@ class atomic:
 CHECKPOINT = {"train_encoder": {"config", "model_args", "step", "ema"},
               "train_stage1": {"config", "model_args", "step", "ema"},
               "train_prior": {"config", "model_args", "step", "ema", "encoder"},
+              "train_text": {"config", "model_args", "step", "ema", "encoder", "tokenizer"},
               "eval_fid": {"model", "accuracy"}}
 TO_TRAIN_ON = {"model", "optimizer"}
 RENAMED = {"ema": "ema_decay"}  # settings in older checkpoints, and what they are called now

@@ -9,6 +9,7 @@ Samples from a trained DisCo-Diff (Alg. 3): codes from the prior, then the denoi
     python sample.py --png=True                        # also a folder of PNG files, out/samples/
     python sample.py --encode=fashion-mnist-10k        # codes of these images, from the encoder
     python sample.py --code=3,1,4,1,5,9,2,6            # a code by hand
+    python sample.py --prompt="a dark pullover with long sleeves"     # codes from text, by train_text.py
     python sample.py --encode=a.png --compose=b.png --class_label=4   # the codes of both, mixed
     python sample.py --prior=sedd --sedd_sampler=analytic --eta=0.02  # the other prior, remasking
     python sample.py config/restart39.py               # the Restart sampler
@@ -20,6 +21,7 @@ Writes out_dir/NAME.png, a grid, and out_dir/NAME.npz:
     images      uint8 (N, H, W, C)
     labels      int64 (N,), -1 without classes
     codes       int64 (N, m); embeddings in their place are float32
+    prompts     str (N,), where there are prompts
     seeds       int64 (N,): image i comes from the seed `seed + i` alone
     nfe         int64 (N,), the denoiser's evaluations; where guidance acts, D(z) and D(null) are two
     seconds     float32 (N,), the image's share of its batch's time
@@ -52,9 +54,11 @@ from noise import SeededNoise
 from npz import is_whole_npz, merge_npz, require_pngs_alone, save_pngs
 from plot import save_grid
 from processes import barrier, leave_processes, start_processes
+from prompts import of_prompts, read_prompts
 from rdm import DDIM_STEPS
 from run import alone, progress, set_precision
-from trained import PRIORS, classes_of, load_prior, load_stage1, load_vae
+from text import TextModel
+from trained import PRIORS, classes_of, load_prior, load_stage1, load_text, load_vae
 
 # run
 out_dir = "out"  # folder of the checkpoints, and for the samples
@@ -74,18 +78,25 @@ random_labels = False  # random classes, as in EDM's protocol; classes in turn a
 code = ()  # a code by hand, m numbers in 0 ... k - 1
 encode = ""  # codes of images: an image file, folder, .npz, or data set (its training images come first)
 exif = False  # turn image files for --encode and --compose by their EXIF orientation, as photographs need
+prompt = ""  # codes from text; | between several prompts, each of which has its own rows
+prompt_file = ""  # or a file with a prompt on each line
 compose = ""  # a second code, or images: makes fours of codes, the first, the second, and two mixtures
 guidance = 1.0  # w in D~ = w D(z) + (1 - w) D(null), App. B; 1: none. We read Table 3's cfg as w - 1
 guidance_min = 0.0  # noise levels that are guided (Kynkaanniemi et al. 2024; DLC's program has a highest one)
 guidance_max = math.inf
 # codes: which prior, and its sampler
 prior = "ar"  # or "sedd"; "rdm" for embeddings in place of codes
-temperature = 1.0  # for "ar"
+temperature = 1.0  # for "ar", and for prompts
 sedd_sampler = "first-hitting"  # m evaluations; "analytic" and "euler" (equal for this noise) take sedd_steps
 sedd_steps = 128
 eta = 0.0  # remasking: probability of masking a token again, per step from t1 to t0 (DLC Eq. 4; 0.01, 0.02)
 t0 = 0.3
 t1 = 0.55
+# codes from prompts, by LLaDA's sampler: m evaluations, each of which writes a code, or text_steps, which write several
+text_order = "low-confidence"  # the surest first, or "random"
+text_steps = 0
+text_block = 0  # of places that are filled before those to their right; 0: one block (semi-autoregressive: several)
+text_guidance = 1.0  # w in logits of un + w (cond - un), where un knows no prompt; 1: none (LLaDA's cfg_scale is w - 1)
 # images: EDM's sampler
 ode = "edm"  # Heun's method on EDM's noise levels; or in equal steps of flow matching's time: "flow-heun", "flow-euler"
 num_steps = 18
@@ -107,6 +118,11 @@ correct_steps = 0  # of DDPM's sampler, down from there; 0: the sampler above go
 # Alg. 3: class labels, codes, then the ODE. `rows` number the codes: `per_code` images share one.
 
 
+def turn(number):
+    """The turn of the numbers of codes, int64 (R,): a row of the grid has two codes of one class, or prompt."""
+    return number if compose or per_code == 1 else number // 2
+
+
 def labels_of(run, rows):
     """-> class labels (R,): the chosen class, random classes, or classes in turn; -1 without classes"""
     number = rows // 4 if compose else rows  # four rows belong to one composition
@@ -114,7 +130,7 @@ def labels_of(run, rows):
         return torch.full((len(rows),), run.class_label)
     if random_labels:
         return (run.model.label_dim * (1 - SeededNoise("labels", number).rand())).long()
-    return torch.from_numpy((number if compose or per_code == 1 else rows // 2) % run.model.label_dim)
+    return torch.from_numpy(turn(number) % run.model.label_dim)
 
 
 def codes_of(run, rows):
@@ -191,18 +207,24 @@ def check(config):
     require(math.isfinite(guidance) and math.isfinite(temperature), "guidance and temperature must be finite")
     require(Path(name).name == name and name.strip("."),
             f"--name={name} names the two files in out_dir: it can't have folders")
-    require(not (code and encode), "--code and --encode both give codes: choose one")
-    require(code or encode or not compose, "--compose mixes two codes: give the first by --code or --encode")
+    texts = prompt or prompt_file
+    first = [f"--{setting}" for setting in ("code", "encode", "prompt", "prompt_file") if config[setting]]
+    require(len(first) < 2, f"{' and '.join(first)} both give codes: choose one")
+    require(first or not compose, "--compose mixes two codes: give the first by --code, --encode or --prompt")
+    require(text_order in ("low-confidence", "random"), f"--text_order is low-confidence or random, not {text_order}")
+    require(min(text_steps, text_block) >= 0 and math.isfinite(text_guidance),
+            "text_steps and text_block can't be negative, and text_guidance must be finite")
     require(prior in PRIORS, f"--prior is {' or '.join(PRIORS)}, not {prior}")
     require(sedd_sampler in ("first-hitting", "analytic", "euler"),
             "--sedd_sampler is first-hitting, analytic or euler")
     require(0 <= eta < 1, f"eta is a probability below 1, not {eta}")
     require(0 <= t0 < t1 <= 1, f"remasking goes from t1 {t1} down to t0 {t0}: 0 <= t0 < t1 <= 1 is wanted")
-    takes = inspect.signature(PRIORS[prior].sample).parameters
-    for kind, network in PRIORS.items():
+    networks = {f"--prior={kind}": network for kind, network in PRIORS.items()} | {"--prompt": TextModel}
+    takes = inspect.signature(networks["--prompt" if texts else f"--prior={prior}"].sample).parameters
+    for kind, network in networks.items():
         for setting, parameter in inspect.signature(network.sample).parameters.items():
             require(setting in takes or config.get(setting, parameter.default) == parameter.default,
-                    f"{setting} is for --prior={kind}")
+                    f"{setting} is for {kind}")
     require(eta == 0 or sedd_sampler != "first-hitting",
             "eta > 0 masks tokens again at every step: say --sedd_sampler=analytic, since first-hitting has no steps")
     require(not (restarts and S_churn), "S_churn is Heun's churn: the churn of restarts is gamma")
@@ -231,7 +253,13 @@ def class_number(label, names):
 
 
 def source_of(setting, given, run, stage1):
-    """A value of --code, --encode or --compose -> a source, as in codes.py; its code or checksum"""
+    """A value of --code, --encode or --compose, or prompts -> a source, as in codes.py; its code or checksum"""
+    if setting == "prompts":
+        require(run.class_label < 0, "a prompt says what to draw: leave class_label out")
+        text, tokenizer = load_text(init_from or out_dir, run.device, stage1, checkpoint)
+        source = of_prompts(given, lambda numbers: turn(numbers) % len(given), text, tokenizer,
+                            arguments_of(run.config, text.sample))
+        return source, (given, weights_checksum(text.state_dict()))
     if setting == "compose" and re.fullmatch(r"\(?[\d\s,]+\)?", given):
         given = tuple(map(int, re.findall(r"\d+", given)))
     if isinstance(given, tuple):
@@ -289,10 +317,11 @@ def setup(config):
     run.class_label = class_number(class_label, classes_of(stage1))
     require(run.class_label < 0 or not random_labels,
             "--class_label asks for one class, --random_labels for all: choose one")
-    require(run.model.num_latents or not (code or encode or guidance != 1),
-            "this model has no discrete latents (num_latents=0): --code, --encode and --guidance need them")
-    sources = [source_of(setting, value, run, stage1)
-               for setting, value in (("code", code), ("encode", encode), ("compose", compose)) if value]
+    run.prompts = read_prompts(prompt, prompt_file) if prompt or prompt_file else []
+    require(run.model.num_latents or not (code or encode or run.prompts or guidance != 1),
+            "this model has no discrete latents (num_latents=0): --code, --encode, --prompt and --guidance need them")
+    given = dict(code=code, encode=encode, prompts=run.prompts, compose=compose)
+    sources = [source_of(setting, value, run, stage1) for setting, value in given.items() if value]
     run.sources, identities = [source for source, _ in sources], [identity for _, identity in sources]
     needs_prior = run.model.num_latents and not sources
     run.prior = load_prior(folder, prior, device, stage1, checkpoint) if needs_prior else None
@@ -369,7 +398,11 @@ def sample(run):
         seconds["images"] += elapsed
         made += len(rows), len(seeds)
         with atomic(file) as f:
-            np.savez(f, images=images, labels=labels.cpu().numpy(), codes=codes.cpu().numpy(), seeds=seeds,
+            prompts = {}
+            if run.prompts:
+                numbers = turn(rows // 4 if compose else rows)
+                prompts["prompts"] = np.array(run.prompts)[numbers[row_of] % len(run.prompts)]
+            np.savez(f, images=images, labels=labels.cpu().numpy(), codes=codes.cpu().numpy(), seeds=seeds, **prompts,
                      nfe=np.full(len(seeds), run.nfe), seconds=np.full(len(seeds), elapsed / len(seeds), np.float32))
     barrier()
     if run.rank == 0:

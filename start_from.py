@@ -1,16 +1,21 @@
 """
-Starts stage 1 from the weights of a trained network, EDM's or our own; and the encoder of Discrete Latent Codes from
-DINOv2's.
+Starts stage 1 from the weights of a trained network, EDM's or our own; the encoder of Discrete Latent Codes from
+DINOv2's, and its text model from LLaDA's.
 """
 
 import os
 import zipfile
 from pathlib import Path
 
+import torch
+
 from checkpoint import OLDER, OLDER_CODES, is_of, read_checkpoint, weights_checksum
 from configurator import UserError, arguments_of, require, say
 from edm_pickle import read_edm
 from model import DENOISERS
+from noise import seeded_generator
+from sharding import like
+from tensor_files import parts_of, read_safetensors
 from trained import path_of
 from unet import edm_settings, from_edm
 from vit import positions
@@ -158,3 +163,33 @@ def start_from_dinov2(path, encoder):
     require(not other, f"{path} is a ViT of other sizes: {'; '.join(other[:2])}. Change dim, patch or registers, or give "
                        "another --init_from")
     encoder.load_state_dict(encoder.state_dict() | weights)
+
+
+@torch.no_grad()
+def start_from_llada(source, model):
+    """Loads LLaDA's published weights into `model`, a TextModel of its sizes, which may be sharded.
+
+    source: a folder with .safetensors files and their index, or a file. START and the codes have no rows there: theirs
+    are drawn, as wide as the published ones. Places get no embedding. Raises UserError if the files do not fit.
+    """
+    here = dict(model.named_parameters())
+    left, mend = here.keys() - {"place"}, "change layers, dim, hidden or vocabulary, or give another --init_from"
+    if "place" in here:
+        here["place"].zero_()
+    for path in parts_of(source):
+        try:
+            tensors = read_safetensors(path, lambda name: True)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} is damaged, or not a file of weights: {why}") from None
+        for name, tensor in tensors.items():
+            name, tensor = name.removeprefix("model.transformer."), tensor.float()
+            require(name in here, f"{path} has {name}, which this network lacks: {mend}")
+            rows, *rest = here[name].shape
+            wanted = [model.start if name in ("wte.weight", "ff_out.weight") else rows, *rest]
+            require([*tensor.shape] == wanted,
+                    f"{path} is a network of other sizes: {name} is {[*tensor.shape]} there, {wanted} here: {mend}")
+            new = torch.randn(rows - len(tensor), *rest, generator=seeded_generator("cpu", name)) * tensor.std()
+            here[name].copy_(like(torch.cat([tensor, new]), here[name]))
+            left.discard(name)
+    require(not left, f"{source} lacks {len(left)} of this network's weights, {sorted(left)[:1]}: {mend}")

@@ -253,12 +253,8 @@ def setup(config):
                 f"coarse_batch {coarse_batch} can't be shared among {run.world} processes equally")
         require(coarse_batch <= coarse_images, f"coarse_batch {coarse_batch} exceeds coarse_images {coarse_images}")
     run.lower = "--lr or --encoder_lr"  # what may help a run that diverges
-    micro_steps = -(-run.local_batch // batch_gpu)
-    require(run.local_batch % micro_steps == 0,
-            f"{run.local_batch} images per process can't be split into {micro_steps} equal parts of at most "
-            f"{batch_gpu}: change batch_size or batch_gpu")
-    first, _micro_batch, _checkpoint_path = run.rank * run.local_batch, run.local_batch // micro_steps, run.path
-    run.micro_batches = [slice(i, i + _micro_batch) for i in range(first, first + run.local_batch, _micro_batch)]
+    run.micro_batches, _checkpoint_path = training.micro_batches(run), run.path
+    _micro_batch = run.local_batch // len(run.micro_batches)
 
     run.images, run.labels, num_classes = data.load(dataset)
     run.latents = Latents(dataset, len(run.images), xflip, run.device) if space == "vae" else None

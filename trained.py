@@ -14,6 +14,8 @@ from model import DisCoDiff
 from prior import Prior
 from rdm import RDM
 from sedd import SEDD
+from text import TextModel
+from tokens import tokenizer_of
 from unet import from_edm
 from vae import vae_from
 from vit import Distilled
@@ -62,6 +64,17 @@ def load_prior(folder, kind, device, stage1, snapshot=""):
                   for a in (checkpoint["model_args"], stage1["model_args"])]
     require(have == want, f"{path} has m, k, classes = {have}, stage 1 has {want}: {mend}")
     return build(PRIORS[kind], checkpoint, device)
+
+
+def load_text(folder, device, stage1, snapshot=""):
+    """-> the trained TextModel of a run's folder, as from `load_prior`; its tokenizer. Raises UserError if there is
+    none, or if it writes other codes than those of this stage 1."""
+    path = f"{path_of(folder)}/text.pt"
+    checkpoint = load_checkpoint(path, "train_text")
+    require(checkpoint["encoder"] == weights_checksum(stage1["ema"]),
+            f"{path} was trained on codes of another stage 1 than {snapshot or path_of(folder)}: run "
+            f"`python train_text.py --out_dir={folder} --overwrite=True`")
+    return build(TextModel, checkpoint, device), tokenizer_of(checkpoint["tokenizer"])
 
 
 def load_encoder(folder, device="cpu"):

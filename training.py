@@ -22,6 +22,7 @@ from configurator import UserError, require, say
 from plot import save_curves
 from processes import mean_over_processes, same_on_all, start_processes
 from run import end, set_precision
+from sharding import whole
 
 SKIPPED_IN_A_ROW = 20  # a run ends after this many consecutive steps without finite gradients
 
@@ -42,6 +43,17 @@ def start(config, name, made_by):
         local_batch=config["batch_size"] // world,
         autocast=set_precision(config["precision"], device),
         scale=config["loss_scale"] if config["precision"] == "fp16" and device.type == "cuda" else 1)
+
+
+def micro_batches(run):
+    """The parts of a batch that this process takes one after the other, each of batch_gpu images at most, in a run
+    of such a setting. -> slices of the batch's rows. Raises UserError if they can't be equal."""
+    steps = -(-run.local_batch // run.config["batch_gpu"])
+    require(run.local_batch % steps == 0,
+            f"{run.local_batch} images per process can't be split into {steps} equal parts of at most "
+            f"{run.config['batch_gpu']}: change batch_size or batch_gpu")
+    first, size = run.rank * run.local_batch, run.local_batch // steps
+    return [slice(i, i + size) for i in range(first, first + run.local_batch, size)]
 
 
 def resume_run(run, free, changeable, prepare=None, **others):
@@ -134,18 +146,21 @@ def due(every, seen, config):
 
 def open_log(run, what):
     """Process 0 cuts the log back to the present step, and saves a new run's first checkpoint; of a finished
-    run it says that it is finished. what: "images" or "codes"."""
+    run it says that it is finished. All processes call it if the run is sharded. what: "images" or "codes"."""
     seen = run.step * run.config["batch_size"]
     if seen >= run.config["total_images"]:
-        print(f"{run.path} is finished: it has seen {seen:,} {what}. "
-              "A larger --total_images continues it, --overwrite=True starts anew")
+        if run.master:
+            print(f"{run.path} is finished: it has seen {seen:,} {what}. "
+                  "A larger --total_images continues it, --overwrite=True starts anew")
         return
-    write_log(run.log, read_log(run.log, seen) if run.step else [], mode="w")
+    if run.master:
+        write_log(run.log, read_log(run.log, seen) if run.step else [], mode="w")
     if not run.step:
         # a full disk shows now; and a restart by torchrun finds this run, not the one it replaces
         save(run)
-        previous(run.path).unlink(missing_ok=True)  # else a damaged checkpoint could bring back the older run
-        Path(run.curves).unlink(missing_ok=True)
+        if run.master:
+            previous(run.path).unlink(missing_ok=True)  # else a damaged checkpoint could bring back the older run
+            Path(run.curves).unlink(missing_ok=True)
 
 
 def reset(run):
@@ -212,19 +227,20 @@ def write_line(run, line, bar, shown):
 
 
 def save(run, keep=""):
-    """Saves the checkpoint to continue from; keep: a file for a snapshot without the optimiser instead.
+    """Process 0 saves the checkpoint to continue from; keep: a file for a snapshot without the optimiser instead.
 
-    Raises UserError if the weights are not finite.
+    All processes call it if the run is sharded. Raises UserError if the weights are not finite.
     """
-    require(get_total_norm(run.parameters).isfinite(),
+    require(whole(get_total_norm(run.parameters)).isfinite(),
             f"the weights are not finite any more: a lower {run.lower} may help; {run.path} is left as it was")
-    state = dict(made_by=run.made_by, config=run.config, model_args=run.model_args, step=run.step,
-                 model=run.model.state_dict(), ema=run.ema.state_dict(), **run.carries)
-    if keep:
+    parts = ("model", "ema") if keep else ("model", "ema", "optimizer")
+    state = dict(made_by=run.made_by, config=run.config, model_args=run.model_args, step=run.step, **run.carries,
+                 **{part: whole(getattr(run, part).state_dict(), run.master) for part in parts})
+    if keep and run.master:
         with atomic(keep) as file:
             torch.save(state, file)
-    else:
-        save_checkpoint(run.path, state | dict(optimizer=run.optimizer.state_dict(), skipped=run.skipped))
+    elif run.master:
+        save_checkpoint(run.path, state | dict(skipped=run.skipped))
 
 
 def finish(run, stopped, what):

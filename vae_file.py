@@ -6,20 +6,16 @@ yet other names in the attention. Files end in .safetensors, or are PyTorch's (.
 whole Stable Diffusion of CompVis, the autoencoder is what begins with first_stage_model.
 """
 
-import json
-import math
 import os
 import re
 
-import numpy as np
 import torch
 
 from checkpoint import read_checkpoint
 from configurator import UserError, require
+from tensor_files import read_safetensors
 from vae import VAE, vae_from, vae_settings
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MAX_HEADER = 100_000_000  # bytes, as in the format's own library
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 COMPVIS = {  # diffusers' names, as patterns -> CompVis's
     r"(down|up)_blocks\.": r"\1.", r"(down|up)samplers\.0\.": r"\1sample.",
@@ -27,30 +23,6 @@ COMPVIS = {  # diffusers' names, as patterns -> CompVis's
     r"mid_block\.resnets\.0\.": "mid.block_1.", r"mid_block\.resnets\.1\.": "mid.block_2.", r"resnets\.": "block.",
     r"conv_shortcut\.": "nin_shortcut.", r"conv_norm_out\.": "norm_out.", r"group_norm\.": "norm.",
     r"(to_q|query)\.": "q.", r"(to_k|key)\.": "k.", r"(to_v|value)\.": "v.", r"(to_out\.0|proj_attn)\.": "proj_out."}
-
-
-def read_safetensors(path, wanted):
-    """-> {name: tensor}, of the names for which wanted(name) holds.
-
-    The format: the header's length, 8 bytes; the header, JSON of names, types, shapes and places; the
-    numbers. Raises ValueError where file and header do not agree.
-    """
-    raw = np.memmap(path, np.uint8, mode="r")
-    length = int.from_bytes(raw[:8].tobytes(), "little")
-    if len(raw) < 8 or length > min(len(raw) - 8, MAX_HEADER):
-        raise ValueError(f"its header has {length} bytes, the file {len(raw)}")
-    header, data = json.loads(raw[8:8 + length].tobytes()), raw[8 + length:]
-    tensors = {}
-    for name, entry in header.items():
-        if not wanted(name):
-            continue
-        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-            raise ValueError(f"{name} has the shape {shape} at {begin} ... {end}")
-        if end > len(data) or end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name} is at {begin} ... {end} of {len(data)} bytes, and has the shape {shape}")
-        tensors[name] = torch.from_numpy(data[begin:end].copy()).view(dtype).reshape(shape)
-    return tensors
 
 
 def to_compvis(state):
