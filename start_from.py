@@ -178,7 +178,7 @@ def start_from_llada(source, model):
         here["place"].zero_()
     for path in parts_of(source):
         try:
-            tensors = read_safetensors(path, lambda name: True)
+            tensors = read_safetensors(path)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             why = " ".join(str(error).split())[:200]
             raise UserError(f"{path} is damaged, or not a file of weights: {why}") from None

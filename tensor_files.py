@@ -15,7 +15,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 MAX_HEADER = 100_000_000  # bytes, as in the format's own library
 
 
-def read_safetensors(path, wanted):
+def read_safetensors(path, wanted=lambda name: True):
     """-> {name: tensor}, of the names for which wanted(name) holds.
 
     The format: the header's length, 8 bytes; the header, JSON of names, types, shapes and places; the
@@ -28,7 +28,7 @@ def read_safetensors(path, wanted):
     header, data = json.loads(raw[8:8 + length].tobytes()), raw[8 + length:]
     tensors = {}
     for name, entry in header.items():
-        if not wanted(name):
+        if name == "__metadata__" or not wanted(name):
             continue
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
