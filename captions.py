@@ -112,7 +112,7 @@ class MadeCaptions:
     @staticmethod
     def measured(images, m, at_once=10_000):
         """-> a measure (N,) of images uint8 (N, H, W, C), of which `at_once` are in memory as numbers"""
-        parts = (images[i:i + at_once] for i in range(0, len(images), at_once))
+        parts = (images[i:i + at_once] for i in range(0, max(len(images), 1), at_once))
         return np.concatenate([m(part.mean(3) if part.shape[3] > 1 else part[..., 0]) for part in parts])
 
     def unseen(self):

@@ -167,7 +167,7 @@ def save_grid(images, path, columns, titles=()):
     if titles:
         font = ImageFont.load_default(14)
         # class names come from folders, which may have any name
-        titles = [" ".join(title.encode(errors="replace").decode().split())[:24] for title in titles]
+        titles = [" ".join(title.encode(errors="replace").decode().split())[:32] for title in titles]
         margin = 8 + max(math.ceil(font.getlength(title)) for title in titles)
         titled = Image.new(picture.mode, (margin + picture.width, picture.height), "white")
         titled.paste(picture, (margin, 0))

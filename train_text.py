@@ -17,6 +17,7 @@ follows a cosine over total_images, so that --change=total_images continues with
 
 import contextlib
 import copy
+import json
 import math
 import sys
 import zlib
@@ -29,7 +30,7 @@ import data
 import sharding
 import training
 from captions import FileCaptions, MadeCaptions
-from checkpoint import weights_checksum
+from checkpoint import atomic, weights_checksum
 from configurator import UserError, arguments_of, configure, require, require_numbers
 from dino import schedule
 from encoded import Encoded
@@ -227,16 +228,16 @@ def read_texts(run, dataset):
 def bits(run, indices, given="own", draws=16):
     """An upper bound on -log2 p(codes | caption) of images, and of their classes, if stage 1 is told these
 
-    given: the image's "own" caption, a "wrong" one, of another image, or "none". -> mean, standard error
+    given: "own" captions of the images, "a wrong" one each, of another image, or "no" caption. -> mean, standard error
     """
     g, found = seeded_generator(run.device, "held-out", seed), []
     words = np.random.default_rng(seed).random((len(indices), run.captions.draws))
-    of = np.roll(indices, 1) if given == "wrong" else indices
+    of = np.roll(indices, 1) if given == "a wrong" else indices
     for part in np.array_split(np.arange(len(indices)), -(-len(indices) // 250)):
         gumbel = gumbel_noise((len(part), run.stage1.num_latents, run.stage1.codebook_size), g)
         z = codes_of(run, indices[part], gumbel, torch.zeros(len(part), dtype=torch.bool))
         said = tokens_of(run, of[part], words[part])
-        said = torch.where(said < 0, -1, mask_token) if given == "none" else said
+        said = torch.where(said < 0, -1, mask_token) if given == "no" else said
         with run.autocast:
             found.append(run.ema.nats(z, said, g, draws) / math.log(2))
     found = torch.cat(found)
@@ -244,16 +245,17 @@ def bits(run, indices, given="own", draws=16):
 
 
 def print_bits(run):
-    """Prints how well held-out images' codes are known from captions. All processes call it."""
-    lines = {"given no caption": (run.held_out_indices, "none"), "a wrong caption": (run.held_out_indices, "wrong"),
-             "their own captions": (run.held_out_indices, "own")}
+    """Prints how well held-out images' codes are known from captions, and writes it. All processes call it."""
+    found = {f"given {given} caption{'s' * (given == 'own')}": bits(run, run.held_out_indices, given)
+             for given in ("no", "a wrong", "own")}
     if len(run.unseen_indices):
-        lines[f"own, {len(run.unseen_indices)} of unseen combinations"] = run.unseen_indices, "own"
-    for title, (indices, given) in lines.items():
-        lines[title] = "{:7.2f} +- {:.2f}".format(*bits(run, indices, given))
+        found["own, of unseen combinations"] = bits(run, run.unseen_indices, "own")
     if run.master:
         print(f"bits per image on {len(run.held_out_indices)} held-out images, at most")
-        print(*(f"  {title:35}{line}" for title, line in lines.items()), sep="\n")
+        for title, (mean, error) in found.items():
+            print(f"  {title:35}{mean:7.2f} +- {error:.2f}")
+        with atomic(f"{out_dir}/text_bits.json") as f:
+            f.write(json.dumps(found).encode())
 
 
 def report(run, seen, bar):
