@@ -3,8 +3,9 @@ What an encoder says of all images, computed once and kept in a file of the run'
 `train_stage1.py --codes=FOLDER` names.
 
 DisCo-Diff draws an image's codes anew at each visit: the file has logits, in half precision (2.6 GB for ImageNet-64
-with m = 10 and k = 100). The codes of a FrozenEncoder are certain: the file has these (0.7 GB for ImageNet with
-m = 512 and k = 256, twice that if images are mirrored). So are the numbers of a FrozenEmbedding.
+with m = 10 and k = 100, twice that for means and variances of continuous latents). The codes of a FrozenEncoder are
+certain: the file has these (0.7 GB for ImageNet with m = 512 and k = 256, twice that if images are mirrored). So are
+the numbers of a FrozenEmbedding.
 """
 
 import contextlib
@@ -43,6 +44,7 @@ def read_encoder(config, shape, chosen):
     config["encoder_identity"] = 0
     require(config["codebook_size"] > 1 or not config["num_latents"],
             "a code of 1 value says nothing: codebook_size is 2 or more, not 1")
+    require(not given or not config["continuous"], "--codes brings codes: leave --continuous out")
     require(given or conditioning not in EMBEDDINGS or not config["num_latents"],
             f"--conditioning={conditioning} is of an encoder that was trained before: name its folder by --codes")
     if not given:
@@ -76,7 +78,8 @@ class Encoded:
     def __init__(self, run, model, flips, limit=math.inf):
         self.model, self.images, self.device, self.kept = model, run.images, run.device, None
         self.certain = isinstance(model.encoder, (FrozenEncoder, FrozenEmbedding))
-        kind, shape, dtype = "logits", (flips, len(run.images), model.num_latents, model.codebook_size), np.float16
+        of_image = (model.num_latents, model.codebook_size) + (2,) * model.continuous
+        kind, shape, dtype = "logits", (flips, len(run.images), *of_image), np.float16
         if self.certain:
             kind, shape, dtype = "codes", shape[:3], np.min_scalar_type(model.codebook_size - 1)
             dtype = np.float32 if isinstance(model.encoder, FrozenEmbedding) else dtype

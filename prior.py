@@ -5,8 +5,8 @@ Every prior is an nn.Module over codes int64 (B, m) with k values each, and clas
 for "no class". It has three methods: `loss`, which training minimises; `nats`, -ln p(z | c) or a bound
 on it (`nats_is_a_bound` says which; `unit` is "bits"); and `sample`. The settings of train_prior.py that
 its constructor names, and those of sample.py that `sample` names, reach it. The other prior of codes is
-in sedd.py, the prior of embeddings in rdm.py; trained.py lists all. Another needs one new file, and its
-name in that list.
+in sedd.py; rdm.py draws embeddings, diffusion_prior.py continuous latents; trained.py lists all. Another needs
+one new file, and its name in that list.
 """
 
 import math
@@ -33,10 +33,11 @@ def class_rows(table, labels, batch):
 
 
 def mean_bits(prior, logits, labels, draws, g_codes, g_noise):
-    """`prior.nats` in bits, (B,): the mean over draws of codes from the encoder's logits (B, m, k). (RDM: its loss.)"""
+    """`prior.nats` in bits, (B,): the mean over draws of codes from the encoder's logits (B, m, k). (Without bits: the
+    loss.)"""
     nats = 0
     for _ in range(draws):
-        nats += prior.nats(draw_codes(logits, gumbel_noise(logits.shape, g_codes)), labels, g_noise)
+        nats += prior.nats(draw_codes(logits, gumbel_noise(logits.shape[:3], g_codes)), labels, g_noise)
     return nats / draws / UNITS[prior.unit]
 
 
@@ -58,9 +59,13 @@ class Prior(nn.Module):
     def first_token(self, labels, batch):
         return class_rows(self.class_token, labels, batch)[:, None]  # (B, 1, dim)
 
+    def embed(self, codes):
+        """Codes (B, n), or relaxed or one-hot ones, float (B, n, k) -> their embeddings (B, n, dim)"""
+        return codes @ self.codebook if codes.is_floating_point() else self.codebook[codes]
+
     def forward(self, codes, labels=None):
         """-> logits (B, m, k); row i sees only the codes before i"""
-        x = torch.cat([self.first_token(labels, len(codes)), self.codebook[codes[:, :-1]]], dim=1) + self.position
+        x = torch.cat([self.first_token(labels, len(codes)), self.embed(codes[:, :-1])], dim=1) + self.position
         for block in self.blocks:
             x = block(x)
         return float32(self.head, self.norm(x))

@@ -19,7 +19,7 @@ Writes out_dir/NAME.png, a grid, and out_dir/NAME.npz:
 
     images      uint8 (N, H, W, C)
     labels      int64 (N,), -1 without classes
-    codes       int64 (N, m); embeddings in their place are float32
+    codes       int64 (N, m); in their place, embeddings are float32 (N, m), continuous latents (N, m, k)
     seeds       int64 (N,): image i comes from the seed `seed + i` alone
     nfe         int64 (N,), the denoiser's evaluations; where guidance acts, D(z) and D(null) are two
     seconds     float32 (N,), the image's share of its batch's time
@@ -47,6 +47,7 @@ from checkpoint import atomic, weights_checksum
 from codes import by_hand, composed, of_images
 from configurator import arguments_of, configure, require
 from diffusion import corrected, flow, heun, restart, within
+from diffusion_prior import EVALUATIONS
 from model import denoiser
 from noise import SeededNoise
 from npz import is_whole_npz, merge_npz, require_pngs_alone, save_pngs
@@ -79,7 +80,7 @@ guidance = 1.0  # w in D~ = w D(z) + (1 - w) D(null), App. B; 1: none. We read T
 guidance_min = 0.0  # noise levels that are guided (Kynkaanniemi et al. 2024; DLC's program has a highest one)
 guidance_max = math.inf
 # codes: which prior, and its sampler
-prior = "ar"  # or "sedd"; "rdm" for embeddings in place of codes
+prior = "ar"  # or "sedd"; in place of codes, "rdm" for embeddings, "diffusion" for continuous latents
 temperature = 1.0  # for "ar"
 sedd_sampler = "first-hitting"  # m evaluations; "analytic" and "euler" (equal for this noise) take sedd_steps
 sedd_steps = 128
@@ -353,7 +354,7 @@ def sample(run):
               + ", D(z) and D(null) in one batch" * (guidance != 1))
         if run.prior:
             steps = run.model.num_latents if sedd_sampler == "first-hitting" else sedd_steps
-            steps = DDIM_STEPS if prior == "rdm" else steps
+            steps = {"rdm": DDIM_STEPS, "diffusion": EVALUATIONS}.get(prior, steps)
             print(f"codes of the prior {prior}, {steps} evaluations each"
                   + f", by {sedd_sampler}" * (prior == "sedd"))
     seconds, made = {"codes": 0.0, "images": 0.0}, np.zeros(2, int)

@@ -151,7 +151,7 @@ class SEDD(nn.Module):
     def __init__(self, num_latents, codebook_size, label_dim=0, layers=12, dim=512, heads=8):
         super().__init__()
         if dim % 2:
-            raise ValueError(f"the width of the SEDD prior must be even, for its sines and cosines: {dim} is not")
+            raise ValueError(f"the width of this prior must be even, for its sines and cosines: {dim} is not")
         self.num_latents, self.codebook_size, self.label_dim = num_latents, codebook_size, label_dim
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Parameter(0.02 * torch.randn(label_dim + 1, dim))  # the last row: "no class"
@@ -162,18 +162,22 @@ class SEDD(nn.Module):
         self.modulation = zero(nn.Linear(dim, 2 * dim))
         self.head = zero(nn.Linear(dim, codebook_size))  # starts uniform
 
+    def transformed(self, h, t, labels=None):
+        """The network on embedded tokens (B, m, dim), t: (B,), labels: (B,), -1 for none. -> (B, m, k) float32"""
+        emb = float32(self.time, sinusoids(1000 * t, self.position.shape[1])) + class_rows(self.label, labels, len(h))
+        emb = F.silu(emb)
+        h = h + self.position
+        for block in self.blocks:
+            h = block(h, emb)
+        shift, scale = self.modulation(emb)[:, None].chunk(2, dim=2)
+        return float32(self.head, torch.addcmul(shift, self.norm(h), scale + 1))
+
     def forward(self, x, t, labels=None):
         """-> log-scores (B, m, k + 1)
 
         x: (B, m) int64, mask = k; t: (B,) in (0, 1]; labels: (B,), -1 for none
         """
-        emb = float32(self.time, sinusoids(1000 * t, self.position.shape[1])) + class_rows(self.label, labels, len(x))
-        emb = F.silu(emb)
-        h = self.codebook[x] + self.position
-        for block in self.blocks:
-            h = block(h, emb)
-        shift, scale = self.modulation(emb)[:, None].chunk(2, dim=2)
-        logits = float32(self.head, torch.addcmul(shift, self.norm(h), scale + 1))
+        logits = self.transformed(self.codebook[x], t, labels)
         sigma = log_linear(t.float())[0][:, None, None]
         log_score = F.pad(logits - torch.expm1(sigma).log() - math.log(self.codebook_size), (0, 1))
         return log_score.scatter(2, x[..., None], 0)  # the score of the present token is 1

@@ -10,6 +10,7 @@ import torch
 import data
 from checkpoint import atomic, load_checkpoint, read_log, weights_checksum, write_log
 from configurator import UserError, require
+from diffusion_prior import DiffusionPrior
 from model import DisCoDiff
 from prior import Prior
 from rdm import RDM
@@ -18,7 +19,8 @@ from unet import from_edm
 from vae import vae_from
 from vit import Distilled
 
-PRIORS = {"ar": Prior, "sedd": SEDD, "rdm": RDM}  # a new prior needs a file of its own, and a name here
+# a new prior needs a file of its own, and a name here
+PRIORS = {"ar": Prior, "sedd": SEDD, "rdm": RDM, "diffusion": DiffusionPrior}
 
 
 def path_of(folder):
@@ -40,12 +42,20 @@ def load_vae(checkpoint, device="cpu"):
     return vae_from(checkpoint["vae"]).to(device) if "vae" in checkpoint else None
 
 
+def require_fit(kind, model_args, path):
+    """Raises UserError unless this kind of prior draws what a DisCoDiff of these model_args, at this path, reads."""
+    what, kinds = ("continuous latents", ["diffusion"]) if model_args.get("continuous") else \
+        ("embeddings", ["rdm"]) if model_args["codebook_size"] == 1 else ("codes", ["ar", "sedd"])
+    require(kind in kinds, f"{path} has {what}: say --prior={' or '.join(kinds)}")
+
+
 def load_prior(folder, kind, device, stage1, snapshot=""):
     """-> the trained prior of a run's folder: the moving average of its weights, in eval mode
 
     kind: its name in PRIORS. stage1: the checkpoint from `load_stage1`, which may be the `snapshot`.
     Raises UserError if the prior is missing, of another kind, or for other codes.
     """
+    require_fit(kind, stage1["model_args"], snapshot or f"{path_of(folder)}/stage1.pt")
     path = f"{path_of(folder)}/prior_{kind}.pt"
     mend = f"run `python train_prior.py --prior={kind} --out_dir={folder} --overwrite=True`"
     if snapshot:
@@ -122,7 +132,7 @@ def ship(source, target):
         state["ema"] = {key: value.half() if value.is_floating_point() else value
                         for key, value in state["ema"].items()}
         state["config"] = state["config"] | dict(out_dir="")  # it is a path on the machine that trained it
-        for key in ("model", "optimizer"):
+        for key in ("model", "optimizer", "prior"):
             state.pop(key, None)
     prior["encoder"] = weights_checksum(stage1["ema"])
     for file, state in (("stage1.pt", stage1), ("prior_ar.pt", prior)):

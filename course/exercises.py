@@ -232,7 +232,7 @@ SET_B = [
         see which rows move, and add up the probabilities of all codes.""",
         "Shift the codes by one: the class takes the first place, the last code is never read.",
         "which code moves which row of the logits: row i has dots at the codes before i",
-        [("Prior.forward", "self.codebook[codes[:, :-1]]", "self.codebook[codes[:, 1:]]",
+        [("Prior.forward", "self.embed(codes[:, :-1])", "self.embed(codes[:, 1:])",
           "your row i sees code i itself: shift the codes the other way"),
          ("Prior.forward", "dim=1) + self.position", "dim=1)", "your tokens lack their positions"),
          ("Prior.forward", "self.first_token(labels, len(codes))", "self.first_token(None, len(codes))",
@@ -250,7 +250,7 @@ SET_B = [
             picture="which code moves which row of the logits: row i has dots at the codes after i",
             options={"reverse": True},
             edits=(("Prior.forward", "row i sees only the codes before i", "row i sees only the codes after i"),
-                   ("Prior.forward", "self.codebook[codes[:, :-1]]", "self.codebook[codes.flip(1)[:, :-1]]"),
+                   ("Prior.forward", "self.embed(codes[:, :-1])", "self.embed(codes.flip(1)[:, :-1])"),
                    ("Prior.forward", "return float32(self.head, self.norm(x))",
                     "return float32(self.head, self.norm(x)).flip(1)"))),)),
     Exercise(
