@@ -18,7 +18,7 @@ from noise import normal_of
 from sedd import SEDD
 
 P_MEAN, P_STD = -1.2 + math.log(2), 1.2
-STEPS = 18
+STEPS = 40  # with 18, as for images, numbers of N(0, 1) come out 4 % too large
 EVALUATIONS = 2 * STEPS - 1
 
 
@@ -52,7 +52,7 @@ class DiffusionPrior(SEDD):
 
     @torch.no_grad()
     def sample(self, noise, labels=None):
-        """By Heun's method, in 18 steps. -> numbers float (B, m, k), on the noise's device
+        """By Heun's method, in 40 steps. -> numbers float (B, m, k), on the noise's device
 
         noise: a `SeededNoise` for B codes
         """
