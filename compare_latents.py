@@ -53,7 +53,7 @@ encoder_lr = 1e-4  # of an encoder that goes on learning
 num_images = 2_000  # samples measured in each number
 features = "classifier"  # for eval_fid.py; or "inception"
 stage1_config = "config/finetune.py"  # for train_stage1.py
-prior_config = ""  # for train_prior.py, of priors of codes
+prior_config = ""  # for train_prior.py, of priors of codes; without batch_size
 
 SIZES = ("4x256", "8x16", "16x4", "32x2", "8x4", "8x64")
 COLUMNS = ("bits", "codes used", "prior, training", "held-out", "near", "oracle", "drawn")

@@ -8,6 +8,7 @@ import torch
 from conftest import checkpoint, load, log_of, same, same_training
 from scripts import SAMPLE, TINY, Script, outputs, run, start_together
 from test_coarse import stopped, untimed
+from test_encoded import GIVEN, make_encoder
 
 import data
 import preview
@@ -96,6 +97,16 @@ def test_the_prior_is_that_of_two_stages_where_the_encoder_stays(tmp_path, along
     torch.save(one, tmp_path / "prior_ar.pt")
     run(*afterwards, "--total_images=64")
     assert checkpoint(tmp_path, "prior_ar.pt")["step"] == 8
+
+
+def test_a_prior_of_given_codes(tmp_path, along):
+    """The codes of an encoder that was trained before are the same in one stage and in two."""
+    given = [*GIVEN, f"--codes={make_encoder(tmp_path / 'encoder')}", "--total_images=16"]
+    run("train_stage1.py", f"--out_dir={tmp_path}", *given, *along)
+    one = checkpoint(tmp_path, "prior_ar.pt")
+    run("train_prior.py", f"--out_dir={tmp_path}", str(tmp_path / "small_prior.py"), "--batch_size=8", "--total_images=16", "--device=cpu",
+        "--overwrite=True")
+    assert one["step"] == 2 and same_training(one, checkpoint(tmp_path, "prior_ar.pt"))
 
 
 @pytest.mark.parametrize("settings", [["--kld_weight=100"], ["--continuous=True", "--kld_weight=1", "--prior=diffusion"]],

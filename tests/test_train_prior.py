@@ -168,7 +168,7 @@ def test_the_class_is_dropped_as_often_as_said(trained, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--prior=gpt"], "--prior is ar or sedd or rdm, not gpt"),
+    (["--prior=gpt"], "--prior is ar or sedd or rdm or diffusion, not gpt"),
     (["--label_drop=1.5"], "label_drop must be in 0 ... 1, .* they are 1.5 and 0.9999"),
     (["--ema_decay=1"], "ema_decay at least 0 and below 1"),
     (["--grad_clip=0"], "grad_clip must be positive"),
