@@ -165,7 +165,7 @@ def draw(found):
                               (0, seen.max() / 1000), np.concatenate(values)))
             for arm, log in logs.items():
                 colour = COLOURS[(numbers[arm] - 1) % len(COLOURS)]
-                axes[-1].line(log[:, [0, 2]] / (1000, 1), colour, 2, label=arm)
+                axes[-1].line(log[:, [0, 2]] / (1000, 1), colour, 2, dots=True, label=arm)
                 axes[-1].line(log[:, [0, 1]] / (1000, 1), colour, 0.7)
     return figure([axes])
 

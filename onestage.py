@@ -6,7 +6,8 @@ One stage in place of two: a prior that trains along with stage 1 (DisCo-Diff se
 
 After each step of stage 1 the prior takes one of train_prior.py's, on a batch of its own: codes of the averaged
 encoder, which is the one that stays. Where the encoder moves (encoder_lr > 0), it runs anew for each batch. No gradient
-comes back, so stage 1 is, to the bit, what it is without a prior.
+comes back, so stage 1 is, to the bit, what it is without a prior. The prior takes as many steps as stage 1, whatever
+total_images its --prior_config has.
 
 The joint form has a kld_weight: stage 1's loss gets KL(q(z | y) | p(z | c)), the nats that an image's codes tell beyond
 what the averaged prior p expects, and the encoder learns codes that are easier to predict. kld_weight = 0 is the paper.

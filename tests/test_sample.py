@@ -262,7 +262,7 @@ def test_images_that_are_not_finite_are_not_written(trained):
     (["--guidance=inf"], "guidance and temperature must be finite"),
     (["--num_steps=0"], "num_steps must be positive"),
     (["--sedd_steps=0"], "sedd_steps must be positive"),
-    (["--prior=gpt"], "--prior is ar or sedd or rdm, not gpt"),
+    (["--prior=gpt"], "--prior is ar or sedd or rdm or diffusion, not gpt"),
     (["--prior=sedd", "--sedd_sampler=tweedie"], "--sedd_sampler is first-hitting, analytic or euler"),
     (["--prior=sedd", "--sedd_sampler=analytic", "--eta=1"], "eta is a probability below 1, not 1.0"),
     (["--prior=sedd", "--sedd_sampler=analytic", "--eta=-0.1"], "eta is a probability below 1"),
