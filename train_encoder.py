@@ -21,6 +21,7 @@ The same command again continues a run, as in train_stage1.py. Rates, temperatur
 schedules over total_images: --change=total_images continues with longer ones.
 """
 
+import json
 import math
 import sys
 
@@ -31,6 +32,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import data
 import training
 from augment import crop, draw_colours, draw_crops, recolour
+from checkpoint import read_log
 from configurator import UserError, arguments_of, configure, require, require_numbers
 from dino import (
     centred,
@@ -328,8 +330,7 @@ def usage_of_codes(run, indices):
 
 
 def report(run, bar):
-    """A line of the log. While the teacher tells images apart, an answer has less entropy than the mean of all.
-    -> the line"""
+    """A line of the log. While the teacher tells images apart, an answer has less entropy than the mean of all."""
     steps, (norm, *losses, entropy, mean_answer) = training.totals(run, run.lower)
     line = dict(images=run.step * batch_size)
     line |= {name: total.item() / steps for name, total in zip(("loss", "class_loss", "patch_loss", "koleo"), losses)}
@@ -341,7 +342,6 @@ def report(run, bar):
         line["perplexity"], line["distinct"] = usage_of_codes(run, run.to_encode)
         shown |= {"codes used": f"{line['perplexity']:.1f} of {codebook_size}", "distinct": f"{line['distinct']:.1%}"}
     training.write_line(run, line | dict(grad_norm=norm.item() / steps), bar, shown)
-    return line
 
 
 def collapse(run, line, count=10_000):
@@ -389,13 +389,13 @@ def train(run, signals):
         run.step, seen = run.step + 1, seen + batch_size
         bar.update(batch_size)
         if training.due(log_every, seen, run.config):
-            line = report(run, bar)
+            report(run, bar)
         stopped = max_over_processes(max(signals, default=0))
         if run.master and (training.due(save_every, seen, run.config) or stopped):
             training.save(run)
     bar.close()
-    if run.master and seen >= total_images and run.step > run.began:
-        lost = collapse(run, line)
+    if run.master and seen >= total_images and (lines := read_log(run.log, math.inf)):
+        lost = collapse(run, json.loads(lines[-1]))
     if run.master and seen >= total_images and not lost:
         print(f"{run.path} is ready; next: python train_stage1.py --codes={out_dir} --out_dir={out_dir}")
     training.finish(run, stopped, "images")

@@ -153,10 +153,11 @@ def test_processes_change_nothing(tmp_path, targets):
 
 @pytest.mark.parametrize("shape", [(64, 28, 28, 1), (64, 16, 16, 3)])
 def test_images_without_variety(tmp_path, monkeypatch, shape):
-    """The run says that it collapsed, and what to try; its checkpoint stays."""
+    """The run says that it collapsed, and what to try, also if it is given again; its checkpoint stays."""
     monkeypatch.setattr(data, "load", lambda name: (np.full(shape, 90, np.uint8), None, 0))
-    with pytest.raises(UserError, match=r"the encoder has collapsed: .*encoder.pt is kept\. Try images with more variety, --targets") as error:
-        run("train_encoder.py", f"--out_dir={tmp_path}", *TINY)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"the encoder has collapsed: .*encoder.pt is kept\. Try images with more variety, --targets") as error:
+            run("train_encoder.py", f"--out_dir={tmp_path}", *TINY)
     assert "\n" not in str(error.value) and checkpoint(tmp_path, "encoder.pt")["step"] == 6
     encoder, _ = load_encoder(tmp_path)
     assert encoder.patch == shape[1] // 4 and encoder.img_resolution == shape[1]
