@@ -31,7 +31,7 @@ def test_checkpoints_that_do_not_fit(trained, tmp_path):
         run("sample.py", f"--out_dir={broken}", *SAMPLE)
     (broken / "prior_ar.pt").unlink()
     with pytest.raises(UserError, match=r"there is no checkpoint .*prior_ar.pt: run `python train_prior.py"):
-        run("sample.py", f"--out_dir={broken}", *SAMPLE)
+        run("sample.py", f"--out_dir={broken}", "--prior=ar", *SAMPLE)
     (broken / "prior_ar.pt").write_bytes(whole)
     state = torch.load(trained / "stage1.pt")
     other = {**state, "model_args": {**state["model_args"], "model_channels": 16}}
