@@ -51,13 +51,20 @@ def read_encoder(config, shape, chosen):
     require(config["encoder_lr"] == 0,
             f"--codes takes an encoder as it is: encoder_lr must be 0, not {config['encoder_lr']}")
     encoder, checkpoint = load_encoder(folder)
-    args, trained_on = checkpoint["model_args"], checkpoint["config"]["dataset"]
+    args, theirs = checkpoint["model_args"], checkpoint["config"]
     size, channels = encoder.img_resolution, args["img_channels"]
     require(shape[3] == channels and shape[1] >= size,
             f"the encoder in {folder} reads {size} pixels and {channels} channels, images of {dataset} have {shape[1]} "
             f"and {shape[3]}: train one, `python train_encoder.py --dataset={dataset}`")
-    if trained_on != dataset:
-        say(f"the encoder in {folder} was trained on {trained_on}: its codes may tell less of {dataset}")
+    distinct = checkpoint.get("distinct", 1)
+    require(distinct > 0.1, f"the encoder in {folder} has collapsed: {distinct:.1%} of its codes are distinct. Train one "
+            "that tells images apart")
+    if theirs["data_identity"] != config["data_identity"]:
+        say(f"the encoder in {folder} was trained on other images, {theirs['dataset']} as it was then: its codes may tell "
+            f"less of {dataset}")
+    elif theirs["held_out"] < config["held_out"]:
+        say(f"the encoder in {folder} was trained on some of the images that are held out here: it held out "
+            f"{theirs['held_out']}")
     config |= dict(num_latents=encoder.num_latents, codebook_size=encoder.codebook_size, coarse_images=0,
                    frozen=arguments_of(args, SEMEncoder), encoder_identity=weights_checksum(encoder.state_dict()))
     if config["conditioning"] in EMBEDDINGS:

@@ -47,6 +47,10 @@ def load_prior(folder, kind, device, stage1, snapshot=""):
     Raises UserError if the prior is missing, of another kind, or for other codes.
     """
     path = f"{path_of(folder)}/prior_{kind}.pt"
+    reads_embeddings = stage1["model_args"]["codebook_size"] == 1
+    require(reads_embeddings == (kind == "rdm"),
+            f"{folder}/stage1.pt reads {'embeddings: --prior=rdm' if reads_embeddings else 'codes: --prior=ar or sedd'} "
+            f"draws these, not {kind}")
     mend = f"run `python train_prior.py --prior={kind} --out_dir={folder} --overwrite=True`"
     if snapshot:
         mend = (f"give codes by --code or --encode, which need no prior; or copy {snapshot} into a folder of its own "
