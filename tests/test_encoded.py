@@ -1,5 +1,4 @@
 """Stage 1 on the codes of an encoder that was trained beforehand, all that follows it, and mistakes."""
-import math
 import shutil
 from types import SimpleNamespace
 
@@ -208,6 +207,10 @@ def test_encoders_that_do_not_fit(few, encoder, tmp_path, capsys):
         with pytest.raises(UserError, match=message) as error:
             run("train_stage1.py", f"--out_dir={tmp_path / 'run'}", *GIVEN, f"--codes={tmp_path / 'other'}")
         assert "\n" not in str(error.value) and not list((tmp_path / "run").iterdir())
+    path = make_encoder(tmp_path / "other") / "encoder.pt"
+    torch.save(torch.load(path) | dict(distinct=0.05), path)
+    with pytest.raises(UserError, match="other has collapsed: 5.0% of its codes are distinct"):
+        run("train_stage1.py", f"--out_dir={tmp_path / 'run'}", *GIVEN, f"--codes={tmp_path / 'other'}")
     make_encoder(tmp_path / "other", dataset="digits")
     run("train_stage1.py", f"--out_dir={tmp_path / 'run'}", *GIVEN, f"--codes={tmp_path / 'other'}", "--total_images=8")
     assert "other was trained on other images, digits as it was then: its codes may tell less of fashion-mnist-10k" in capsys.readouterr().err
