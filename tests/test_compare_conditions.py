@@ -83,7 +83,7 @@ def test_conditions_are_compared_once(commands, tmp_path, monkeypatch):
     assert lines[2].split() == ["linear", "probe", "FD-classifier", "KID", "Vendi", "score", "prior's", "seconds"]
     table = {line[:22].strip(): line[22:].split() for line in lines[3:14]}
     assert table["plain"] == ["9", "0.5", "2"] and table["codes, true"] == ["0.75", "9", "0.5", "2"]  # "none-2000"
-    assert table["random-mlp, RDM"] == ["8", "0.5", "2", "1.6e+04"] and table["embedding, true"][0] == "0.25"
+    assert table["random-mlp, RDM"] == ["8", "0.5", "2", "8000"] and table["embedding, true"][0] == "0.25"
     rows = [json.loads(line) for line in (tmp_path / "compare_conditions.jsonl").read_text().splitlines()]
     assert len(rows) == 11 and sum(row["condition"] == "true" for row in rows) == 4
     first, second = (np.load(tmp_path / f"{name}-2.npz")["images"].flatten() for name in ("first", "second"))
