@@ -132,7 +132,7 @@ def warm_up(run, fetch, signals):
     if state["step"] * count >= total:
         return
     phase, stopped, lower = prepare(run, state), 0, run.lower
-    run.lower = "--coarse_lr"
+    run.lower = "--coarse_lr or --coarse_spread"
     seen = phase.step * count
     if run.master:
         write_log(phase.log, read_log(phase.log, seen), mode="w")
@@ -147,7 +147,7 @@ def warm_up(run, fetch, signals):
         phase.step, seen = phase.step + 1, seen + count
         bar.update(count)
         if training.due(phase.config["log_every"], seen, phase.config):
-            steps, (norm, loss, code_sum, entropy_sum) = training.totals(phase, "--coarse_lr")
+            steps, (norm, loss, code_sum, entropy_sum) = training.totals(phase, run.lower)
             line, shown = training.of_usage(code_sum, entropy_sum, steps * phase.local_batch)
             line |= dict(images=seen, loss=loss.item() / steps, grad_norm=norm.item() / steps)
             training.write_line(phase, line, bar, {"loss": f"{line['loss']:.4f}"} | shown)

@@ -84,12 +84,15 @@ class CodeTable(nn.Module):
 
     The denoiser adds it to its embedding of the noise level, as DiT adds a class label's. The last row of each table
     stands for "no latents". It depends on neither x nor sigma. A row counts 1 / m in the mean: with the learning rate
-    of other weights the codes stay unheard for long (train_stage1.py has code_lr).
+    of other weights the codes stay unheard for long (train_stage1.py has code_lr). The rows for "no latents" start
+    equal, so that their mean is as long as they are, as in the authors' program.
     """
 
     def __init__(self, num_latents, codebook_size, width):
         super().__init__()
         self.table = nn.Parameter(torch.randn(num_latents, codebook_size + 1, width) / math.sqrt(width))
+        with torch.no_grad():
+            self.table[:, -1] = self.table[0, -1].clone()
 
     def forward(self, z, drop=None):
         """z: (B, m, k) relaxed or one-hot, or (B, m) int64 hard codes; drop: (B,) bool, True for no latents."""

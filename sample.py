@@ -54,7 +54,7 @@ from plot import save_grid
 from processes import barrier, leave_processes, start_processes
 from rdm import DDIM_STEPS
 from run import alone, progress, set_precision
-from trained import PRIORS, classes_of, load_prior, load_stage1, load_vae
+from trained import PRIORS, classes_of, load_prior, load_stage1, load_vae, prior_in
 
 # run
 out_dir = "out"  # folder of the checkpoints, and for the samples
@@ -79,7 +79,7 @@ guidance = 1.0  # w in D~ = w D(z) + (1 - w) D(null), App. B; 1: none. We read T
 guidance_min = 0.0  # noise levels that are guided (Kynkaanniemi et al. 2024; DLC's program has a highest one)
 guidance_max = math.inf
 # codes: which prior, and its sampler
-prior = "ar"  # or "sedd"; "rdm" for embeddings in place of codes
+prior = "auto"  # "ar", "sedd", or for embeddings "rdm"; auto: the first of these that the folder has
 temperature = 1.0  # for "ar"
 sedd_sampler = "first-hitting"  # m evaluations; "analytic" and "euler" (equal for this noise) take sedd_steps
 sedd_steps = 128
@@ -193,6 +193,7 @@ def check(config):
             f"--name={name} names the two files in out_dir: it can't have folders")
     require(not (code and encode), "--code and --encode both give codes: choose one")
     require(code or encode or not compose, "--compose mixes two codes: give the first by --code or --encode")
+    prior = config["prior"]
     require(prior in PRIORS, f"--prior is {' or '.join(PRIORS)}, not {prior}")
     require(sedd_sampler in ("first-hitting", "analytic", "euler"),
             "--sedd_sampler is first-hitting, analytic or euler")
@@ -273,12 +274,14 @@ def setup(config):
 
     config: the settings, as `configure` returns them. Raises UserError for settings that don't fit.
     """
+    folder = init_from or out_dir
+    if prior == "auto":
+        config["prior"] = prior_in(folder)
     check(config)
     nfe = evaluations()
     rank, world, device = start_processes(config["device"])
     run = SimpleNamespace(config=config, rank=rank, world=world, device=device, nfe=nfe,
                           autocast=set_precision(precision, device))
-    folder = init_from or out_dir
     run.model, stage1 = load_stage1(folder, device, checkpoint)
     run.checksum = weights_checksum(stage1["ema"])
     require(run.model.pfgm_D == math.inf or not (S_churn or restarts or correct_steps),
@@ -295,7 +298,7 @@ def setup(config):
                for setting, value in (("code", code), ("encode", encode), ("compose", compose)) if value]
     run.sources, identities = [source for source, _ in sources], [identity for _, identity in sources]
     needs_prior = run.model.num_latents and not sources
-    run.prior = load_prior(folder, prior, device, stage1, checkpoint) if needs_prior else None
+    run.prior = load_prior(folder, config["prior"], device, stage1, checkpoint) if needs_prior else None
     # all that the images depend on: an interrupted run continues only if this is the same
     run.made_with = json.dumps({**config, "out_dir": "", "init_from": "", "checkpoint": "", "device": "",
                                 "correct_with": correction, "given": identities, "stage1": run.checksum,
@@ -352,6 +355,7 @@ def sample(run):
         print(f"{num_images:,} images, {run.nfe} evaluations each"
               + ", D(z) and D(null) in one batch" * (guidance != 1))
         if run.prior:
+            prior = run.config["prior"]
             steps = run.model.num_latents if sedd_sampler == "first-hitting" else sedd_steps
             steps = DDIM_STEPS if prior == "rdm" else steps
             print(f"codes of the prior {prior}, {steps} evaluations each"

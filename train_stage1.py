@@ -261,10 +261,11 @@ def setup(config):
     run.micro_batches = [slice(i, i + _micro_batch) for i in range(first, first + run.local_batch, _micro_batch)]
 
     run.images, run.labels, num_classes = data.load(dataset)
-    run.latents = Latents(dataset, len(run.images), xflip, run.device) if space == "vae" else None
+    run.latents = Latents(dataset, run.images.shape, xflip, run.device) if space == "vae" else None
     x_shape = run.latents.shape if run.latents else ()
     fit_to_images(config, run.images.shape, num_classes, x_shape)
     run.levels, run.weight = noise_schedule(**arguments_of(config, noise_schedule))
+    config["data_identity"] = data.data_checksum(run.images, run.labels)  # in the checkpoint, to notice changes
     chosen = [name for name in ("num_latents", "codebook_size") if not is_default(globals(), name)]
     encoder = read_encoder(config, run.images.shape, chosen)
     require(not null_token or config["conditioning"] == "attention", "null_token is for --conditioning=attention")
@@ -272,7 +273,6 @@ def setup(config):
     run.to_show = run.held_out_indices if len(run.held_out_indices) else run.train_indices
     run.batches, run.stamp = data.Shuffle(run.train_indices, seed), data.file_stamp(run.images)
     run.classes = data.class_names(dataset)
-    config["data_identity"] = data.data_checksum(run.images, run.labels)  # in the checkpoint, to notice changes
     run.carries = dict(  # also in the checkpoint
         classes=run.classes, made=data.made_of(dataset), qkv="sorted", coarse=dict(step=0))
     if run.latents:
