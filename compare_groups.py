@@ -165,9 +165,11 @@ def draw(folder, found, images, groups, count=2):
     everything = tuple(range(1, groups + 1))
     named = {these: f"group{'s' * (len(these) > 1)} {', '.join(map(str, these))}" if these else "nothing"
              for _, these in found}
-    pictures = {"exchanged": {("fixed", everything): "code A"} | {
-        key: "code B" if key[1] == everything else f"{named[key[1]]} of B" for key in found if key[0] == "exchanged"},
-        "fixed": {key: f"{PRIORS.get(key[0], '')} {named[key[1]]}" for key in sorted(found) if key[0] != "exchanged"}}
+    swapped = {key: "code B" if key[1] == everything else f"{named[key[1]]} of B"
+               for key in found if key[0] == "exchanged"}
+    fixed = {key: f"{named[key[1]]} fixed" + (f", {PRIORS[key[0]]}" if key[0] in PRIORS else "")
+             for key in sorted(found) if key[0] != "exchanged"}
+    pictures = {"exchanged": {("fixed", everything): "code A"} | swapped, "fixed": fixed}
     for name, rows in pictures.items():
         grid = [np.concatenate([images[i:i + 1]] * (name == "fixed") + [found[key][i, :shown]])
                 for i in range(count) for key in rows]
@@ -192,7 +194,7 @@ def table(measured):
     """measured: {model: what `measure` returns} -> lines"""
     lines = []
     for model, found in measured.items():
-        lines += ["", f"{model:24}" + "".join(f"{part:>18}" for part in (*PARTS, "image"))]
+        lines += ["", model, " " * 24 + "".join(f"{part:>18}" for part in (*PARTS, "image"))]
         for title, rows in found.items():
             lines.append(title)
             lines += [f"  {row:22}" + "".join(f"{f'{100 * share:.1f} +- {100 * error:.1f} %':>18}"

@@ -111,7 +111,7 @@ def test_a_run(grouped, tmp_path):
     text = (tmp_path / "compare_groups.txt").read_text()
     assert text in printed and "nan" not in text
     lines = [line.strip() for line in text.splitlines()]
-    assert [line.split("  ")[0] for line in lines[3:]] == [
+    assert [line.split("  ")[0] for line in lines[4:]] == [
         "in order, AR", "group 1", "group 2", "noise", "in order, SEDD", "group 1", "group 2", "noise",
         "alone, SEDD", "group 1", "group 2", "exchanged", "group 1", "group 2", "all groups"]
     found = json.loads((tmp_path / "compare_groups.json").read_text())[f"{grouped}"]
