@@ -104,6 +104,7 @@ latent_layers = 6
 latent_heads = 2
 null_token = False  # a key without a code for the cross-attentions, which may then ignore the codes (sec. 4.1)
 latents_to_emb = True  # besides attention, codes join the embedding of noise level and class; not in DisCo-Diff
+groups = 0  # U-Net: groups of latents, each for one of attn_resolutions in the up-sampling branch (sec. 3.3); 0: none
 # encoder: ViT
 encoder_patch = 0  # pixels per side; 0: a quarter of the image
 encoder_dim = 128
@@ -239,7 +240,7 @@ def setup(config):
     require_numbers(config, but=("held_out", "P_mean", "pfgm_D"), or_zero=(
         "seed", "num_latents", "latent_layers", "encoder_layers", "encoder_patch", "warmup_images", "ema_rampup",
         "ema_halflife_images", "P_std", "code_lr", "encoder_lr", "coarse_images", "coarse_spread", "keep_every",
-        "preview_every", "null_prob", "dropout", "sigma_data"))
+        "preview_every", "null_prob", "dropout", "sigma_data", "groups"))
     require(denoiser in DENOISERS, f"--denoiser is {' or '.join(DENOISERS)}, not {denoiser}")
     require(space in ("pixels", "vae"), f"--space is pixels or vae, not {space}")
     require(math.isfinite(P_mean), f"P_mean must be finite, not {P_mean}")
@@ -269,6 +270,8 @@ def setup(config):
     chosen = [name for name in ("num_latents", "codebook_size") if not is_default(globals(), name)]
     encoder = read_encoder(config, run.images.shape, chosen)
     require(not null_token or config["conditioning"] == "attention", "null_token is for --conditioning=attention")
+    require(groups < 2 or not num_latents or denoiser == "unet" and config["conditioning"] == "attention",
+            "groups share out a U-Net's cross-attentions: they need --denoiser=unet and --conditioning=attention")
     run.train_indices, run.held_out_indices = data.split(len(run.images), config["held_out"])
     run.to_show = run.held_out_indices if len(run.held_out_indices) else run.train_indices
     run.batches, run.stamp = data.Shuffle(run.train_indices, seed), data.file_stamp(run.images)
@@ -292,8 +295,8 @@ def setup(config):
         run.model.encoder.load_state_dict(run.model.encoder.state_dict() | encoder)  # a random MLP stays as it is
         run.ema.encoder = run.model.encoder  # one for both, in memory and in the checkpoint
     parts = (run.model.model, run.model.latents, run.model.encoder) if num_latents else (run.model.model,)
-    groups = [dict(params=part.parameters()) for part in parts]
-    run.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    rates = [dict(params=part.parameters()) for part in parts]
+    run.optimizer = torch.optim.Adam(rates, betas=(0.9, 0.999), eps=1e-8, fused=True)
     if not training.resume_run(run, FREE, CHANGEABLE, prepare=partial(take_over, run)):
         if init_from and start_from(init_from, run.model, run.model_args):
             run.carries["coarse"] = dict(step=coarse_images)

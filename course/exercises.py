@@ -297,6 +297,10 @@ SET_B = [
 """, """The last code is drawn first.
         With a key-value cache, every token passes through the blocks once.
 """),
+                   ("Prior.sample", "unless these come last", "unless these come first"),
+                   ("Prior.sample", "require_prefix(given >= 0)", "require_prefix((given >= 0).flip(1))"),
+                   ("Prior.sample", "torch.where(given[:, i] < 0, drawn, given[:, i])",
+                    "torch.where(given[:, -1 - i] < 0, drawn, given[:, -1 - i])"),
                    ("Prior.sample", "temperature * gumbel[:, i]", "temperature * gumbel[:, -1 - i]"),
                    ("Prior.sample", "torch.stack(codes, dim=1)", "torch.stack(codes[::-1], dim=1)"))),)),
     Exercise(
