@@ -147,7 +147,7 @@ def _checked(name, value, default, where):
             f"{where}: a whole number can't be 2^62 or more")
     if kind is float and (type(value) is int or value in ("inf", "-inf")):
         value = float(value)
-    if kind is tuple and (type(value) is list or default and type(value) in (int, float)):
+    if kind is tuple and type(value) in (int, float, list):
         value = tuple(numbers)
     if kind is tuple and type(value) is tuple and default and type(default[0]) is float:
         value = tuple(float(item) if type(item) is int else item for item in value)

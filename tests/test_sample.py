@@ -284,7 +284,7 @@ def test_images_that_are_not_finite_are_not_written(trained):
     (["--gamma=0.05"], "gamma is the churn of restarts: there are none"),
     (["--restarts=(3,1,0.06,0.3),", "--S_churn=3"], "the churn of restarts is gamma"),
     (["--restarts=(3,1,0.3,0.06),"], "restarts has .3, 1, 0.3, 0.06.: N_restart and num_steps are 2 or more"),
-    (["--restarts=39"], "restarts takes a tuple"),
+    (["--restarts=39"], "restarts takes .N_restart, K, t_min, t_max., ..."),
     (["--compose=1,2,3"], "give the first by --code or --encode"),
     (["--guidance=2", "--guidance_min=3", "--guidance_max=1"], "0 <= guidance_min < guidance_max is wanted"),
     (["--guidance_max=3"], "bound the noise levels of guidance: say --guidance= too"),
