@@ -141,7 +141,7 @@ def warm_up(run, fetch, signals):
     if state["step"] * count >= total:
         return
     phase, stopped, lower = prepare(run, state), 0, run.lower
-    run.lower = "--coarse_lr"
+    run.lower = "--coarse_lr or --coarse_spread"
     seen = phase.step * count
     if run.master:
         write_log(phase.log, read_log(phase.log, seen), mode="w")
@@ -156,7 +156,7 @@ def warm_up(run, fetch, signals):
         phase.step, seen = phase.step + 1, seen + count
         bar.update(count)
         if training.due(phase.config["log_every"], seen, phase.config):
-            steps, (norm, loss, *sums) = training.totals(phase, "--coarse_lr")
+            steps, (norm, loss, *sums) = training.totals(phase, run.lower)
             told = training.of_divergence if phase.config["continuous"] else training.of_usage
             line, shown = told(*sums, steps * phase.local_batch)
             line |= dict(images=seen, loss=loss.item() / steps, grad_norm=norm.item() / steps)

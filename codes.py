@@ -14,7 +14,7 @@ from noise import SeededNoise
 
 
 def by_hand(code, model, setting="code"):
-    """-> the source that always gives this code, a tuple of m numbers in 0 ... k - 1.
+    """-> the source that always gives this code, a tuple of m numbers in 0 ... k - 1, or -1 where a prior is to draw.
 
     Raises UserError for anything else; setting: its name, for the message.
     """
@@ -22,7 +22,7 @@ def by_hand(code, model, setting="code"):
     reads = "continuous latents" if model.continuous else "embeddings" if k == 1 else "codes"
     require(reads == "codes",
             f"this model reads {reads}, not codes: they come from images, not from --{setting}=NUMBERS")
-    require(len(code) == m and all(type(c) is int and 0 <= c < k for c in code),
+    require(len(code) == m and all(type(c) is int and -1 <= c < k for c in code),
             f"--{setting} takes {m} numbers in 0 ... {k - 1}, not {code}")
 
     def source(numbers, noise):

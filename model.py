@@ -61,12 +61,17 @@ class LatentTokens(nn.Module):
     """Codes -> codebook embeddings -> Transformer (App. D.1: 6 layers, width 192). -> (B, m, dim)
 
     null_token: one more token, (B, m + 1, dim), the same for all codes: attention can turn to it, and so away from
-    the codes, where noise is small (sec. 4.1's suggestion). The tokens depend on neither x nor sigma: sampling computes
-    them once per image.
+    the codes, where noise is small (sec. 4.1's suggestion). groups: of m / groups latents each, which go through the
+    Transformer one by one, each with its null token: no token knows of another group's codes. The tokens depend on
+    neither x nor sigma: sampling computes them once per image.
     """
 
-    def __init__(self, num_latents, codebook_size, dim=192, layers=6, heads=3, null_token=False):
+    def __init__(self, num_latents, codebook_size, dim=192, layers=6, heads=3, null_token=False, groups=0):
         super().__init__()
+        self.groups = max(groups, 1)
+        if num_latents % self.groups:
+            raise ValueError(f"{num_latents} latents can't be split into {groups} equal groups: change groups or "
+                             "num_latents")
         self.codebook = nn.Parameter(torch.randn(num_latents, codebook_size, dim))
         self.null = nn.Parameter(torch.randn(dim))  # in place of all m embeddings: "no latents"
         self.blocks = transformer(layers, dim, heads)
@@ -78,10 +83,13 @@ class LatentTokens(nn.Module):
         x = torch.einsum("bmk,mkd->bmd", z.to(self.codebook.dtype), self.codebook).float()
         if drop is not None:
             x = torch.where(drop[:, None, None], self.null, x)
+        x = x.unflatten(1, (self.groups, -1)).flatten(0, 1)  # (B groups, m / groups, dim)
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
-        return x if self.null_token is None else torch.cat([x, self.null_token.expand(len(x), 1, -1)], dim=1)
+        if self.null_token is not None:
+            x = torch.cat([x, self.null_token.expand(len(x), 1, -1)], dim=1)
+        return x.unflatten(0, (-1, self.groups)).flatten(1, 2)
 
 
 class CodeTable(nn.Module):
@@ -89,12 +97,15 @@ class CodeTable(nn.Module):
 
     The denoiser adds it to its embedding of the noise level, as DiT adds a class label's. The last row of each table
     stands for "no latents". It depends on neither x nor sigma. A row counts 1 / m in the mean: with the learning rate
-    of other weights the codes stay unheard for long (train_stage1.py has code_lr).
+    of other weights the codes stay unheard for long (train_stage1.py has code_lr). The rows for "no latents" start
+    equal, so that their mean is as long as they are, as in the authors' program.
     """
 
     def __init__(self, num_latents, codebook_size, width):
         super().__init__()
         self.table = nn.Parameter(torch.randn(num_latents, codebook_size + 1, width) / math.sqrt(width))
+        with torch.no_grad():
+            self.table[:, -1] = self.table[0, -1].clone()
 
     def forward(self, z, drop=None):
         """z: (B, m, k) relaxed or one-hot, or (B, m) int64 hard codes; drop: (B,) bool, True for no latents."""
@@ -195,8 +206,8 @@ class DisCoDiff(nn.Module):
             self.latents = LinearCondition(num_latents, self.model.emb_dim)
             self.encoder = FrozenEmbedding(conditioning, **frozen)
         elif num_latents:
-            self.latents = LatentTokens(
-                num_latents, codebook_size, latent_dim, latent_layers, latent_heads, null_token) \
+            self.latents = LatentTokens(num_latents, codebook_size, latent_dim, latent_layers, latent_heads, null_token,
+                                        network.get("groups", 0)) \
                 if attended else CodeTable(num_latents, codebook_size, self.model.emb_dim)
             self.encoder = FrozenEncoder(**frozen) if frozen else (GaussianEncoder if continuous else Encoder)(
                 img_resolution, img_channels, num_latents, codebook_size,

@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from configurator import require
 from model import draw_codes
 from noise import gumbel_noise, has_float64
 from transformer import float32, transformer, zero
@@ -30,6 +31,25 @@ def class_rows(table, labels, batch):
     if labels is None or len(table) == 1:
         labels = torch.full((batch,), -1, device=table.device)
     return table[labels]
+
+
+def with_given(x, given, codebook_size):
+    """x, int64 (B, m), with the codes that are given in their places: int64 (B, m), -1 where x stays; or None.
+
+    Raises UserError for codes of another prior.
+    """
+    if given is None:
+        return x
+    require(given.shape == x.shape and given.max() < codebook_size,
+            f"this prior's codes are {x.shape[1]} numbers in 0 ... {codebook_size - 1}, or -1 where they are to be "
+            f"drawn: {given.shape[1]} are given, up to {given.max()}")
+    return torch.where(given < 0, x, given.to(x.device))
+
+
+def require_prefix(fixed):
+    """Raises UserError unless what is fixed, bool (B, m), comes first in each row."""
+    require((fixed[:, 1:] <= fixed[:, :-1]).all(), "the autoregressive prior goes on from the first positions of a "
+            "code: those that it is to draw come last. --prior=sedd fills in any")
 
 
 def mean_bits(prior, logits, labels, draws, g_codes, g_noise):
@@ -84,11 +104,13 @@ class Prior(nn.Module):
         return self.loss(codes, labels)
 
     @torch.no_grad()
-    def sample(self, noise, labels=None, temperature=1.0):
+    def sample(self, noise, labels=None, temperature=1.0, given=None):
         """Ancestral sampling (Alg. 3, lines 3-5). -> codes int64 (B, m), on the noise's device
 
         noise: a `SeededNoise`, or another object with gumbel(m, k) -> (B, m, k), which decides the
-        draws. temperature: divides the logits; 0 takes the mode. With a key-value cache, this equals
+        draws. temperature: divides the logits; 0 takes the mode. given: int64 (B, m), codes to go on
+        from, -1 where they are to be drawn, else None; raises UserError unless these come last in each
+        row. With a key-value cache, this equals
         the plain loop
 
             codes = zeros(B, m)
@@ -98,6 +120,8 @@ class Prior(nn.Module):
         place = self.position.device
         gumbel = noise.gumbel(self.num_latents, self.codebook_size)
         home, gumbel = gumbel.device, gumbel.to(place, torch.float64 if has_float64(place) else torch.float32)
+        given = with_given(torch.full(gumbel.shape[:2], -1, device=place), given, self.codebook_size)
+        require_prefix(given >= 0)
         caches = [[] for _ in self.blocks]
         x, codes = self.first_token(labels if labels is None else labels.to(place), len(gumbel)), []
         for i in range(self.num_latents):
@@ -105,6 +129,7 @@ class Prior(nn.Module):
             for block, cache in zip(self.blocks, caches):
                 x = block(x, cache)
             logits = float32(self.head, self.norm(x))[:, 0]  # (B, k)
-            codes.append(draw_codes(logits, temperature * gumbel[:, i]))  # = logits / T + gumbel
+            drawn = draw_codes(logits, temperature * gumbel[:, i])  # = logits / T + gumbel
+            codes.append(torch.where(given[:, i] < 0, drawn, given[:, i]))
             x = self.codebook[codes[-1]][:, None]
         return torch.stack(codes, dim=1).to(home)

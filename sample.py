@@ -9,6 +9,8 @@ Samples from a trained DisCo-Diff (Alg. 3): codes from the prior, then the denoi
     python sample.py --png=True                        # also a folder of PNG files, out/samples/
     python sample.py --encode=fashion-mnist-10k        # codes of these images, from the encoder
     python sample.py --code=3,1,4,1,5,9,2,6            # a code by hand
+    python sample.py --code=3,1,4,1,-1,-1,-1,-1        # its first half; the prior draws the rest, given these
+    python sample.py --encode=fashion-mnist-10k --free=4,5,6,7  # codes of these images, whose second half is drawn anew
     python sample.py --encode=a.png --compose=b.png --class_label=4   # the codes of both, mixed
     python sample.py --prior=sedd --sedd_sampler=analytic --eta=0.02  # the other prior, remasking
     python sample.py config/restart39.py               # the Restart sampler
@@ -52,10 +54,11 @@ from model import denoiser
 from noise import SeededNoise
 from npz import is_whole_npz, merge_npz, require_pngs_alone, save_pngs
 from plot import save_grid
+from prior import require_prefix
 from processes import barrier, leave_processes, start_processes
 from rdm import DDIM_STEPS
 from run import alone, progress, set_precision
-from trained import PRIORS, classes_of, load_prior, load_stage1, load_vae
+from trained import PRIORS, classes_of, load_prior, load_stage1, load_vae, prior_in
 
 # run
 out_dir = "out"  # folder of the checkpoints, and for the samples
@@ -72,15 +75,16 @@ png = False  # also write a folder out_dir/NAME: a PNG file for each image, the 
 per_code = 8
 class_label = ""  # one class for all images, by name or number; "": the classes in turn
 random_labels = False  # random classes, as in EDM's protocol; classes in turn are balanced, and lower FID a little
-code = ()  # a code by hand, m numbers in 0 ... k - 1
+code = ()  # a code by hand, m numbers in 0 ... k - 1, or -1 where the prior draws, given the others
 encode = ""  # codes of images: an image file, folder, .npz, or data set (its training images come first)
 exif = False  # turn image files for --encode and --compose by their EXIF orientation, as photographs need
+free = ()  # positions, 0 ... m - 1, of the codes given so, which the prior draws anew, given the others
 compose = ""  # a second code, or images: makes fours of codes, the first, the second, and two mixtures
 guidance = 1.0  # w in D~ = w D(z) + (1 - w) D(null), App. B; 1: none. We read Table 3's cfg as w - 1
 guidance_min = 0.0  # noise levels that are guided (Kynkaanniemi et al. 2024; DLC's program has a highest one)
 guidance_max = math.inf
 # codes: which prior, and its sampler
-prior = "ar"  # or "sedd"; in place of codes, "rdm" for embeddings, "diffusion" for continuous latents
+prior = "auto"  # "ar", "sedd"; "rdm" for embeddings, "diffusion" for continuous latents; auto: the folder's first
 temperature = 1.0  # for "ar"
 sedd_sampler = "first-hitting"  # m evaluations; "analytic" and "euler" (equal for this noise) take sedd_steps
 sedd_steps = 128
@@ -118,14 +122,11 @@ def labels_of(run, rows):
     return torch.from_numpy((number if compose or per_code == 1 else rows // 2) % run.model.label_dim)
 
 
-def codes_of(run, rows):
-    """Alg. 3, lines 3-5. -> codes (R, m), labels (R,); each row depends on its number alone"""
+def given_codes(run, rows, noise):
+    """-> the codes that settings give, (R, m), or none, (R, 0); labels (R,)"""
     number = rows // 4 if compose else rows
-    noise = SeededNoise("codes", number, run.device)
     labels = labels_of(run, rows).to(noise.device)
-    if run.prior:
-        return run.prior.sample(noise, labels, **arguments_of(run.config, run.prior.sample)), labels
-    if not run.sources:  # no latents
+    if not run.sources:
         return torch.empty(len(rows), 0, dtype=torch.int64), labels
     given = [source(number, noise) for source in run.sources]
     codes, own_labels = zip(*((z, labels if c is None else c) for z, c in given))
@@ -133,6 +134,16 @@ def codes_of(run, rows):
         return codes[0], own_labels[0]
     mixed, of_first = composed(rows, *codes, run.device)
     return mixed, torch.where(of_first, *own_labels)
+
+
+def codes_of(run, rows):
+    """Alg. 3, lines 3-5. -> codes (R, m), labels (R,); each row depends on its number alone"""
+    noise = SeededNoise("codes", rows // 4 if compose else rows, run.device)
+    codes, labels = given_codes(run, rows, noise)
+    if run.prior:
+        known = dict(given=codes.masked_fill(run.free.to(codes.device), -1)) if run.sources else {}
+        codes = run.prior.sample(noise, labels, **known, **arguments_of(run.config, run.prior.sample))
+    return codes, labels
 
 
 def sampler(denoise, correct, noise, randn_like):
@@ -194,12 +205,15 @@ def check(config):
             f"--name={name} names the two files in out_dir: it can't have folders")
     require(not (code and encode), "--code and --encode both give codes: choose one")
     require(code or encode or not compose, "--compose mixes two codes: give the first by --code or --encode")
+    require(code or encode or not free, "--free names positions of a code: give one by --code or --encode")
+    prior = config["prior"]
     require(prior in PRIORS, f"--prior is {' or '.join(PRIORS)}, not {prior}")
     require(sedd_sampler in ("first-hitting", "analytic", "euler"),
             "--sedd_sampler is first-hitting, analytic or euler")
     require(0 <= eta < 1, f"eta is a probability below 1, not {eta}")
     require(0 <= t0 < t1 <= 1, f"remasking goes from t1 {t1} down to t0 {t0}: 0 <= t0 < t1 <= 1 is wanted")
     takes = inspect.signature(PRIORS[prior].sample).parameters
+    require("given" in takes or not free, f"--free asks the prior for a part of a code: --prior={prior} draws it whole")
     for kind, network in PRIORS.items():
         for setting, parameter in inspect.signature(network.sample).parameters.items():
             require(setting in takes or config.get(setting, parameter.default) == parameter.default,
@@ -274,12 +288,14 @@ def setup(config):
 
     config: the settings, as `configure` returns them. Raises UserError for settings that don't fit.
     """
+    folder = init_from or out_dir
+    if prior == "auto":
+        config["prior"] = prior_in(folder)
     check(config)
     nfe = evaluations()
     rank, world, device = start_processes(config["device"])
     run = SimpleNamespace(config=config, rank=rank, world=world, device=device, nfe=nfe,
                           autocast=set_precision(precision, device))
-    folder = init_from or out_dir
     run.model, stage1 = load_stage1(folder, device, checkpoint)
     run.checksum = weights_checksum(stage1["ema"])
     require(run.model.pfgm_D == math.inf or not (S_churn or restarts or correct_steps),
@@ -295,8 +311,13 @@ def setup(config):
     sources = [source_of(setting, value, run, stage1)
                for setting, value in (("code", code), ("encode", encode), ("compose", compose)) if value]
     run.sources, identities = [source for source, _ in sources], [identity for _, identity in sources]
-    needs_prior = run.model.num_latents and not sources
-    run.prior = load_prior(folder, prior, device, stage1, checkpoint) if needs_prior else None
+    m = run.model.num_latents
+    require(all(0 <= i < m for i in free), f"--free takes positions 0 ... {m - 1} of a code, not {free}")
+    run.free = torch.tensor([i in free or code[i:i + 1] == (-1,) for i in range(m)], dtype=torch.bool)
+    if config["prior"] == "ar":
+        require_prefix(~run.free[None])
+    needs_prior = m and (not sources or run.free.any())
+    run.prior = load_prior(folder, config["prior"], device, stage1, checkpoint) if needs_prior else None
     # all that the images depend on: an interrupted run continues only if this is the same
     run.made_with = json.dumps({**config, "out_dir": "", "init_from": "", "checkpoint": "", "device": "",
                                 "correct_with": correction, "given": identities, "stage1": run.checksum,
@@ -353,6 +374,7 @@ def sample(run):
         print(f"{num_images:,} images, {run.nfe} evaluations each"
               + ", D(z) and D(null) in one batch" * (guidance != 1))
         if run.prior:
+            prior = run.config["prior"]
             steps = run.model.num_latents if sedd_sampler == "first-hitting" else sedd_steps
             steps = {"rdm": DDIM_STEPS, "diffusion": EVALUATIONS}.get(prior, steps)
             print(f"codes of the prior {prior}, {steps} evaluations each"

@@ -31,7 +31,6 @@ import training
 from checkpoint import weights_checksum
 from configurator import UserError, arguments_of, configure, require, require_numbers
 from encoded import Encoded
-from model import draw_codes
 from noise import gumbel_noise, seeded_generator
 from prior import UNITS, mean_bits
 from processes import max_over_processes
@@ -78,13 +77,14 @@ def gradients(run, step):
     rows = slice(start, start + run.local_batch)
     m, k = run.stage1.num_latents, run.stage1.codebook_size
     numbers = m * k if run.stage1.continuous else m  # in a code
-    gumbel = gumbel_noise((batch_size, m, k), seeded_generator(run.device, "codes", seed, step))[rows]
+    gumbel = 0 if run.encoded.certain else \
+        gumbel_noise((batch_size, m, k), seeded_generator(run.device, "codes", seed, step))[rows]
     coins = torch.rand(batch_size, generator=seeded_generator("cpu", "flip", seed, step))[rows]
     g = seeded_generator(run.device, "noise", seed, step)
     drop, t, *masks = torch.rand(batch_size, numbers + 2, device=run.device, generator=g)[rows].unbind(1)
     indices = run.batches.take(step * batch_size + start, run.local_batch)
     flip = coins < (0.5 if run.flips == 2 else 0)
-    z = draw_codes(logits_of(run, indices, flip), gumbel)  # line 4: z ~ E(y)
+    z = run.encoded.draw(indices, flip, gumbel)  # line 4: z ~ E(y)
     c = labels_of(run, indices)
     c = torch.where(drop < label_drop, -1, c) if c is not None else None
     t = 1e-3 + (1 - 1e-3) * t  # times, on (1e-3, 1), and masks are for SEDD; other priors make their noise of them
@@ -122,11 +122,6 @@ def advance(run, bar):
 def labels_of(run, indices):
     """-> class labels (B,) of these images, None without classes"""
     return torch.from_numpy(run.labels[indices]).to(run.device, non_blocking=True) if run.stage1.label_dim else None
-
-
-def logits_of(run, indices, flip):
-    """-> the encoder's logits (B, m, k) for these images, mirrored where flip (B,) is true"""
-    return run.encoded.logits(indices, flip)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -206,7 +201,7 @@ def held_out_bits(run, draws=1, with_class=True):
     generators = [seeded_generator(run.device, purpose, seed) for purpose in ("held-out", "times")]
     bits = []
     for part in parts_of(run.held_out_indices):
-        logits = logits_of(run, part, np.zeros(len(part), bool))
+        logits = run.encoded.logits(part, np.zeros(len(part), bool))
         c = labels_of(run, part) if with_class else None
         with run.autocast:
             bits.append(mean_bits(run.ema, logits, c, draws, *generators))
@@ -227,7 +222,7 @@ def independent_bits(run):
         for part in parts_of(indices):
             c = labels_of(run, part)
             no_classes = torch.zeros(len(part), dtype=torch.int64, device=run.device)
-            yield logits_of(run, part, np.zeros(len(part), bool)).softmax(-1), no_classes if c is None else c
+            yield run.encoded.logits(part, np.zeros(len(part), bool)).softmax(-1), no_classes if c is None else c
 
     usage = torch.zeros(classes, m, k, device=run.device)
     for p, c in distributions(run.train_indices):

@@ -51,7 +51,6 @@ from coarse import warm_up
 from configurator import UserError, arguments_of, configure, is_default, require, require_numbers
 from continuous import kl_divergence
 from diffusion import noise_schedule
-from embedding import EMBEDDINGS
 from encoded import Encoded, read_encoder
 from latents import Latents
 from model import DENOISERS, DisCoDiff
@@ -60,6 +59,7 @@ from preview import print_losses, save_preview
 from processes import max_over_processes
 from run import can_compile, progress, running
 from start_from import sort_older, start_from
+from trained import priors_of
 
 # run
 out_dir = "out"
@@ -113,6 +113,7 @@ latent_layers = 6
 latent_heads = 2
 null_token = False  # a key without a code for the cross-attentions, which may then ignore the codes (sec. 4.1)
 latents_to_emb = True  # besides attention, codes join the embedding of noise level and class; not in DisCo-Diff
+groups = 0  # U-Net: groups of latents, each for one of attn_resolutions in the up-sampling branch (sec. 3.3); 0: none
 # encoder: ViT
 encoder_patch = 0  # pixels per side; 0: a quarter of the image
 encoder_dim = 128
@@ -187,8 +188,8 @@ def draw_step(run, step):
 def gradients(run, step):
     """Lines 3 to 7: leaves the gradients of one step, of the whole batch over all processes, in the parameters.
 
-    -> of this process's images: mean loss per pixel; sum of code distributions (m, k); sum of entropies; with a
-    kld_weight, sum of each latent's KL divergence from p(z), (m,)
+    -> of this process's images: mean loss per pixel; sum of code distributions (m, k); sum of entropies; sum of each
+    latent's KL divergence from p(z), (m,)
     """
     noise, sigma, gumbel, drop, flip = draw_step(run, step)
     loss_sum, code_sum, entropy_sum, kld_sum = 0, 0, 0, 0
@@ -216,7 +217,7 @@ def gradients(run, step):
             usage, entropies = training.usage(logits.detach().softmax(-1))
             code_sum, entropy_sum = code_sum + usage, entropy_sum + entropies
     training.unscale(run)
-    return loss_sum, code_sum, entropy_sum, *[kld_sum] * (kld_weight > 0)
+    return loss_sum, code_sum, entropy_sum, kld_sum
 
 
 def update(run, seen):
@@ -257,7 +258,7 @@ def setup(config):
     require_numbers(config, but=("held_out", "P_mean", "pfgm_D"), or_zero=(
         "seed", "num_latents", "latent_layers", "encoder_layers", "encoder_patch", "warmup_images", "ema_rampup",
         "ema_halflife_images", "P_std", "code_lr", "encoder_lr", "coarse_images", "coarse_spread", "keep_every",
-        "preview_every", "null_prob", "dropout", "sigma_data", "kld_weight"))
+        "preview_every", "null_prob", "dropout", "sigma_data", "groups", "kld_weight"))
     require(denoiser in DENOISERS, f"--denoiser is {' or '.join(DENOISERS)}, not {denoiser}")
     require(space in ("pixels", "vae"), f"--space is pixels or vae, not {space}")
     require(math.isfinite(P_mean), f"P_mean must be finite, not {P_mean}")
@@ -280,18 +281,20 @@ def setup(config):
     run.micro_batches = [slice(i, i + _micro_batch) for i in range(first, first + run.local_batch, _micro_batch)]
 
     run.images, run.labels, num_classes = data.load(dataset)
-    run.latents = Latents(dataset, len(run.images), xflip, run.device) if space == "vae" else None
+    run.latents = Latents(dataset, run.images.shape, xflip, run.device) if space == "vae" else None
     x_shape = run.latents.shape if run.latents else ()
     fit_to_images(config, run.images.shape, num_classes, x_shape)
     run.levels, run.weight = noise_schedule(**arguments_of(config, noise_schedule))
+    config["data_identity"] = data.data_checksum(run.images, run.labels)  # in the checkpoint, to notice changes
     chosen = [name for name in ("num_latents", "codebook_size") if not is_default(globals(), name)]
     encoder = read_encoder(config, run.images.shape, chosen)
     require(not null_token or config["conditioning"] == "attention", "null_token is for --conditioning=attention")
+    require(groups < 2 or not num_latents or denoiser == "unet" and config["conditioning"] == "attention",
+            "groups share out a U-Net's cross-attentions: they need --denoiser=unet and --conditioning=attention")
     run.train_indices, run.held_out_indices = data.split(len(run.images), config["held_out"])
     run.to_show = run.held_out_indices if len(run.held_out_indices) else run.train_indices
     run.batches, run.stamp = data.Shuffle(run.train_indices, seed), data.file_stamp(run.images)
     run.classes = data.class_names(dataset)
-    config["data_identity"] = data.data_checksum(run.images, run.labels)  # in the checkpoint, to notice changes
     run.carries = dict(  # also in the checkpoint
         classes=run.classes, made=data.made_of(dataset), qkv="sorted", coarse=dict(step=0))
     if run.latents:
@@ -311,8 +314,8 @@ def setup(config):
         run.model.encoder.load_state_dict(run.model.encoder.state_dict() | encoder)  # a random MLP stays as it is
         run.ema.encoder = run.model.encoder  # one for both, in memory and in the checkpoint
     parts = (run.model.model, run.model.latents, run.model.encoder) if num_latents else (run.model.model,)
-    groups = [dict(params=part.parameters()) for part in parts]
-    run.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    rates = [dict(params=part.parameters()) for part in parts]
+    run.optimizer = torch.optim.Adam(rates, betas=(0.9, 0.999), eps=1e-8, fused=True)
     run.prior = onestage.prepare(run) if prior else None
     if not training.resume_run(run, FREE, CHANGEABLE, prepare=partial(take_over, run)):
         if init_from and start_from(init_from, run.model, run.model_args):
@@ -372,7 +375,7 @@ def fit_to_images(config, shape, num_classes, x_shape=()):
 
 def report(run, seen, bar):
     """A line of the log: loss, and what the codes do."""
-    steps, (norm, loss, code_sum, entropy_sum, *kld_sum) = training.totals(run, f"{run.lower}, and look at the data")
+    steps, (norm, loss, code_sum, entropy_sum, kld_sum) = training.totals(run, f"{run.lower}, and look at the data")
     line = dict(images=seen, loss=loss.item() / steps)
     shown = {"loss": f"{line['loss']:.4f}"}
     count = steps * run.local_batch
@@ -380,7 +383,7 @@ def report(run, seen, bar):
         usage, used = training.of_usage(code_sum, entropy_sum, count)
         line, shown = line | usage, shown | used
     if num_latents and kld_weight:
-        kld, told = training.of_divergence(*kld_sum, count)
+        kld, told = training.of_divergence(kld_sum, count)
         line, shown = line | kld, shown | told
     training.write_line(run, line | dict(grad_norm=norm.item() / steps), bar, shown)
 
@@ -430,7 +433,7 @@ def train(run, signals):
         onestage.finish(run, seen >= total_images)
     if run.master and seen >= total_images:
         print_losses(run)
-        kind = prior or ("rdm" if conditioning in EMBEDDINGS else "diffusion" if continuous else "ar")
+        kind = prior or priors_of(run.model_args)[1][0]
         then = f"; next: python {'sample' if prior else 'train_prior'}.py --out_dir={out_dir}"
         print(f"{run.path} is ready" + (then + f" --prior={kind}" * (kind != "ar")) * (num_latents > 0))
     training.finish(run, stopped, "images")

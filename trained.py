@@ -24,8 +24,8 @@ PRIORS = {"ar": Prior, "sedd": SEDD, "rdm": RDM, "diffusion": DiffusionPrior}
 
 
 def path_of(folder):
-    """A run's folder; "pretrained" is the one that comes with the repository, wherever the user is."""
-    return data.HERE / "pretrained" if str(folder) == "pretrained" else folder
+    """A run's folder; those that come with the repository are found wherever the user is."""
+    return data.HERE / folder if str(folder) in ("pretrained", "pretrained-dlc") else folder
 
 
 def load_stage1(folder, device="cpu", snapshot=""):
@@ -42,10 +42,16 @@ def load_vae(checkpoint, device="cpu"):
     return vae_from(checkpoint["vae"]).to(device) if "vae" in checkpoint else None
 
 
+def priors_of(model_args):
+    """-> what a DisCoDiff of these model_args reads; the kinds of priors that draw it"""
+    if model_args.get("continuous"):
+        return "continuous latents", ["diffusion"]
+    return ("embeddings", ["rdm"]) if model_args["codebook_size"] == 1 else ("codes", ["ar", "sedd"])
+
+
 def require_fit(kind, model_args, path):
     """Raises UserError unless this kind of prior draws what a DisCoDiff of these model_args, at this path, reads."""
-    what, kinds = ("continuous latents", ["diffusion"]) if model_args.get("continuous") else \
-        ("embeddings", ["rdm"]) if model_args["codebook_size"] == 1 else ("codes", ["ar", "sedd"])
+    what, kinds = priors_of(model_args)
     require(kind in kinds, f"{path} has {what}: say --prior={' or '.join(kinds)}")
 
 
@@ -72,6 +78,11 @@ def load_prior(folder, kind, device, stage1, snapshot=""):
                   for a in (checkpoint["model_args"], stage1["model_args"])]
     require(have == want, f"{path} has m, k, classes = {have}, stage 1 has {want}: {mend}")
     return build(PRIORS[kind], checkpoint, device)
+
+
+def prior_in(folder):
+    """-> the first of PRIORS that a run's folder has, the first of all if it has none"""
+    return next((kind for kind in PRIORS if Path(path_of(folder), f"prior_{kind}.pt").is_file()), "ar")
 
 
 def load_encoder(folder, device="cpu"):
@@ -118,14 +129,15 @@ def load_trained_on(config, path):
 def ship(source, target):
     """Copies what sampling needs from a trained run's folder to another.
 
-    This is the averaged weights of stage 1 and of the autoregressive prior, in half precision, their
+    This is the averaged weights of stage 1 and of the prior that sample.py takes, in half precision, their
     settings, and the training log. Raises UserError if a checkpoint is missing, or if the prior was
     trained on another stage 1.
     """
+    file = f"prior_{prior_in(source)}.pt"
     stage1 = load_checkpoint(f"{source}/stage1.pt", "train_stage1")
-    prior = load_checkpoint(f"{source}/prior_ar.pt", "train_prior")
+    prior = load_checkpoint(f"{source}/{file}", "train_prior")
     require(prior["encoder"] == weights_checksum(stage1["ema"]),
-            f"{source}/prior_ar.pt was trained on codes of another stage 1")
+            f"{source}/{file} was trained on codes of another stage 1")
     require(Path(source).resolve() != Path(target).resolve(),
             f"{target} would lose what training needs: name another folder")
     for state in (stage1, prior):
@@ -135,7 +147,7 @@ def ship(source, target):
         for key in ("model", "optimizer", "prior"):
             state.pop(key, None)
     prior["encoder"] = weights_checksum(stage1["ema"])
-    for file, state in (("stage1.pt", stage1), ("prior_ar.pt", prior)):
-        with atomic(f"{target}/{file}") as f:
+    for name, state in (("stage1.pt", stage1), (file, prior)):
+        with atomic(f"{target}/{name}") as f:
             torch.save(state, f)
     write_log(f"{target}/stage1.jsonl", read_log(f"{source}/stage1.jsonl", math.inf), mode="w")
