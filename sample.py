@@ -246,11 +246,12 @@ def class_number(label, names):
 
 
 def source_of(setting, given, run, stage1):
-    """A value of --code, --encode or --compose -> a source, as in codes.py; its code or checksum"""
+    """A value of --code, --encode or --compose -> a source, as in codes.py; its code or checksum; images it reads,
+    and their order"""
     if setting == "compose" and re.fullmatch(r"\(?[\d\s,]+\)?", given):
         given = tuple(map(int, re.findall(r"\d+", given)))
     if isinstance(given, tuple):
-        return by_hand(given, run.model, setting), given
+        return by_hand(given, run.model, setting), given, (None, None)
     made = stage1.get("made") or {}  # prepare image files in the way of the encoder's training images
     images, labels, order = data.read_images(given, run.model.img_shape, exif=exif or made.get("exif", False),
                                              transform=made.get("transform") or "center-crop")
@@ -267,7 +268,7 @@ def source_of(setting, given, run, stage1):
                 "(a prepared data set has labels, and so has dataset.json)")
         require(0 <= labels.min() and labels.max() < classes,
                 f"{given} has classes {labels.min()} ... {labels.max()}: this model has {classes}, 0 ... {classes - 1}")
-    return of_images(images, labels, order, run.model), data.data_checksum(images, labels)
+    return of_images(images, labels, order, run.model), data.data_checksum(images, labels), (images, order)
 
 
 def load_correction(run):
@@ -310,7 +311,7 @@ def setup(config):
             "this model has no discrete latents (num_latents=0): --code, --encode and --guidance need them")
     sources = [source_of(setting, value, run, stage1)
                for setting, value in (("code", code), ("encode", encode), ("compose", compose)) if value]
-    run.sources, identities = [source for source, _ in sources], [identity for _, identity in sources]
+    run.sources, identities, run.read = zip(*sources) if sources else ((), (), ())
     m = run.model.num_latents
     require(all(0 <= i < m for i in free), f"--free takes positions 0 ... {m - 1} of a code, not {free}")
     run.free = torch.tensor([i in free or code[i:i + 1] == (-1,) for i in range(m)], dtype=torch.bool)
@@ -340,13 +341,27 @@ def open_parts(run, parts):
             "or choose another --name")
 
 
+def beside_what_was_read(run, images):
+    """-> images (N, H, W, C) with, before those of each code, the image that it was read from; a blank before others"""
+    rows, shown = (seed + np.arange(len(images))) // per_code, []
+    for row in np.unique(rows):
+        number, turn = divmod(row, 4) if compose else (row, 0)
+        read, order = run.read[turn] if turn < len(run.read) else (None, None)
+        shown.append(images[:1] * 0 + 255 if read is None else read[order[number % len(order)]][None])
+        shown.append(images[rows == row])
+    return np.concatenate(shown)
+
+
 def join_parts(run, parts, files, target):
     """Turns the batches into the .npz, the grid and the folder of PNG files, and removes them."""
     shown = np.concatenate([np.load(file)["images"] for file in files[:-(-256 // batch_size)]])[:256]
+    columns = 2 * per_code if 1 < per_code <= 16 else math.isqrt(len(shown))
+    if encode and 1 < per_code <= 16:  # the images that were encoded stand before what is made of their codes
+        shown, columns = beside_what_was_read(run, shown), columns + 2
     merge_npz(files, f"{target}.npz", **{"made": json.dumps(run.made)} if run.made else {})
     if png:
         save_pngs(files, target)
-    save_grid(shown, f"{target}.png", 2 * per_code if 1 < per_code <= 16 else math.isqrt(len(shown)))
+    save_grid(shown, f"{target}.png", columns)
     for file in files:  # settings.json goes last: after a power cut, the run can continue from what is left
         file.unlink()
     shutil.rmtree(parts)

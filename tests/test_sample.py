@@ -42,6 +42,23 @@ def test_what_is_written(trained, samples):
     assert not (trained / "first.parts").exists()
 
 
+def test_the_grid_shows_what_was_encoded(trained):
+    sources = np.stack([np.full((28, 28, 1), 40 * i, np.uint8) for i in range(1, 6)])
+    for name, part in (("a", sources[:2]), ("b", sources[2:])):
+        np.savez(trained / f"{name}.npz", images=part)
+    for name, more, before in (("encoded", "--seed=4", {0: 2, 5: 1, 10: 2}),  # 4 is the first seed of the second code
+                               ("mixed", f"--compose={trained / 'b.npz'}", {0: 1, 5: 3, 10: 255, 15: 255, 20: 2})):
+        run("sample.py", f"--out_dir={trained}", f"--name={name}", *SAMPLE, f"--encode={trained / 'a.npz'}", more,
+            "--class_label=1")
+        grid = np.array(Image.open(trained / f"{name}.png"))
+        assert grid.shape == (3 * 30 * 2, 10 * 30 * 2)  # two codes in a row, 4 images each
+        cells = grid.reshape(3, 60, 10, 60).swapaxes(1, 2).reshape(30, 60, 60)[:, 2:-2:2, 2:-2:2]
+        of_codes = np.delete(cells[:25], range(0, 25, 5), 0)
+        assert np.array_equal(of_codes[..., None], load(trained, name)["images"])
+        for cell, which in before.items():
+            assert (cells[cell] == (which if which == 255 else 40 * which)).all()
+
+
 def test_a_folder_of_png_files(trained, tmp_path):
     """Which eval_fid.py and data.py read, with the labels; files of another run in it are not mixed with these."""
     arguments = ["sample.py", f"--out_dir={tmp_path}", f"--init_from={trained}", *SAMPLE, "--png=True", "--seed=7"]
