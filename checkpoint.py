@@ -66,7 +66,7 @@ RENAMED = {"ema": "ema_decay"}  # settings in older checkpoints, and what they a
 # settings that older checkpoints lack, and such settings of codes
 OLDER = {"denoiser": "unet", "space": "pixels", "process": "edm", "weighting": "edm", "shift": 1.0}
 OLDER_CODES = {"latents_to_emb": False, "coarse_images": 0, "conditioning": "attention", "encoder_identity": 0,
-               "null_token": False}
+               "null_token": False, "groups": 0, "continuous": False, "kld_weight": 0.0, "prior": ""}
 
 
 def save_checkpoint(path, state):

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 import training
 from checkpoint import read_log, write_log
 from configurator import arguments_of
+from continuous import kl_divergence
 from diffusion import loss_weight
-from model import gumbel_softmax
+from model import draw_codes, gumbel_softmax
 from noise import gumbel_noise, seeded_generator
 from processes import max_over_processes, mean_over_processes
 from run import progress
@@ -58,10 +59,12 @@ class CoarseDenoiser(nn.Module):
         """y: (B, C, H, W) clean images; noise: (B, pixels), scaled by sigma (B, 1); labels: (B,), -1 for none,
         or None if label_dim is 0; gumbel: (B, m, k); drop: (B,) bool, True for the null embedding
 
-        -> D (B, pixels) and the encoder's logits (B, m, k)
+        -> D (B, pixels) and the encoder's logits (B, m, k), or (B, m, k, 2)
         """
         logits = self.encoder(y)
-        z = torch.einsum("bmk,mkd->bd", gumbel_softmax(logits, tau, gumbel), self.codebook)
+        continuous = logits.ndim == 4  # as in DisCoDiff
+        z = draw_codes(logits, gumbel) / gumbel.shape[2] ** 0.5 if continuous else gumbel_softmax(logits, tau, gumbel)
+        z = torch.einsum("bmk,mkd->bd", z, self.codebook)
         z = torch.where(drop[:, None], self.null, z)
         if self.classes is not None:
             z = z + torch.where(labels[:, None] < 0, 0, self.classes[labels])
@@ -106,12 +109,18 @@ def draw_step(phase):
 
 
 def gradients(phase, y, c):
-    """Alg. 1, lines 4 to 7, on averaged images. -> mean loss per pixel; sum of code distributions; of entropies"""
+    """Alg. 1, lines 4 to 7, on averaged images. -> mean loss per pixel; sum of code distributions; of entropies; or,
+    of continuous latents, sum of KL divergences (m,)"""
     noise, sigma, gumbel, drop, flip = draw_step(phase)
     y = torch.where(flip[:, None, None, None], y.flip(3), y)
     with phase.autocast:
         D, logits = phase.forward(y, noise, sigma, c, gumbel, drop, phase.config["tau"])
         loss = (loss_weight(sigma, phase.model.sigma_data) * (D - phase.model.averaged(y)) ** 2).mean()
+    if phase.config["continuous"]:
+        divergence = kl_divergence(logits)  # (B, m), to a pixel of the whole image as in stage 1
+        training.backward(phase, loss + phase.config["kld_weight"] * divergence.sum(1).mean() / y[0].numel())
+        training.unscale(phase)
+        return loss.detach(), divergence.detach().sum(0)
     of_images = logits.softmax(-1)  # (B, m, k)
     p = of_images.mean(0)
     used = mean_over_processes(p.detach()).to(p.device).clamp(min=1e-9)
@@ -132,7 +141,7 @@ def warm_up(run, fetch, signals):
     if state["step"] * count >= total:
         return
     phase, stopped, lower = prepare(run, state), 0, run.lower
-    run.lower = "--coarse_lr"
+    run.lower = "--coarse_lr or --coarse_spread"
     seen = phase.step * count
     if run.master:
         write_log(phase.log, read_log(phase.log, seen), mode="w")
@@ -147,8 +156,9 @@ def warm_up(run, fetch, signals):
         phase.step, seen = phase.step + 1, seen + count
         bar.update(count)
         if training.due(phase.config["log_every"], seen, phase.config):
-            steps, (norm, loss, code_sum, entropy_sum) = training.totals(phase, "--coarse_lr")
-            line, shown = training.of_usage(code_sum, entropy_sum, steps * phase.local_batch)
+            steps, (norm, loss, *sums) = training.totals(phase, run.lower)
+            told = training.of_divergence if phase.config["continuous"] else training.of_usage
+            line, shown = told(*sums, steps * phase.local_batch)
             line |= dict(images=seen, loss=loss.item() / steps, grad_norm=norm.item() / steps)
             training.write_line(phase, line, bar, {"loss": f"{line['loss']:.4f}"} | shown)
         stopped = max_over_processes(max(signals, default=0))

@@ -14,13 +14,15 @@ from noise import SeededNoise
 
 
 def by_hand(code, model, setting="code"):
-    """-> the source that always gives this code, a tuple of m numbers in 0 ... k - 1.
+    """-> the source that always gives this code, a tuple of m numbers in 0 ... k - 1, or -1 where a prior is to draw.
 
     Raises UserError for anything else; setting: its name, for the message.
     """
     m, k = model.num_latents, model.codebook_size
-    require(k > 1, f"this model reads embeddings, not codes: they come from images, not from --{setting}=NUMBERS")
-    require(len(code) == m and all(type(c) is int and 0 <= c < k for c in code),
+    reads = "continuous latents" if model.continuous else "embeddings" if k == 1 else "codes"
+    require(reads == "codes",
+            f"this model reads {reads}, not codes: they come from images, not from --{setting}=NUMBERS")
+    require(len(code) == m and all(type(c) is int and -1 <= c < k for c in code),
             f"--{setting} takes {m} numbers in 0 ... {k - 1}, not {code}")
 
     def source(numbers, noise):
@@ -47,10 +49,13 @@ def of_images(images, labels, order, model):
 def composed(rows, first, second, device):
     """Rows in fours: the first code, the second, and two mixtures of both (DLC sec. 5.2).
 
-    A mixture takes each position from either code, by the toss of a coin; of embeddings, which are float, it is the
-    mean. rows: row numbers int64 (R,); first, second: codes (R, m). -> codes (R, m); bool (R,), the rows that have
-    the first's class
+    A mixture takes each position from either code, by the toss of a coin; of embeddings and continuous latents, which
+    are float, it is the mean. rows: row numbers int64 (R,); first, second: codes (R, m) or (R, m, k). -> codes, shaped
+    like these; bool (R,), the rows that have the first's class
     """
+    if first.ndim == 3:
+        mixed, of_first = composed(rows, first.flatten(1), second.flatten(1), device)
+        return mixed.view_as(first), of_first
     turn = torch.from_numpy(rows % 4).to(first.device)
     coins = SeededNoise("compose", rows, device).rand(first.shape[1]) < 0.5
     of_first = torch.where(turn[:, None] < 2, turn[:, None] == 0, coins)

@@ -6,7 +6,7 @@ What should a denoiser be told? Codes or embeddings, learned with it or without 
         --sedd_images=20_000 --rdm_images=300_000 --num_images=500 --pairs=4        # a first look
 
 For each seed, self-supervision trains one encoder, and equal networks train on equally many images, without class
-labels, but for one as a mark:
+labels, but for "class", a mark (disco's encoder has a first phase on as many averaged images, coarse.py):
 
     plain           told nothing; and "class", told the class
     disco           codes that an encoder learns beside the denoiser, as in DisCo-Diff
@@ -49,8 +49,8 @@ seeds = (0, 1, 2)
 encoder_images = 56_000  # that the self-supervised encoder trains on
 total_images = 100_000  # that each denoiser trains on
 ar_images = 150_000  # codes that the autoregressive prior trains on: on few codes, more overfits
-sedd_images = 375_000  # codes that SEDD trains on
-rdm_images = 6_000_000  # embeddings that RDM trains on: at these sizes, as much work as SEDD's
+sedd_images = 187_500  # codes that SEDD trains on
+rdm_images = 3_000_000  # embeddings that RDM trains on: at these sizes, as much work as SEDD's
 num_images = 2_000  # samples measured in each row
 pairs = 20  # of images whose conditions are composed
 per_pair = 50  # samples of each composition, and of each of its images
@@ -128,7 +128,9 @@ def source_images(dataset, held_out):
     first, second = rest[:pairs], []
     rest = rest[pairs:]
     for i in first:
-        second.append(next(j for j in rest if labels is None or labels[i] != labels[j]))
+        second.append(next((j for j in rest if labels is None or labels[i] != labels[j]), None))
+        require(second[-1] is not None, f"{dataset} has too few images for {pairs} pairs of different classes: fewer "
+                "--pairs")
         rest.remove(second[-1])
     paths = [Path(f"{out_dir}/{name}-{pairs}.npz") for name in ("first", "second")]
     for path, chosen in zip(paths, (first, second)):

@@ -7,11 +7,11 @@ Long codes or short ones (DLC Fig. 5), and remasking on them (Fig. 8): L codes o
 
 For each length an encoder, a denoiser and a SEDD prior train, each on as many images as the others of its kind. The
 denoiser is measured with true codes, those of training images, after a quarter, a half, three quarters and all of
-its training; then with SEDD's. At the end, samples with remasking probabilities eta, a few times each, by the spread
-of which differences are to be judged.
+its training; then with SEDD's. At the end, samples of the longest codes with remasking probabilities eta, a few times
+each, by the spread of which differences are to be judged.
 
 The other scripts do the work, in folders in out_dir, and what is finished is kept, as in compare_models.py. Lengths may
-run side by side, each as by `--lengths=8,`, and then all together. Prints tables, writes them to
+run side by side, each as by `--lengths=8`, and then all together. Prints tables, writes them to
 out_dir/compare_lengths.txt and the numbers to out_dir/compare_lengths.json, and draws out_dir/compare_lengths.png.
 """
 
@@ -34,7 +34,7 @@ lengths = (8, 16, 32, 64)  # L
 entries = 512  # L V
 encoder_images = 56_000
 total_images = 100_000  # that each denoiser trains on
-sedd_images = 375_000  # codes that each prior trains on
+sedd_images = 187_500  # codes that each prior trains on
 num_images = 2_000  # samples measured in each row
 etas = (0.0, 0.01, 0.02, 0.05, 0.1, 0.3)  # remasking probabilities
 eta_samples = 3  # sets of samples for each
@@ -60,29 +60,33 @@ def train(L):
     return folder
 
 
+def distance(files, name, dataset, *settings):
+    found = measured(files, name, dataset, num_images, features, *settings)
+    return found["FD-classifier" if features == "classifier" else "FID"]
+
+
 def measure(folder, dataset):
     """-> a dict: "true", FD after each part of the training, [images, FD]; "sedd", FD with the prior's codes; "bits",
-    the prior's on held-out images, [codes, bits]; "etas", for each the FD of each set of samples"""
-    how = (dataset, num_images, features)
-
-    def distance(*arguments):
-        found = measured(*arguments)
-        return found["FD-classifier" if features == "classifier" else "FID"]
-
+    the prior's on held-out images, [codes, bits]"""
     snapshots = sorted(folder.glob("stage1-*.pt"))
-    true = [[int(file.stem.split("-")[1]), distance([file], f"true-{file.stem}", *how, f"--encode={dataset}",
+    true = [[int(file.stem.split("-")[1]), distance([file], f"true-{file.stem}", dataset, f"--encode={dataset}",
                                                     f"--checkpoint={file}")] for file in snapshots]
     files = [folder / "stage1.pt", folder / "prior_sedd.pt"]
     lines = [json.loads(line) for line in read_log(folder / "prior_sedd.jsonl", math.inf)]
-    stepped = ["--prior=sedd", "--sedd_sampler=analytic", f"--sedd_steps={sedd_steps}"]
-    with_eta = {f"{eta:g}": [distance(files, f"eta{eta:g}-{sedd_steps}-{i}", *how, *stepped, f"--eta={eta}",
-                                      f"--seed={i * num_images}") for i in range(eta_samples)] for eta in etas}
-    return dict(true=true, sedd=distance(files, "sedd", *how, "--prior=sedd"), etas=with_eta,
+    return dict(true=true, sedd=distance(files, "sedd", dataset, "--prior=sedd"),
                 bits=[[line["images"], line["held_out_bits"]] for line in lines])
 
 
-def table(found):
-    """found: {L: what `measure` returns} -> lines"""
+def remasked(folder, dataset):
+    """-> {eta: FD of each set of samples}"""
+    files = [folder / "stage1.pt", folder / "prior_sedd.pt"]
+    stepped = ["--prior=sedd", "--sedd_sampler=analytic", f"--sedd_steps={sedd_steps}"]
+    return {eta: [distance(files, f"eta{eta:g}-{sedd_steps}-{i}", dataset, f"--eta={eta}", f"--seed={i * num_images}",
+                           *stepped) for i in range(eta_samples)] for eta in etas}
+
+
+def table(found, with_eta):
+    """found: {L: what `measure` returns}; with_eta: what `remasked` does -> lines"""
     first = found[lengths[0]]
     lines = ["FD with true codes, by images seen; with SEDD's; bits per held-out image, by codes seen", "",
              f"{'L x V':>9}{'L log2 V':>10}" + "".join(f"{images:>10,}" for images, _ in first["true"])
@@ -91,22 +95,19 @@ def table(found):
         lines.append(f"{f'{L} x {entries // L}':>9}{L * math.log2(entries // L):10.0f}"
                      + "".join(f"{value:10.4f}" for _, value in row["true"]) + f"{row['sedd']:10.4f}"
                      + "".join(f"{value:10.2f}" for _, value in row["bits"]))
-    lines += ["", f"FD with remasking, {sedd_steps} steps; +-: standard deviation of {eta_samples} sets of samples", "",
-              f"{'eta':>9}" + "".join(f"{f'{L} x {entries // L}':>20}" for L in found)]
-    for eta in first["etas"]:
-        sets = np.array([row["etas"][eta] for row in found.values()])
-        spreads = sets.std(1, ddof=1) if eta_samples > 1 else [np.nan] * len(sets)
-        lines.append(f"{eta:>9}" + "".join(f"{f'{mean:.4f} +- {spread:.4f}':>20}" for mean, spread in
-                                           zip(sets.mean(1), spreads)))
+    lines += ["", f"FD of {max(found)} codes with remasking, {sedd_steps} steps; +-: standard deviation of "
+              f"{eta_samples} sets of samples", ""]
+    for eta, values in with_eta.items():
+        spread = f" +- {np.std(values, ddof=1):.4f}" if eta_samples > 1 else ""
+        lines.append(f"{f'eta = {eta:g}':>12}{np.mean(values):10.4f}{spread}")
     return lines
 
 
-def draw(found):
+def draw(found, with_eta):
     """-> the picture: distance against training, and against eta; bits against training"""
     curves = {"FD, true codes": ("images seen", {L: row["true"] for L, row in found.items()}),
               "bits per held-out image": ("codes seen", {L: row["bits"] for L, row in found.items()}),
-              "FD, remasking": ("eta", {L: [[float(eta), np.mean(values)] for eta, values in row["etas"].items()]
-                                        for L, row in found.items()})}
+              "FD, remasking": ("eta", {max(found): [[eta, np.mean(values)] for eta, values in with_eta.items()]})}
     row = []
     for title, (name, of_lengths) in curves.items():
         x, y = np.concatenate([np.array(points) for points in of_lengths.values()]).T
@@ -132,14 +133,16 @@ def main(argv=()):
         folder = train(L)
         dataset = load_checkpoint(folder / "stage1.pt", "train_stage1")["config"]["dataset"]
         found[L] = measure(folder, dataset)
+        if L == max(lengths):
+            with_eta = remasked(folder, dataset)
     lines = [f"{dataset}: encoders {encoder_images:,} images, denoisers {total_images:,}, priors {sedd_images:,} "
-             f"codes; {num_images:,} samples per value", *table(found)]
+             f"codes; {num_images:,} samples per value", *table(found, with_eta)]
     print("\n" + "\n".join(lines))
-    for kind, text in (("txt", "\n".join(lines) + "\n"), ("json", json.dumps(found, indent=1))):
+    for kind, text in (("txt", "\n".join(lines) + "\n"), ("json", json.dumps(found | dict(etas=with_eta), indent=1))):
         with atomic(f"{out_dir}/compare_lengths.{kind}") as file:
             file.write(text.encode())
     with atomic(f"{out_dir}/compare_lengths.png") as file:
-        draw(found).save(file, "png")
+        draw(found, with_eta).save(file, "png")
     print(f"{out_dir}/compare_lengths.txt, .json and .png are ready")
 
 

@@ -371,6 +371,9 @@ def main(argv=()):
     configure(globals(), [a if a.startswith("-") else f"--name={a}" for a in argv])
     require(sum(not a.startswith("-") for a in argv) < 2,
             "one name is wanted: `python data.py NAME --source=...`")
+    if vae:
+        from vae_file import read_vae
+        read_vae(vae)  # a wrong file is told before the images are prepared
     if source or overwrite or not (vae and is_prepared(name)):
         prepare(name, source, resolution, transform, exif, workers, overwrite)
     if vae:

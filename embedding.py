@@ -32,7 +32,7 @@ class FrozenEmbedding(SEMEncoder):
     """An encoder's embedding, in place of its codes: what the SEMs read, standardised, perhaps after a random MLP.
 
     Images (B, C, H, W) in [-1, 1] -> (B, D, 1). The encoder was trained beforehand, the MLP never is. (RCG's program
-    takes a trained head's output instead; DLC's repository has the random MLP, and does not use it.)
+    takes a trained head's output instead; DLC's repository has the random MLP, with biases of 0, and does not use it.)
     """
 
     def __init__(self, kind, **settings):

@@ -57,20 +57,24 @@ def encode(name, file, xflip=False, device="auto", root=data.HERE / "datasets"):
 
 
 class Latents:
-    """The latents of the `count` images of a prepared data set, memory-mapped; `vae`, the autoencoder, on this device.
+    """The latents of a prepared data set, whose images have this shape (N, H, W, C), memory-mapped; `vae`, the
+    autoencoder, on this device.
 
     xflip: those of mirrored images are needed too. Raises UserError if they are missing or damaged.
     """
 
-    def __init__(self, name, count, xflip, device, root=data.HERE / "datasets"):
+    def __init__(self, name, shape, xflip, device, root=data.HERE / "datasets"):
         folder, mend = root / name, f"`python data.py {name} --vae=FILE{' --xflip=True' * xflip}` computes them"
         require((folder / "latents.npy").is_file(), f"{name} has no VAE latents: {mend}")
         self.vae, self.device = read_vae(folder / "vae.pt").to(device), device
         self.identity = weights_checksum(self.vae.state_dict())
         try:
             self.mapped = np.load(folder / "latents.npy", mmap_mode="r")
-            if self.mapped.dtype != np.float16 or self.mapped.ndim != 5 or len(self.mapped) != count:
-                raise ValueError(f"they are {self.mapped.dtype} {self.mapped.shape}, the images {count}")
+            wanted = self.vae.z_channels, shape[1] // self.vae.factor, shape[2] // self.vae.factor
+            found = self.mapped.dtype, len(self.mapped), self.mapped.shape[2:]
+            if found != (np.float16, shape[0], wanted):
+                raise ValueError(f"they are {found[0]} {self.mapped.shape}, images and autoencoder make {wanted} of each "
+                                 f"of {shape[0]}")
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"the latents in {folder} are damaged ({error}): {mend}") from None
         require(not xflip or self.mapped.shape[1] == 2, f"{name} has no latents of mirrored images: {mend}")

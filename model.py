@@ -6,6 +6,7 @@ The network of DisCo-Diff (Xu et al. 2024), to be read beside the paper.
   LatentTokens    codes -> codebook embeddings -> 6-layer Transformer -> tokens             (App. D.1)
   CodeTable       codes -> the mean of their embeddings, DLC's way              (Discrete Latent Codes)
   Encoder         ViT with a class token for each latent                          (sec. 3.3, App. D.1)
+  GaussianEncoder the same for continuous latents, m of k numbers each                       (Table 3)
   FrozenEncoder   an encoder that was trained before, in place of it            (Discrete Latent Codes)
   DisCoDiff       denoiser and encoder together, in EDM's preconditioning             (Eq. 3, Alg. 1)
   denoiser        a trained DisCoDiff as denoise(x, sigma), for the samplers         (Alg. 3, App. B)
@@ -22,6 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from continuous import reparametrised
 from diffusion import PROCESSES, guided, within
 from dit import DiT
 from embedding import EMBEDDINGS, FrozenEmbedding, LinearCondition
@@ -47,8 +49,11 @@ def draw_codes(logits, gumbel):
     """Hard sample of the categorical with these logits: `gumbel_softmax` at tau -> 0. -> int64 (...)
 
     App. D.2 extracts codes with tau = 0.01, which is one-hot to rounding: a sample, not argmax(logits).
-    Logits of k = 1 are numbers of an embedding (embedding.py), which are returned.
+    Logits of k = 1 are numbers of an embedding (embedding.py), which are returned. For logits (B, m, k, 2), of a
+    GaussianEncoder, the sample is float (B, m, k).
     """
+    if logits.ndim == 4:
+        return reparametrised(logits, gumbel)
     return logits[..., 0] if logits.shape[-1] == 1 else (logits + gumbel).argmax(dim=-1)
 
 
@@ -56,12 +61,17 @@ class LatentTokens(nn.Module):
     """Codes -> codebook embeddings -> Transformer (App. D.1: 6 layers, width 192). -> (B, m, dim)
 
     null_token: one more token, (B, m + 1, dim), the same for all codes: attention can turn to it, and so away from
-    the codes, where noise is small (sec. 4.1's suggestion). The tokens depend on neither x nor sigma: sampling computes
-    them once per image.
+    the codes, where noise is small (sec. 4.1's suggestion). groups: of m / groups latents each, which go through the
+    Transformer one by one, each with its null token: no token knows of another group's codes. The tokens depend on
+    neither x nor sigma: sampling computes them once per image.
     """
 
-    def __init__(self, num_latents, codebook_size, dim=192, layers=6, heads=3, null_token=False):
+    def __init__(self, num_latents, codebook_size, dim=192, layers=6, heads=3, null_token=False, groups=0):
         super().__init__()
+        self.groups = max(groups, 1)
+        if num_latents % self.groups:
+            raise ValueError(f"{num_latents} latents can't be split into {groups} equal groups: change groups or "
+                             "num_latents")
         self.codebook = nn.Parameter(torch.randn(num_latents, codebook_size, dim))
         self.null = nn.Parameter(torch.randn(dim))  # in place of all m embeddings: "no latents"
         self.blocks = transformer(layers, dim, heads)
@@ -73,10 +83,13 @@ class LatentTokens(nn.Module):
         x = torch.einsum("bmk,mkd->bmd", z.to(self.codebook.dtype), self.codebook).float()
         if drop is not None:
             x = torch.where(drop[:, None, None], self.null, x)
+        x = x.unflatten(1, (self.groups, -1)).flatten(0, 1)  # (B groups, m / groups, dim)
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
-        return x if self.null_token is None else torch.cat([x, self.null_token.expand(len(x), 1, -1)], dim=1)
+        if self.null_token is not None:
+            x = torch.cat([x, self.null_token.expand(len(x), 1, -1)], dim=1)
+        return x.unflatten(0, (-1, self.groups)).flatten(1, 2)
 
 
 class CodeTable(nn.Module):
@@ -84,12 +97,15 @@ class CodeTable(nn.Module):
 
     The denoiser adds it to its embedding of the noise level, as DiT adds a class label's. The last row of each table
     stands for "no latents". It depends on neither x nor sigma. A row counts 1 / m in the mean: with the learning rate
-    of other weights the codes stay unheard for long (train_stage1.py has code_lr).
+    of other weights the codes stay unheard for long (train_stage1.py has code_lr). The rows for "no latents" start
+    equal, so that their mean is as long as they are, as in the authors' program.
     """
 
     def __init__(self, num_latents, codebook_size, width):
         super().__init__()
         self.table = nn.Parameter(torch.randn(num_latents, codebook_size + 1, width) / math.sqrt(width))
+        with torch.no_grad():
+            self.table[:, -1] = self.table[0, -1].clone()
 
     def forward(self, z, drop=None):
         """z: (B, m, k) relaxed or one-hot, or (B, m) int64 hard codes; drop: (B,) bool, True for no latents."""
@@ -129,6 +145,18 @@ class Encoder(nn.Module):
         return float32(lambda x: torch.einsum("bmd,mdk->bmk", x, self.head), x)  # a linear head for each latent
 
 
+class GaussianEncoder(Encoder):
+    """`Encoder` for continuous latents, k numbers each (Table 3). -> their means and log-variances (B, m, k, 2)"""
+
+    def __init__(self, img_resolution, img_channels, num_latents, codebook_size, **settings):
+        super().__init__(img_resolution, img_channels, num_latents, 2 * codebook_size, **settings)
+        self.head.data[..., ::2] /= 2  # means start with standard deviation 1,
+        self.head.data[..., 1::2] = 0  # and so do the samples round them
+
+    def forward(self, y):
+        return super().forward(y).unflatten(2, (-1, 2))
+
+
 def certain(codes, codebook_size):
     """Logits of codes that are certain, 0 for these and -inf for all others: `draw_codes` and `gumbel_softmax` give
     exactly these, for any noise. codes: int64 (B, m) -> (B, m, k). (Of an embedding's numbers: themselves.)"""
@@ -153,6 +181,7 @@ class DisCoDiff(nn.Module):
     """Denoiser D(x, sigma, z, c) in EDM's preconditioning, and encoder E(y): stage 1 trains both.
 
     num_latents = 0 leaves plain EDM: no encoder, no cross-attention.
+    continuous: latents are k = codebook_size numbers each; z is float (B, m, k), what the encoder says (B, m, k, 2).
     process: a row of diffusion.PROCESSES, for another preconditioning and noise; pfgm_D: PFGM++'s D, else inf.
     conditioning: how the denoiser reads the codes, by "attention" (DisCo-Diff) or their "average" (DLC); or what it
     reads instead, one of embedding.EMBEDDINGS: then k = 1, and codes are float.
@@ -163,13 +192,13 @@ class DisCoDiff(nn.Module):
 
     def __init__(self, img_resolution, img_channels, label_dim=0, num_latents=10, codebook_size=100,
                  conditioning="attention", latent_dim=192, latent_layers=6, latent_heads=3, null_token=False,
-                 encoder_patch=8, encoder_dim=768, encoder_layers=12, encoder_heads=12, frozen=None, sigma_data=0.5,
-                 process="edm", pfgm_D=math.inf, x_shape=(), denoiser="unet", **network):
+                 encoder_patch=8, encoder_dim=768, encoder_layers=12, encoder_heads=12, frozen=None, continuous=False,
+                 sigma_data=0.5, process="edm", pfgm_D=math.inf, x_shape=(), denoiser="unet", **network):
         super().__init__()
         self.img_shape = (img_channels, img_resolution, img_resolution)
         self.x_shape = channels, size, _ = tuple(x_shape) or self.img_shape
         self.label_dim, self.num_latents, self.codebook_size = label_dim, num_latents, codebook_size
-        self.conditioning, self.sigma_data = conditioning, sigma_data
+        self.continuous, self.conditioning, self.sigma_data = continuous, conditioning, sigma_data
         self.process, self.pfgm_D = PROCESSES[process], pfgm_D if process == "pfgm++" else math.inf
         attended = num_latents and conditioning == "attention"
         self.model = DENOISERS[denoiser](size, channels, label_dim, latent_dim=latent_dim if attended else 0, **network)
@@ -177,22 +206,24 @@ class DisCoDiff(nn.Module):
             self.latents = LinearCondition(num_latents, self.model.emb_dim)
             self.encoder = FrozenEmbedding(conditioning, **frozen)
         elif num_latents:
-            self.latents = LatentTokens(
-                num_latents, codebook_size, latent_dim, latent_layers, latent_heads, null_token) \
+            self.latents = LatentTokens(num_latents, codebook_size, latent_dim, latent_layers, latent_heads, null_token,
+                                        network.get("groups", 0)) \
                 if attended else CodeTable(num_latents, codebook_size, self.model.emb_dim)
-            self.encoder = FrozenEncoder(**frozen) if frozen else Encoder(
+            self.encoder = FrozenEncoder(**frozen) if frozen else (GaussianEncoder if continuous else Encoder)(
                 img_resolution, img_channels, num_latents, codebook_size,
-                encoder_patch, encoder_dim, encoder_layers, encoder_heads)
+                patch=encoder_patch, dim=encoder_dim, layers=encoder_layers, heads=encoder_heads)
 
     def condition(self, z, drop=None):
         """What the denoiser reads of the codes z. -> the `condition` of `denoise`; {} without latents
 
         It depends on neither x nor sigma: compute it once per image, not once per evaluation.
-        z: (B, m, k) relaxed, or (B, m) int64 hard codes in 0 ... k - 1.
+        z: (B, m, k) relaxed or continuous, or (B, m) int64 hard codes in 0 ... k - 1.
         drop: (B,) bool, True for null latents.
         """
         if not self.num_latents:
             return {}
+        if self.continuous:
+            z = z / math.sqrt(self.codebook_size)  # k numbers together make an embedding as large as a code's
         if self.conditioning != "attention":
             return {"emb": [self.latents(z, drop)]}
         if z.ndim == 2:
@@ -226,7 +257,7 @@ class DisCoDiff(nn.Module):
         logits = None
         if self.num_latents and z is None:
             logits = self.encoder(y if images is None else images)
-            z = gumbel_softmax(logits, tau, gumbel)
+            z = draw_codes(logits, gumbel) if self.continuous else gumbel_softmax(logits, tau, gumbel)
         condition = self.condition(z, drop)
         return self.denoise(y + noise, sigma, labels, condition), logits
 

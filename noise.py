@@ -30,6 +30,11 @@ def randn_of(count, generator, dtype=None):
     return lambda *shape: torch.randn(count, *shape, device=generator.device, generator=generator, dtype=dtype)
 
 
+def normal_of(u):
+    """Uniform draws on [0, 1] -> N(0, 1), by the inverse of its distribution function; none is beyond 5.5."""
+    return torch.special.ndtri(u.clamp(2 ** -25, 1 - 2 ** -24))
+
+
 def has_float64(device):
     """Whether this device has float64 tensors: Apple's GPUs don't."""
     return torch.device(device).type != "mps"

@@ -123,7 +123,7 @@ def figure(rows):
 
 CURVES = {  # panel: keys of the training log
     "loss": ("loss", "held_out_loss"), "bits": ("bits", "held_out_bits"),
-    "codes in use, of each latent": ("perplexity",),
+    "codes in use, of each latent": ("perplexity",), "KL divergence of each latent, bits": ("kld",),
     "entropy of the teacher's answers": ("teacher_entropy", "mean_entropy"), "share of distinct codes": ("distinct",),
     "norm of the gradients": ("grad_norm",), "learning rate": ("lr",)}
 

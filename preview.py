@@ -17,7 +17,7 @@ from plot import save_grid
 def codes_of(run, y, g):
     """Hard codes (B, m) of clean images, drawn from the averaged encoder."""
     logits = run.ema.encoder(y)
-    return draw_codes(logits, gumbel_noise(logits.shape, g))
+    return draw_codes(logits, gumbel_noise(logits.shape[:3], g))
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ import data
 from checkpoint import atomic
 from configurator import configure, require, require_numbers
 from embedding import FrozenEmbedding
-from model import DisCoDiff
+from model import DisCoDiff, GaussianEncoder
 from processes import start_processes
 from run import progress
 from trained import load_encoder, load_stage1, load_trained_on
@@ -122,8 +122,8 @@ def find_encoder(place):
 
 def said(encoder, y):
     """What the encoder says of images y (B, C, H, W). -> {name: codes int64 (B, L), or features (B, D)}"""
-    if isinstance(encoder, FrozenEmbedding):
-        return {"embedding": encoder(y)[..., 0]}  # as the denoiser reads it
+    if isinstance(encoder, (FrozenEmbedding, GaussianEncoder)):
+        return {"embedding": encoder(y)[..., 0].flatten(1)}  # as the denoiser reads it, or the means of what it reads
     if not hasattr(encoder, "embed"):  # DisCo-Diff's, whose class tokens go straight to the logits
         logits, embedding = encoder(y), {}
     else:
@@ -188,7 +188,8 @@ def main(argv=()):
         guesses = dict(linear=linear_probe(x, c, x_test), knn=nearest_neighbours(x, c, x_test, k, temperature))
         found[title] |= {how: (guess == c_test).double().mean().item() for how, guess in guesses.items()}
 
-    print(f"{path}: {f'codes of {m} x {codebook_size}' if codebook_size > 1 else f'embeddings of {m}'}; {name}, "
+    kind = f"codes of {m} x {codebook_size}" if "codes" in found else f"embeddings of {sets['embedding'][0].shape[1]}"
+    print(f"{path}: {kind}; {name}, "
           f"{len(train):,} images to train on, {len(test):,} to test; k = {k}, T = {temperature:g}; +-: standard error")
     print(f"{'right, per cent':28}{'linear probe':>16}{'k-NN':>16}{'codes in use':>16}{'distinct codes':>16}")
     for title, row in found.items():

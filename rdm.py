@@ -10,7 +10,7 @@ entries (embedding.py). Step 0 has the least noise, step 999 the most.
 import torch
 import torch.nn as nn
 
-from noise import has_float64
+from noise import has_float64, normal_of
 from prior import class_rows
 from transformer import float32, sinusoids, zero
 
@@ -60,7 +60,8 @@ class RDM(nn.Module):
     """The clean vector, predicted from a noised one by a residual MLP, under RCG's parameter names.
 
     A prior as those of prior.py, but of embeddings: "codes" are float (B, m), m = D, and k = 1. label_dim = 0: no
-    classes. (RCG's published network: 12 blocks of width 1536.) Training reports its loss, since it has no bits.
+    classes. (RCG's published network: 12 blocks of width 1536, trained by AdamW with a decay of 0.01 at 5.1e-4;
+    train_prior.py has Adam, without decay.) Training reports its loss, since it has no bits.
     """
 
     unit = "loss"
@@ -93,7 +94,7 @@ class RDM(nn.Module):
         t (B,): the step's number over 1,000; u (B, D), uniform on [0, 1): noise, by way of the normal
         distribution function's inverse; network: as for `Prior.loss`.
         """
-        t, noise = (STEPS * t).long(), torch.special.ndtri(u.clamp(min=2 ** -25))
+        t, noise = (STEPS * t).long(), normal_of(u)
         return ((network or self)(noised(z, t, noise), t, labels) - z).square().mean(1)
 
     def nats(self, z, labels=None, generator=None):

@@ -10,6 +10,8 @@ Samples from a trained DisCo-Diff (Alg. 3): codes from the prior, then the denoi
     python sample.py --encode=fashion-mnist-10k        # codes of these images, from the encoder
     python sample.py --code=3,1,4,1,5,9,2,6            # a code by hand
     python sample.py --prompt="a dark pullover with long sleeves"     # codes from text, by train_text.py
+    python sample.py --code=3,1,4,1,-1,-1,-1,-1        # its first half; the prior draws the rest, given these
+    python sample.py --encode=fashion-mnist-10k --free=4,5,6,7  # codes of these images, whose second half is drawn anew
     python sample.py --encode=a.png --compose=b.png --class_label=4   # the codes of both, mixed
     python sample.py --prior=sedd --sedd_sampler=analytic --eta=0.02  # the other prior, remasking
     python sample.py config/restart39.py               # the Restart sampler
@@ -20,7 +22,7 @@ Writes out_dir/NAME.png, a grid, and out_dir/NAME.npz:
 
     images      uint8 (N, H, W, C)
     labels      int64 (N,), -1 without classes
-    codes       int64 (N, m); embeddings in their place are float32
+    codes       int64 (N, m); in their place, embeddings are float32 (N, m), continuous latents (N, m, k)
     prompts     str (N,), where there are prompts
     seeds       int64 (N,): image i comes from the seed `seed + i` alone
     nfe         int64 (N,), the denoiser's evaluations; where guidance acts, D(z) and D(null) are two
@@ -49,16 +51,18 @@ from checkpoint import atomic, weights_checksum
 from codes import by_hand, composed, of_images
 from configurator import arguments_of, configure, require
 from diffusion import corrected, flow, heun, restart, within
+from diffusion_prior import EVALUATIONS
 from model import denoiser
 from noise import SeededNoise
 from npz import is_whole_npz, merge_npz, require_pngs_alone, save_pngs
 from plot import save_grid
+from prior import require_prefix
 from processes import barrier, leave_processes, start_processes
 from prompts import of_prompts, read_prompts
 from rdm import DDIM_STEPS
 from run import alone, progress, set_precision
 from text import TextModel
-from trained import PRIORS, classes_of, load_prior, load_stage1, load_text, load_vae
+from trained import PRIORS, class_number, classes_of, load_prior, load_stage1, load_text, load_vae, prior_in
 
 # run
 out_dir = "out"  # folder of the checkpoints, and for the samples
@@ -75,9 +79,10 @@ png = False  # also write a folder out_dir/NAME: a PNG file for each image, the 
 per_code = 8
 class_label = ""  # one class for all images, by name or number; "": the classes in turn
 random_labels = False  # random classes, as in EDM's protocol; classes in turn are balanced, and lower FID a little
-code = ()  # a code by hand, m numbers in 0 ... k - 1
+code = ()  # a code by hand, m numbers in 0 ... k - 1, or -1 where the prior draws, given the others
 encode = ""  # codes of images: an image file, folder, .npz, or data set (its training images come first)
 exif = False  # turn image files for --encode and --compose by their EXIF orientation, as photographs need
+free = ()  # positions, 0 ... m - 1, of the codes given so, which the prior draws anew, given the others
 prompt = ""  # codes from text; | between several prompts, each of which has its own rows
 prompt_file = ""  # or a file with a prompt on each line
 compose = ""  # a second code, or images: makes fours of codes, the first, the second, and two mixtures
@@ -85,7 +90,7 @@ guidance = 1.0  # w in D~ = w D(z) + (1 - w) D(null), App. B; 1: none. We read T
 guidance_min = 0.0  # noise levels that are guided (Kynkaanniemi et al. 2024; DLC's program has a highest one)
 guidance_max = math.inf
 # codes: which prior, and its sampler
-prior = "ar"  # or "sedd"; "rdm" for embeddings in place of codes
+prior = "auto"  # "ar", "sedd"; "rdm" for embeddings, "diffusion" for continuous latents; auto: the folder's first
 temperature = 1.0  # for "ar", and for prompts
 sedd_sampler = "first-hitting"  # m evaluations; "analytic" and "euler" (equal for this noise) take sedd_steps
 sedd_steps = 128
@@ -133,14 +138,11 @@ def labels_of(run, rows):
     return torch.from_numpy(turn(number) % run.model.label_dim)
 
 
-def codes_of(run, rows):
-    """Alg. 3, lines 3-5. -> codes (R, m), labels (R,); each row depends on its number alone"""
+def given_codes(run, rows, noise):
+    """-> the codes that settings give, (R, m), or none, (R, 0); labels (R,)"""
     number = rows // 4 if compose else rows
-    noise = SeededNoise("codes", number, run.device)
     labels = labels_of(run, rows).to(noise.device)
-    if run.prior:
-        return run.prior.sample(noise, labels, **arguments_of(run.config, run.prior.sample)), labels
-    if not run.sources:  # no latents
+    if not run.sources:
         return torch.empty(len(rows), 0, dtype=torch.int64), labels
     given = [source(number, noise) for source in run.sources]
     codes, own_labels = zip(*((z, labels if c is None else c) for z, c in given))
@@ -148,6 +150,16 @@ def codes_of(run, rows):
         return codes[0], own_labels[0]
     mixed, of_first = composed(rows, *codes, run.device)
     return mixed, torch.where(of_first, *own_labels)
+
+
+def codes_of(run, rows):
+    """Alg. 3, lines 3-5. -> codes (R, m), labels (R,); each row depends on its number alone"""
+    noise = SeededNoise("codes", rows // 4 if compose else rows, run.device)
+    codes, labels = given_codes(run, rows, noise)
+    if run.prior:
+        known = dict(given=codes.masked_fill(run.free.to(codes.device), -1)) if run.sources else {}
+        codes = run.prior.sample(noise, labels, **known, **arguments_of(run.config, run.prior.sample))
+    return codes, labels
 
 
 def sampler(denoise, correct, noise, randn_like):
@@ -207,20 +219,22 @@ def check(config):
     require(math.isfinite(guidance) and math.isfinite(temperature), "guidance and temperature must be finite")
     require(Path(name).name == name and name.strip("."),
             f"--name={name} names the two files in out_dir: it can't have folders")
-    texts = prompt or prompt_file
     first = [f"--{setting}" for setting in ("code", "encode", "prompt", "prompt_file") if config[setting]]
     require(len(first) < 2, f"{' and '.join(first)} both give codes: choose one")
     require(first or not compose, "--compose mixes two codes: give the first by --code, --encode or --prompt")
+    require(code or encode or not free, "--free names positions of a code: give one by --code or --encode")
     require(text_order in ("low-confidence", "random"), f"--text_order is low-confidence or random, not {text_order}")
     require(min(text_steps, text_block) >= 0 and math.isfinite(text_guidance),
             "text_steps and text_block can't be negative, and text_guidance must be finite")
+    prior = config["prior"]
     require(prior in PRIORS, f"--prior is {' or '.join(PRIORS)}, not {prior}")
     require(sedd_sampler in ("first-hitting", "analytic", "euler"),
             "--sedd_sampler is first-hitting, analytic or euler")
     require(0 <= eta < 1, f"eta is a probability below 1, not {eta}")
     require(0 <= t0 < t1 <= 1, f"remasking goes from t1 {t1} down to t0 {t0}: 0 <= t0 < t1 <= 1 is wanted")
     networks = {f"--prior={kind}": network for kind, network in PRIORS.items()} | {"--prompt": TextModel}
-    takes = inspect.signature(networks["--prompt" if texts else f"--prior={prior}"].sample).parameters
+    takes = inspect.signature(networks["--prompt" if prompt or prompt_file else f"--prior={prior}"].sample).parameters
+    require("given" in takes or not free, f"--free asks the prior for a part of a code: --prior={prior} draws it whole")
     for kind, network in networks.items():
         for setting, parameter in inspect.signature(network.sample).parameters.items():
             require(setting in takes or config.get(setting, parameter.default) == parameter.default,
@@ -239,31 +253,19 @@ def check(config):
     require(not checkpoint or Path(checkpoint).is_file(), f"--checkpoint={checkpoint}: there is no such file")
 
 
-def class_number(label, names):
-    """A class's name or number -> its number, -1 for "". Raises UserError if there is no such class."""
-    if label in names:
-        return names.index(label)
-    require(names or label in ("", "-1"), f"class_label {label}: this model was trained without classes")
-    some = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
-    known = f"this model has {len(names)} classes, 0 ... {len(names) - 1}: {some}"
-    number = re.fullmatch(r"-?\d+", label or "-1")
-    require(number, f"there is no class {label!r}: {known}")
-    require(-1 <= int(number[0]) < len(names), f"class_label {label} is out of range: {known}")
-    return int(number[0])
-
-
 def source_of(setting, given, run, stage1):
-    """A value of --code, --encode or --compose, or prompts -> a source, as in codes.py; its code or checksum"""
+    """A value of --code, --encode or --compose, or prompts -> a source, as in codes.py; its code or checksum; images it
+    reads, and their order"""
     if setting == "prompts":
         require(run.class_label < 0, "a prompt says what to draw: leave class_label out")
         text, tokenizer = load_text(init_from or out_dir, run.device, stage1, checkpoint)
         source = of_prompts(given, lambda numbers: turn(numbers) % len(given), text, tokenizer,
                             arguments_of(run.config, text.sample))
-        return source, (given, weights_checksum(text.state_dict()))
+        return source, (given, weights_checksum(text.state_dict())), (None, None)
     if setting == "compose" and re.fullmatch(r"\(?[\d\s,]+\)?", given):
         given = tuple(map(int, re.findall(r"\d+", given)))
     if isinstance(given, tuple):
-        return by_hand(given, run.model, setting), given
+        return by_hand(given, run.model, setting), given, (None, None)
     made = stage1.get("made") or {}  # prepare image files in the way of the encoder's training images
     images, labels, order = data.read_images(given, run.model.img_shape, exif=exif or made.get("exif", False),
                                              transform=made.get("transform") or "center-crop")
@@ -280,7 +282,7 @@ def source_of(setting, given, run, stage1):
                 "(a prepared data set has labels, and so has dataset.json)")
         require(0 <= labels.min() and labels.max() < classes,
                 f"{given} has classes {labels.min()} ... {labels.max()}: this model has {classes}, 0 ... {classes - 1}")
-    return of_images(images, labels, order, run.model), data.data_checksum(images, labels)
+    return of_images(images, labels, order, run.model), data.data_checksum(images, labels), (images, order)
 
 
 def load_correction(run):
@@ -301,12 +303,14 @@ def setup(config):
 
     config: the settings, as `configure` returns them. Raises UserError for settings that don't fit.
     """
+    folder = init_from or out_dir
+    if prior == "auto":
+        config["prior"] = prior_in(folder)
     check(config)
     nfe = evaluations()
     rank, world, device = start_processes(config["device"])
     run = SimpleNamespace(config=config, rank=rank, world=world, device=device, nfe=nfe,
                           autocast=set_precision(precision, device))
-    folder = init_from or out_dir
     run.model, stage1 = load_stage1(folder, device, checkpoint)
     run.checksum = weights_checksum(stage1["ema"])
     require(run.model.pfgm_D == math.inf or not (S_churn or restarts or correct_steps),
@@ -322,9 +326,14 @@ def setup(config):
             "this model has no discrete latents (num_latents=0): --code, --encode, --prompt and --guidance need them")
     given = dict(code=code, encode=encode, prompts=run.prompts, compose=compose)
     sources = [source_of(setting, value, run, stage1) for setting, value in given.items() if value]
-    run.sources, identities = [source for source, _ in sources], [identity for _, identity in sources]
-    needs_prior = run.model.num_latents and not sources
-    run.prior = load_prior(folder, prior, device, stage1, checkpoint) if needs_prior else None
+    run.sources, identities, run.read = zip(*sources) if sources else ((), (), ())
+    m = run.model.num_latents
+    require(all(0 <= i < m for i in free), f"--free takes positions 0 ... {m - 1} of a code, not {free}")
+    run.free = torch.tensor([i in free or code[i:i + 1] == (-1,) for i in range(m)], dtype=torch.bool)
+    if config["prior"] == "ar":
+        require_prefix(~run.free[None])
+    needs_prior = m and (not sources or run.free.any())
+    run.prior = load_prior(folder, config["prior"], device, stage1, checkpoint) if needs_prior else None
     # all that the images depend on: an interrupted run continues only if this is the same
     run.made_with = json.dumps({**config, "out_dir": "", "init_from": "", "checkpoint": "", "device": "",
                                 "correct_with": correction, "given": identities, "stage1": run.checksum,
@@ -347,13 +356,27 @@ def open_parts(run, parts):
             "or choose another --name")
 
 
+def beside_what_was_read(run, images):
+    """-> images (N, H, W, C) with, before those of each code, the image that it was read from; a blank before others"""
+    rows, shown = (seed + np.arange(len(images))) // per_code, []
+    for row in np.unique(rows):
+        number, turn = divmod(row, 4) if compose else (row, 0)
+        read, order = run.read[turn] if turn < len(run.read) else (None, None)
+        shown.append(images[:1] * 0 + 255 if read is None else read[order[number % len(order)]][None])
+        shown.append(images[rows == row])
+    return np.concatenate(shown)
+
+
 def join_parts(run, parts, files, target):
     """Turns the batches into the .npz, the grid and the folder of PNG files, and removes them."""
     shown = np.concatenate([np.load(file)["images"] for file in files[:-(-256 // batch_size)]])[:256]
+    columns = 2 * per_code if 1 < per_code <= 16 else math.isqrt(len(shown))
+    if encode and 1 < per_code <= 16:  # the images that were encoded stand before what is made of their codes
+        shown, columns = beside_what_was_read(run, shown), columns + 2
     merge_npz(files, f"{target}.npz", **{"made": json.dumps(run.made)} if run.made else {})
     if png:
         save_pngs(files, target)
-    save_grid(shown, f"{target}.png", 2 * per_code if 1 < per_code <= 16 else math.isqrt(len(shown)))
+    save_grid(shown, f"{target}.png", columns)
     for file in files:  # settings.json goes last: after a power cut, the run can continue from what is left
         file.unlink()
     shutil.rmtree(parts)
@@ -381,8 +404,9 @@ def sample(run):
         print(f"{num_images:,} images, {run.nfe} evaluations each"
               + ", D(z) and D(null) in one batch" * (guidance != 1))
         if run.prior:
+            prior = run.config["prior"]
             steps = run.model.num_latents if sedd_sampler == "first-hitting" else sedd_steps
-            steps = DDIM_STEPS if prior == "rdm" else steps
+            steps = {"rdm": DDIM_STEPS, "diffusion": EVALUATIONS}.get(prior, steps)
             print(f"codes of the prior {prior}, {steps} evaluations each"
                   + f", by {sedd_sampler}" * (prior == "sedd"))
     seconds, made = {"codes": 0.0, "images": 0.0}, np.zeros(2, int)

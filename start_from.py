@@ -22,7 +22,8 @@ from vit import positions
 
 # settings of the encoder and its codes
 OF_LATENTS = ("num_latents", "codebook_size", "latent_dim", "latent_layers", "latent_heads", "latents_to_emb",
-              "encoder_patch", "encoder_dim", "encoder_layers", "encoder_heads", "conditioning", "null_token")
+              "encoder_patch", "encoder_dim", "encoder_layers", "encoder_heads", "conditioning", "null_token",
+              "groups", "continuous")
 
 
 def start_from(source, model, model_args):

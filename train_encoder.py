@@ -7,9 +7,9 @@ On the embedded data, on a laptop or one GPU; then stage 1 on its codes:
 Four GPUs, the authors' settings, from DINOv2's ViT-L/14 with registers:
     torchrun --nproc_per_node=4 train_encoder.py config/imagenet_encoder.py
 
-A student and a teacher, the moving average of the student, see random crops of an image, and are to say the same
-of it (dino.py). All that they say of a whole crop goes through Simplicial Embeddings (vit.py); the codes of an
-image are those of the teacher.
+A student and a teacher, the moving average of the student, see random crops of an image. The student learns to give
+the teacher's answers (dino.py). What either answers of a whole crop comes from Simplicial Embeddings (vit.py); the
+codes of an image are those of the teacher.
 
 Writes to out_dir:
 
@@ -21,6 +21,7 @@ The same command again continues a run, as in train_stage1.py. Rates, temperatur
 schedules over total_images: --change=total_images continues with longer ones.
 """
 
+import json
 import math
 import sys
 
@@ -31,6 +32,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import data
 import training
 from augment import crop, draw_colours, draw_crops, recolour
+from checkpoint import read_log
 from configurator import UserError, arguments_of, configure, require, require_numbers
 from dino import (
     centred,
@@ -194,7 +196,8 @@ def update(run, step):
     rate, decay = at(step, lr, lr_end, warmup_images), at(step, weight_decay, weight_decay_end)
     held = step * batch_size < prototypes_held_images
     for group in run.optimizer.param_groups:
-        group["lr"] = 0.0 if held and group["prototypes"] else rate * group["lr_scale"]
+        scale = layer_decay ** group["blocks_above"] * (patch_lr if group["patches"] else 1)
+        group["lr"] = 0.0 if held and group["prototypes"] else rate * scale
         group["weight_decay"] = decay * group["decays"]
     training.guarded_step(run.optimizer, norm, run.skipped)
     get_ema_multi_avg_fn(at(step, teacher_momentum, 1))(run.ema_parameters, run.parameters, None)
@@ -235,11 +238,16 @@ def setup(config):
     for name, count in (("jitter", 4), ("blur_prob", 3), ("blur_sigma", 2)):
         require(len(config[name]) == count and min(config[name]) >= 0,
                 f"{name} has {count} numbers, none negative: not {config[name]}")
+    require(max(jitter + blur_prob) <= 1, f"jitter {jitter} and blur_prob {blur_prob} are at most 1")
+    require(min(std) > 0, f"std is positive, not {std}")
     run = training.start(config, "encoder", "train_encoder")
     run.lower, _checkpoint_path = "--lr", run.path
     require(targets != "sinkhorn" or batch_size > 1,
             "batch_size 1 is too small for Sinkhorn, which shares prototypes among images: take a larger one, or "
             "--targets=centring")
+    require(targets != "sinkhorn" or min(teacher_temp, teacher_temp_start) > 0.012,
+            f"teacher_temp {min(teacher_temp, teacher_temp_start)} is too low for Sinkhorn: exp(1 / 0.012) is the largest "
+            "number that it can take")
     require(not koleo_weight or run.local_batch > 1,
             f"KoLeo looks for an image's neighbour in each process's batch, and {run.local_batch} image has none: "
             "a larger --batch_size, or --koleo_weight=0")
@@ -247,6 +255,8 @@ def setup(config):
     run.images, labels, _ = data.load(dataset)
     fit_to_images(config, run.images.shape)
     run.train_indices, held = data.split(len(run.images), config["held_out"])
+    require(batch_size <= len(run.train_indices), f"batch_size {batch_size} exceeds the {len(run.train_indices)} "
+            "images to train on: an image would be among its own neighbours")
     run.to_encode = (held if len(held) else run.train_indices)[:1000]
     run.batches, run.stamp = data.Shuffle(run.train_indices, seed), data.file_stamp(run.images)
     config["data_identity"] = data.data_checksum(run.images, labels)  # in the checkpoint, to notice changes
@@ -274,20 +284,19 @@ def setup(config):
 def groups_of(model):
     """Parameters with the same factors of learning rate and weight decay -> groups, as optimisers take them
 
-    Biases, norms and LayerScale don't decay. The learning rate falls by layer_decay with each block, from the last
-    to the first, and once more to what comes before the blocks; the patch embedding's also by patch_lr.
+    Biases, norms and LayerScale don't decay. `update` lets the learning rate fall by layer_decay with each block, from
+    the last to the first, and once more to what comes before the blocks; the patch embedding's also by patch_lr.
     """
     groups = {}
     for name, p in model.named_parameters():
         part, _, rest = name.partition(".")
-        below = 0
+        above = 0
         if part == "backbone" and not rest.startswith(("norm.", "sem_")):
-            below = layers - int(rest.split(".")[1]) if rest.startswith("blocks.") else layers + 1
-        lr_scale = layer_decay ** below * (patch_lr if "patch_embed" in name else 1)
+            above = layers - int(rest.split(".")[1]) if rest.startswith("blocks.") else layers + 1
         decays = not (name.endswith(("bias", "gamma")) or "norm" in name)
-        key = dict(lr_scale=lr_scale, decays=decays, prototypes="last_layer" in name)
+        key = dict(blocks_above=above, patches="patch_embed" in name, decays=decays, prototypes="last_layer" in name)
         groups.setdefault(tuple(key.values()), dict(params=[], **key))["params"].append(p)
-    return sorted(groups.values(), key=lambda group: (-group["lr_scale"], group["prototypes"]))  # the log has the first
+    return sorted(groups.values(), key=lambda group: (group["blocks_above"], group["prototypes"]))  # the log has the first
 
 
 def fit_to_images(config, shape):
@@ -327,9 +336,13 @@ def usage_of_codes(run, indices):
     return torch.special.entr(used).sum(1).exp().mean().item(), len(codes.unique(dim=0)) / len(codes)
 
 
+def possible(count):
+    """-> the most that the share of distinct codes of so many images can be"""
+    return min(1, codebook_size ** num_latents / count)
+
+
 def report(run, bar):
-    """A line of the log. While the teacher tells images apart, an answer has less entropy than the mean of all.
-    -> the line"""
+    """A line of the log. While the teacher tells images apart, an answer has less entropy than the mean of all."""
     steps, (norm, *losses, entropy, mean_answer) = training.totals(run, run.lower)
     line = dict(images=run.step * batch_size)
     line |= {name: total.item() / steps for name, total in zip(("loss", "class_loss", "patch_loss", "koleo"), losses)}
@@ -339,9 +352,9 @@ def report(run, bar):
              "teacher entropy": f"{line['teacher_entropy']:.2f} of {line['mean_entropy']:.2f}"}
     if run.master:
         line["perplexity"], line["distinct"] = usage_of_codes(run, run.to_encode)
+        run.carries["distinct"] = line["distinct"] / possible(len(run.to_encode))
         shown |= {"codes used": f"{line['perplexity']:.1f} of {codebook_size}", "distinct": f"{line['distinct']:.1%}"}
     training.write_line(run, line | dict(grad_norm=norm.item() / steps), bar, shown)
-    return line
 
 
 def collapse(run, line, count=10_000):
@@ -351,8 +364,11 @@ def collapse(run, line, count=10_000):
     print(f"codes of {len(shown):,} training images: {distinct:.1%} are distinct; a SEM uses {perplexity:.1f} of its "
           f"{codebook_size} entries (perplexity)")
     apart = line["mean_entropy"] - line["teacher_entropy"]
-    possible = min(1, codebook_size ** num_latents / len(shown))
-    if distinct > possible / 10 and apart > 0.01 * math.log(prototypes):
+    distinct_of_possible = distinct / possible(len(shown))
+    if distinct_of_possible > 0.1 and apart > 0.01 * math.log(prototypes):
+        if distinct_of_possible < 0.95:
+            print("That is less than 95 %: images that share a code can't be told apart by it. More --total_images, or "
+                  "more codes, may help")
         return ""
     return (f"the encoder has collapsed: {distinct:.1%} of the codes are distinct, and the teacher's answers tell "
             f"images apart by {apart:.2f} of {math.log(prototypes):.2f} nats. {run.path} is kept. Try images with more "
@@ -389,13 +405,13 @@ def train(run, signals):
         run.step, seen = run.step + 1, seen + batch_size
         bar.update(batch_size)
         if training.due(log_every, seen, run.config):
-            line = report(run, bar)
+            report(run, bar)
         stopped = max_over_processes(max(signals, default=0))
         if run.master and (training.due(save_every, seen, run.config) or stopped):
             training.save(run)
     bar.close()
-    if run.master and seen >= total_images and run.step > run.began:
-        lost = collapse(run, line)
+    if run.master and seen >= total_images and (lines := read_log(run.log, math.inf)):
+        lost = collapse(run, json.loads(lines[-1]))
     if run.master and seen >= total_images and not lost:
         print(f"{run.path} is ready; next: python train_stage1.py --codes={out_dir} --out_dir={out_dir}")
     training.finish(run, stopped, "images")

@@ -4,11 +4,14 @@ autoregressive, or SEDD-absorb as in Discrete Latent Codes (sec. 4).
 
     python train_prior.py
     python train_prior.py --prior=sedd
+    python train_prior.py --prior=diffusion    # of continuous latents
     python train_prior.py config/cifar10_prior.py
     torchrun --nproc_per_node=8 train_prior.py config/imagenet64_prior.py
 
 Reads out_dir/stage1.pt, which names the images, their split and classes. Writes out_dir/prior_ar.pt
 or prior_sedd.pt, a log and its curves.
+
+onestage.py trains a prior along with stage 1, by the functions here.
 
 Each visit to an image draws its codes anew. The encoder runs only once per image: out_dir/logits-*.npy
 keeps what it says, or codes-*.npy after train_stage1.py --codes, where codes are certain (encoded.py). The
@@ -28,12 +31,11 @@ import training
 from checkpoint import weights_checksum
 from configurator import UserError, arguments_of, configure, require, require_numbers
 from encoded import Encoded
-from model import draw_codes
 from noise import gumbel_noise, seeded_generator
 from prior import UNITS, mean_bits
 from processes import max_over_processes
 from run import progress, running
-from trained import PRIORS, load_stage1, load_trained_on
+from trained import PRIORS, load_stage1, load_trained_on, require_fit
 
 # run
 out_dir = "out"
@@ -44,7 +46,8 @@ device = "auto"
 precision = "bf16"  # as in train_stage1.py
 loss_scale = 1.0
 # the Transformer
-prior = "ar"  # autoregressive; "sedd": discrete diffusion; "rdm": diffusion of embeddings, in place of codes
+# autoregressive; "sedd": discrete diffusion. In place of codes, "rdm" draws embeddings, "diffusion" continuous latents
+prior = "ar"
 layers = 4
 dim = 128
 heads = 4
@@ -73,16 +76,18 @@ def gradients(run, step):
     start = run.rank * run.local_batch
     rows = slice(start, start + run.local_batch)
     m, k = run.stage1.num_latents, run.stage1.codebook_size
-    gumbel = gumbel_noise((batch_size, m, k), seeded_generator(run.device, "codes", seed, step))[rows]
+    numbers = m * k if run.stage1.continuous else m  # in a code
+    gumbel = 0 if run.encoded.certain else \
+        gumbel_noise((batch_size, m, k), seeded_generator(run.device, "codes", seed, step))[rows]
     coins = torch.rand(batch_size, generator=seeded_generator("cpu", "flip", seed, step))[rows]
     g = seeded_generator(run.device, "noise", seed, step)
-    drop, t, *masks = torch.rand(batch_size, m + 2, device=run.device, generator=g)[rows].unbind(1)
+    drop, t, *masks = torch.rand(batch_size, numbers + 2, device=run.device, generator=g)[rows].unbind(1)
     indices = run.batches.take(step * batch_size + start, run.local_batch)
     flip = coins < (0.5 if run.flips == 2 else 0)
-    z = draw_codes(logits_of(run, indices, flip), gumbel)  # line 4: z ~ E(y)
+    z = run.encoded.draw(indices, flip, gumbel)  # line 4: z ~ E(y)
     c = labels_of(run, indices)
     c = torch.where(drop < label_drop, -1, c) if c is not None else None
-    t = 1e-3 + (1 - 1e-3) * t  # times, on (1e-3, 1), and masks are for SEDD
+    t = 1e-3 + (1 - 1e-3) * t  # times, on (1e-3, 1), and masks are for SEDD; other priors make their noise of them
     with run.autocast:
         # line 5, Eq. 4: -ln p(z | c), here a mean over the batch; or SEDD's loss (DLC sec. 4)
         loss = run.model.loss(z, c, t, torch.stack(masks, 1), run.forward).mean()
@@ -101,14 +106,22 @@ def update(run, step):
     return norm
 
 
+def advance(run, bar):
+    """A step of Alg. 2, and its line of the log where that is due. -> codes seen"""
+    loss = gradients(run, run.step)
+    norm = update(run, run.step)
+    training.add_up(run, norm, loss)
+    run.step += 1
+    seen = run.step * batch_size
+    bar.update(batch_size)
+    if training.due(log_every, seen, run.config):
+        report(run, seen, bar)
+    return seen
+
+
 def labels_of(run, indices):
     """-> class labels (B,) of these images, None without classes"""
     return torch.from_numpy(run.labels[indices]).to(run.device, non_blocking=True) if run.stage1.label_dim else None
-
-
-def logits_of(run, indices, flip):
-    """-> the encoder's logits (B, m, k) for these images, mirrored where flip (B,) is true"""
-    return run.encoded.logits(indices, flip)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -125,34 +138,18 @@ def setup(config):
     config: the settings, as `configure` returns them. Raises UserError for settings that don't fit.
     """
     global _checkpoint_path  # for the line printed when memory runs out
-    require(prior in PRIORS, f"--prior is {' or '.join(PRIORS)}, not {prior}")
-    require(seed >= 0 and warmup_images >= 0 and cache_gb >= 0,
-            "seed, warmup_images and cache_gb can't be negative")
-    require(0 <= label_drop <= 1 and 0 <= ema_decay < 1,
-            "label_drop must be in 0 ... 1, and ema_decay at least 0 and below 1; "
-            f"they are {label_drop} and {ema_decay}")
-    require_numbers(config, or_zero=("seed", "warmup_images", "label_drop", "ema_decay"), but=("cache_gb",))
+    check(config)
     run = training.start(config, f"prior_{prior}", "train_prior")
     run.lower, _checkpoint_path = "--lr", run.path
     run.stage1, stage1 = load_stage1(out_dir, run.device)
     require(run.stage1.num_latents,
             f"{out_dir}/stage1.pt has no discrete latents (num_latents=0): there is nothing to train a prior on")
-    require(run.stage1.codebook_size > 1 or prior == "rdm",
-            f"{out_dir}/stage1.pt reads embeddings, not codes: say --prior=rdm")
     trained_on = load_trained_on(stage1["config"], f"{out_dir}/stage1.pt")
     run.images, run.labels, run.train_indices, run.held_out_indices = trained_on
-    run.batches, run.flips = data.Shuffle(run.train_indices, seed), 2 if stage1["config"]["xflip"] else 1
+    run.flips = 2 if stage1["config"]["xflip"] else 1
     run.carries = dict(encoder=weights_checksum(stage1["ema"]))
-
-    of_codes = {name: getattr(run.stage1, name) for name in ("num_latents", "codebook_size", "label_dim")}
-    run.model_args = of_codes | arguments_of(config, PRIORS[prior])
-    torch.manual_seed(seed)
-    try:
-        run.model = PRIORS[prior](**run.model_args).to(run.device)
-    except ValueError as error:  # sizes that don't fit each other
-        raise UserError(error) from None
-    run.ema = copy.deepcopy(run.model).eval().requires_grad_(False)
-    run.optimizer = torch.optim.Adam(run.model.parameters(), lr=lr, fused=True)
+    require_fit(prior, stage1["model_args"], f"{out_dir}/stage1.pt")
+    build(run)
 
     def require_same_encoder(checkpoint):
         require(checkpoint["encoder"] == run.carries["encoder"],
@@ -162,6 +159,32 @@ def setup(config):
     run.forward = training.distributed(run, run.model)
     run.encoded = Encoded(run, run.stage1, run.flips, cache_gb * 2 ** 30)
     return run
+
+
+def check(config):
+    """Raises UserError for impossible settings."""
+    require(prior in PRIORS, f"--prior is {' or '.join(PRIORS)}, not {prior}")
+    require(seed >= 0 and warmup_images >= 0 and cache_gb >= 0,
+            "seed, warmup_images and cache_gb can't be negative")
+    require(0 <= label_drop <= 1 and 0 <= ema_decay < 1,
+            "label_drop must be in 0 ... 1, and ema_decay at least 0 and below 1; "
+            f"they are {label_drop} and {ema_decay}")
+    require_numbers(config, or_zero=("seed", "warmup_images", "label_drop", "ema_decay"), but=("cache_gb",))
+
+
+def build(run):
+    """Adds to run the order of images, the prior, its average and its optimiser, for codes of the DisCoDiff run.stage1.
+    Raises UserError for sizes that don't fit each other."""
+    run.batches = data.Shuffle(run.train_indices, seed)
+    of_codes = {name: getattr(run.stage1, name) for name in ("num_latents", "codebook_size", "label_dim")}
+    run.model_args = of_codes | arguments_of(run.config, PRIORS[prior])
+    torch.manual_seed(seed)
+    try:
+        run.model = PRIORS[prior](**run.model_args).to(run.device)
+    except ValueError as error:  # sizes that don't fit each other
+        raise UserError(error) from None
+    run.ema = copy.deepcopy(run.model).eval().requires_grad_(False)
+    run.optimizer = torch.optim.Adam(run.model.parameters(), lr=lr, fused=True)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -178,7 +201,7 @@ def held_out_bits(run, draws=1, with_class=True):
     generators = [seeded_generator(run.device, purpose, seed) for purpose in ("held-out", "times")]
     bits = []
     for part in parts_of(run.held_out_indices):
-        logits = logits_of(run, part, np.zeros(len(part), bool))
+        logits = run.encoded.logits(part, np.zeros(len(part), bool))
         c = labels_of(run, part) if with_class else None
         with run.autocast:
             bits.append(mean_bits(run.ema, logits, c, draws, *generators))
@@ -199,7 +222,7 @@ def independent_bits(run):
         for part in parts_of(indices):
             c = labels_of(run, part)
             no_classes = torch.zeros(len(part), dtype=torch.int64, device=run.device)
-            yield logits_of(run, part, np.zeros(len(part), bool)).softmax(-1), no_classes if c is None else c
+            yield run.encoded.logits(part, np.zeros(len(part), bool)).softmax(-1), no_classes if c is None else c
 
     usage = torch.zeros(classes, m, k, device=run.device)
     for p, c in distributions(run.train_indices):
@@ -214,7 +237,9 @@ def independent_bits(run):
 
 
 def print_bits(run):
-    """Prints how well the prior predicts the codes of held-out images."""
+    """Prints how well the prior predicts the codes of held-out images, if there are any, and if it has bits."""
+    if not len(run.held_out_indices) or run.model.unit != "bits":
+        return
     label_dim = run.stage1.label_dim
     without, given_class = independent_bits(run)
     print(f"bits per image on {len(run.held_out_indices)} held-out images"
@@ -258,20 +283,13 @@ def train(run, signals):
     bar = progress(total=total_images, initial=seen, unit="img", disable=not run.master, mininterval=1)
     run.model.train()
     while seen < total_images and not stopped:
-        loss = gradients(run, run.step)
-        norm = update(run, run.step)
-        training.add_up(run, norm, loss)
-        run.step, seen = run.step + 1, seen + batch_size
-        bar.update(batch_size)
-        if training.due(log_every, seen, run.config):
-            report(run, seen, bar)
+        seen = advance(run, bar)
         stopped = max_over_processes(max(signals, default=0))
         if run.master and (training.due(save_every, seen, run.config) or stopped):
             training.save(run)
     bar.close()
     if run.master and seen >= total_images:
-        if len(run.held_out_indices) and run.model.unit == "bits":
-            print_bits(run)
+        print_bits(run)
         print(f"{run.path} is ready; next: python sample.py --out_dir={out_dir}"
               + f" --prior={prior}" * (prior != "ar"))
     training.finish(run, stopped, "codes")

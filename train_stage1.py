@@ -13,6 +13,9 @@ Plain EDM, the baseline:
     python train_stage1.py --num_latents=0 --out_dir=out/edm
 On the codes of an encoder that train_encoder.py trained, as in Discrete Latent Codes:
     python train_stage1.py config/dlc.py
+With continuous latents in place of codes; with the prior, which is stage 2 otherwise, trained along:
+    python train_stage1.py config/continuous.py
+    python train_stage1.py --prior=ar && python sample.py
 From EDM's trained network, the paper's recipe for ImageNet-64:
     torchrun --nproc_per_node=8 train_stage1.py config/imagenet64_finetune.py
 From a network of our own, on another data set or with codes added to plain EDM:
@@ -42,11 +45,12 @@ import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import data
+import onestage
 import training
 from coarse import warm_up
 from configurator import UserError, arguments_of, configure, is_default, require, require_numbers
+from continuous import kl_divergence
 from diffusion import noise_schedule
-from embedding import EMBEDDINGS
 from encoded import Encoded, read_encoder
 from latents import Latents
 from model import DENOISERS, DisCoDiff
@@ -55,6 +59,7 @@ from preview import print_losses, save_preview
 from processes import max_over_processes
 from run import can_compile, progress, running
 from start_from import sort_older, start_from
+from trained import priors_of
 
 # run
 out_dir = "out"
@@ -94,6 +99,10 @@ recompute = False  # U-ViT: keep few activations in training, and compute the ot
 # discrete latents
 num_latents = 8  # m; 0: plain EDM
 codebook_size = 16  # k
+continuous = False  # latents of k numbers each in place of codes, as a variational autoencoder has (continuous.py)
+# weight, in the loss, of KL(q(z | y) | p(z)), the nats that an image's latents tell. p is N(0, 1) for continuous
+# latents, which need a weight; for codes it is the prior that is trained along, as below
+kld_weight = 0.0
 codes = ""  # folder of train_encoder.py, whose codes are given: m and k are its own, and no encoder is trained here
 conditioning = "auto"  # how codes reach the denoiser: "attention" (DisCo-Diff), "average" (DLC; auto with --codes);
 # or what takes their place: the encoder's "embedding", or its "random-mlp" (embedding.py)
@@ -104,6 +113,7 @@ latent_layers = 6
 latent_heads = 2
 null_token = False  # a key without a code for the cross-attentions, which may then ignore the codes (sec. 4.1)
 latents_to_emb = True  # besides attention, codes join the embedding of noise level and class; not in DisCo-Diff
+groups = 0  # U-Net: groups of latents, each for one of attn_resolutions in the up-sampling branch (sec. 3.3); 0: none
 # encoder: ViT
 encoder_patch = 0  # pixels per side; 0: a quarter of the image
 encoder_dim = 128
@@ -114,6 +124,9 @@ coarse_images = 40_000
 coarse_batch = 128
 coarse_lr = 1e-3
 coarse_spread = 0.003  # weight of the entropy, in nats, of each latent's codes: it keeps all codes in use
+# one stage instead of two (onestage.py)
+prior = ""  # trained along, a step for each step of stage 1: "ar", "sedd", ... as in train_prior.py
+prior_config = ""  # its settings, a config file for train_prior.py; without batch_size there, it is that of stage 1
 # optimisation: EDM's
 total_images = 40_000  # to train on, in all
 batch_size = 8  # over all processes
@@ -175,10 +188,11 @@ def draw_step(run, step):
 def gradients(run, step):
     """Lines 3 to 7: leaves the gradients of one step, of the whole batch over all processes, in the parameters.
 
-    -> of this process's images: mean loss per pixel; sum of code distributions (m, k); sum of entropies
+    -> of this process's images: mean loss per pixel; sum of code distributions (m, k); sum of entropies; sum of each
+    latent's KL divergence from p(z), (m,)
     """
     noise, sigma, gumbel, drop, flip = draw_step(run, step)
-    loss_sum, code_sum, entropy_sum = 0, 0, 0
+    loss_sum, code_sum, entropy_sum, kld_sum = 0, 0, 0, 0
     for rows in run.micro_batches:
         position, count = step * batch_size + rows.start, rows.stop - rows.start
         y, c, images = fetch(run, position, count, flip[rows])
@@ -192,13 +206,18 @@ def gradients(run, step):
                                         images)
                 # line 7, Eq. 3: lambda(sigma) |D(y + n, sigma, z, c) - y|^2, here a mean over the batch
                 loss = (run.weight(sigma[rows]) * (D - y) ** 2).sum() / run.local_batch
+                loss_sum += loss.detach() / y[0].numel()
+                if kld_weight and logits is not None:
+                    kld = kl_divergence(logits) if continuous else \
+                        onestage.rate(run.prior.ema, logits, gumbel[rows], tau, c)
+                    loss = loss + kld_weight * kld.sum() / run.local_batch
+                    kld_sum += kld.detach().sum(0)
             training.backward(run, loss)
-        loss_sum += loss.detach() / y[0].numel()
-        if logits is not None:
+        if logits is not None and not continuous:
             usage, entropies = training.usage(logits.detach().softmax(-1))
             code_sum, entropy_sum = code_sum + usage, entropy_sum + entropies
     training.unscale(run)
-    return loss_sum, code_sum, entropy_sum
+    return loss_sum, code_sum, entropy_sum, kld_sum
 
 
 def update(run, seen):
@@ -221,12 +240,12 @@ def update(run, seen):
 # from the settings to a run
 
 # may change when a run continues: the run's course stays the same (batch_gpu changes dropout's masks)
-FREE = ("out_dir", "overwrite", "change", "device", "compile", "recompute", "batch_gpu", "codes", "total_images",
-        "log_every", "save_every", "keep_every", "preview_every")
+FREE = ("out_dir", "overwrite", "change", "device", "compile", "recompute", "batch_gpu", "codes", "prior_config",
+        "total_images", "log_every", "save_every", "keep_every", "preview_every")
 # may change if --change names them: they act step by step. Others can't: the prior relies on xflip,
 # and batch_size and seed decide which image comes when
 CHANGEABLE = ("lr", "code_lr", "encoder_lr", "warmup_images", "ema_halflife_images", "ema_rampup", "P_mean", "P_std",
-              "shift", "weighting", "null_prob", "tau", "dropout", "precision", "loss_scale")
+              "shift", "weighting", "null_prob", "kld_weight", "tau", "dropout", "precision", "loss_scale")
 
 
 def setup(config):
@@ -239,7 +258,7 @@ def setup(config):
     require_numbers(config, but=("held_out", "P_mean", "pfgm_D"), or_zero=(
         "seed", "num_latents", "latent_layers", "encoder_layers", "encoder_patch", "warmup_images", "ema_rampup",
         "ema_halflife_images", "P_std", "code_lr", "encoder_lr", "coarse_images", "coarse_spread", "keep_every",
-        "preview_every", "null_prob", "dropout", "sigma_data"))
+        "preview_every", "null_prob", "dropout", "sigma_data", "groups", "kld_weight"))
     require(denoiser in DENOISERS, f"--denoiser is {' or '.join(DENOISERS)}, not {denoiser}")
     require(space in ("pixels", "vae"), f"--space is pixels or vae, not {space}")
     require(math.isfinite(P_mean), f"P_mean must be finite, not {P_mean}")
@@ -247,6 +266,7 @@ def setup(config):
     require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
     require(channel_mult and min(channel_mult) > 0,
             f"channel_mult has a positive number for each level, not {channel_mult}")
+    onestage.check(config)
     run = training.start(config, "stage1", "train_stage1")
     if num_latents and coarse_images and not codes:
         require(coarse_batch % run.world == 0,
@@ -257,18 +277,20 @@ def setup(config):
     _micro_batch = run.local_batch // len(run.micro_batches)
 
     run.images, run.labels, num_classes = data.load(dataset)
-    run.latents = Latents(dataset, len(run.images), xflip, run.device) if space == "vae" else None
+    run.latents = Latents(dataset, run.images.shape, xflip, run.device) if space == "vae" else None
     x_shape = run.latents.shape if run.latents else ()
     fit_to_images(config, run.images.shape, num_classes, x_shape)
     run.levels, run.weight = noise_schedule(**arguments_of(config, noise_schedule))
+    config["data_identity"] = data.data_checksum(run.images, run.labels)  # in the checkpoint, to notice changes
     chosen = [name for name in ("num_latents", "codebook_size") if not is_default(globals(), name)]
     encoder = read_encoder(config, run.images.shape, chosen)
     require(not null_token or config["conditioning"] == "attention", "null_token is for --conditioning=attention")
+    require(groups < 2 or not num_latents or denoiser == "unet" and config["conditioning"] == "attention",
+            "groups share out a U-Net's cross-attentions: they need --denoiser=unet and --conditioning=attention")
     run.train_indices, run.held_out_indices = data.split(len(run.images), config["held_out"])
     run.to_show = run.held_out_indices if len(run.held_out_indices) else run.train_indices
     run.batches, run.stamp = data.Shuffle(run.train_indices, seed), data.file_stamp(run.images)
     run.classes = data.class_names(dataset)
-    config["data_identity"] = data.data_checksum(run.images, run.labels)  # in the checkpoint, to notice changes
     run.carries = dict(  # also in the checkpoint
         classes=run.classes, made=data.made_of(dataset), qkv="sorted", coarse=dict(step=0))
     if run.latents:
@@ -288,8 +310,9 @@ def setup(config):
         run.model.encoder.load_state_dict(run.model.encoder.state_dict() | encoder)  # a random MLP stays as it is
         run.ema.encoder = run.model.encoder  # one for both, in memory and in the checkpoint
     parts = (run.model.model, run.model.latents, run.model.encoder) if num_latents else (run.model.model,)
-    groups = [dict(params=part.parameters()) for part in parts]
-    run.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    rates = [dict(params=part.parameters()) for part in parts]
+    run.optimizer = torch.optim.Adam(rates, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    run.prior = onestage.prepare(run) if prior else None
     if not training.resume_run(run, FREE, CHANGEABLE, prepare=partial(take_over, run)):
         if init_from and start_from(init_from, run.model, run.model_args):
             run.carries["coarse"] = dict(step=coarse_images)
@@ -307,6 +330,8 @@ def take_over(run, checkpoint):
     """What a checkpoint needs before its state is loaded, and what it says besides."""
     sort_older(run.model, checkpoint)
     run.carries["coarse"] = checkpoint.get("coarse", run.carries["coarse"])
+    if "prior" in checkpoint:
+        training.load_state(run.prior, checkpoint["prior"])
 
 
 def fit_to_images(config, shape, num_classes, x_shape=()):
@@ -346,12 +371,16 @@ def fit_to_images(config, shape, num_classes, x_shape=()):
 
 def report(run, seen, bar):
     """A line of the log: loss, and what the codes do."""
-    steps, (norm, loss, code_sum, entropy_sum) = training.totals(run, f"{run.lower}, and look at the data")
+    steps, (norm, loss, code_sum, entropy_sum, kld_sum) = training.totals(run, f"{run.lower}, and look at the data")
     line = dict(images=seen, loss=loss.item() / steps)
     shown = {"loss": f"{line['loss']:.4f}"}
-    if num_latents and not codes:
-        usage, used = training.of_usage(code_sum, entropy_sum, steps * run.local_batch)
+    count = steps * run.local_batch
+    if num_latents and not (codes or continuous):
+        usage, used = training.of_usage(code_sum, entropy_sum, count)
         line, shown = line | usage, shown | used
+    if num_latents and kld_weight:
+        kld, told = training.of_divergence(kld_sum, count)
+        line, shown = line | kld, shown | told
     training.write_line(run, line | dict(grad_norm=norm.item() / steps), bar, shown)
 
 
@@ -374,6 +403,8 @@ def train(run, signals):
             snapshot.unlink()  # of the run that this one replaces
     if num_latents and not run.step:
         warm_up(run, fetch, signals)
+    if prior:
+        onestage.begin(run)
     bar = progress(total=total_images, initial=seen, unit="img", disable=not run.master, mininterval=1)
     run.model.train()
     while seen < total_images and not stopped:
@@ -382,20 +413,25 @@ def train(run, signals):
         training.add_up(run, norm, *measured)
         run.step, seen = run.step + 1, seen + batch_size
         bar.update(batch_size)
+        if prior:
+            onestage.advance(run)
         if training.due(log_every, seen, run.config):
             report(run, seen, bar)
         stopped = max_over_processes(max(signals, default=0))
         if run.master and (training.due(save_every, seen, run.config) or stopped):
-            training.save(run)
+            training.save(run, **onestage.save(run) if prior else {})
         if run.master and training.due(keep_every, seen, run.config):
             training.save(run, keep=f"{out_dir}/stage1-{seen:09d}.pt")
         if run.master and training.due(preview_every, seen, run.config) and not stopped:
             save_preview(run, f"{out_dir}/preview_{seen:09d}.png")
     bar.close()
+    if prior:
+        onestage.finish(run, seen >= total_images)
     if run.master and seen >= total_images:
         print_losses(run)
-        then = f"; next: python train_prior.py --out_dir={out_dir}" + " --prior=rdm" * (conditioning in EMBEDDINGS)
-        print(f"{run.path} is ready" + then * (num_latents > 0))
+        kind = prior or priors_of(run.model_args)[1][0]
+        then = f"; next: python {'sample' if prior else 'train_prior'}.py --out_dir={out_dir}"
+        print(f"{run.path} is ready" + (then + f" --prior={kind}" * (kind != "ar")) * (num_latents > 0))
     training.finish(run, stopped, "images")
 
 

@@ -69,14 +69,25 @@ def resume_run(run, free, changeable, prepare=None, **others):
     if checkpoint:
         if prepare:
             prepare(checkpoint)
-        run.step = checkpoint["step"]
-        for part in ("model", "ema", "optimizer"):
-            getattr(run, part).load_state_dict(checkpoint[part])
-        run.skipped.copy_(checkpoint["skipped"])
+        load_state(run, checkpoint)
     require_same(run, run.step)
     run.began = run.step
     reset(run)
     return bool(checkpoint)
+
+
+def state_of(run):
+    """All that changes as a run trains."""
+    return dict(step=run.step, model=run.model.state_dict(), ema=run.ema.state_dict(),
+                optimizer=run.optimizer.state_dict(), skipped=run.skipped)
+
+
+def load_state(run, state):
+    """The inverse of `state_of`."""
+    run.step = state["step"]
+    for part in ("model", "ema", "optimizer"):
+        getattr(run, part).load_state_dict(state[part])
+    run.skipped.copy_(state["skipped"])
 
 
 def require_same(run, step):
@@ -186,6 +197,14 @@ def of_usage(code_sum, entropy_sum, count):
     return dict(perplexity=perplexity, bits=bits), {"codes used": f"{used} of {p.shape[1]}", "bits": f"{bits:.1f}"}
 
 
+def of_divergence(divergence_sum, count):
+    """What `count` images' latents tell, at most: the sums (m,) over the images of each latent's KL divergence from a
+    prior, in nats. -> a part of the log's line, and of the bar's"""
+    bits = (divergence_sum / count / math.log(2)).tolist()
+    of_each = "/".join(f"{of_latent:.1f}" for of_latent in bits[:16])
+    return dict(kld=bits), {"KL, bits": f"{sum(bits):.1f} = {of_each}"}
+
+
 def add_up(run, norm, *measured):
     """Adds a step's measurements, tensors on the device, to the log's sums. Bad steps add nothing."""
     good = norm.isfinite()
@@ -226,21 +245,23 @@ def write_line(run, line, bar, shown):
 # checkpoints
 
 
-def save(run, keep=""):
+def save(run, keep="", **others):
     """Process 0 saves the checkpoint to continue from; keep: a file for a snapshot without the optimiser instead.
 
-    All processes call it if the run is sharded. Raises UserError if the weights are not finite.
+    others: more for the checkpoint to continue from. All processes call it if the run is sharded. Raises UserError if
+    the weights are not finite.
     """
     require(whole(get_total_norm(run.parameters)).isfinite(),
             f"the weights are not finite any more: a lower {run.lower} may help; {run.path} is left as it was")
-    parts = ("model", "ema") if keep else ("model", "ema", "optimizer")
-    state = dict(made_by=run.made_by, config=run.config, model_args=run.model_args, step=run.step, **run.carries,
-                 **{part: whole(getattr(run, part).state_dict(), run.master) for part in parts})
+    state = dict(made_by=run.made_by, config=run.config, model_args=run.model_args, **state_of(run), **run.carries)
+    if keep:
+        del state["optimizer"], state["skipped"]
+    state = whole(state | (others if not keep else {}), run.master)
     if keep and run.master:
         with atomic(keep) as file:
             torch.save(state, file)
     elif run.master:
-        save_checkpoint(run.path, state | dict(skipped=run.skipped))
+        save_checkpoint(run.path, state)
 
 
 def finish(run, stopped, what):

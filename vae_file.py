@@ -65,11 +65,11 @@ def read_vae(path):
     try:
         with torch.device("meta"):
             vae = VAE(**vae_settings(state))
-    except (ValueError, TypeError, RuntimeError) as error:  # sizes that don't fit each other
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, IndexError) as error:  # sizes that don't fit
         raise UserError(f"{path} is not Stable Diffusion's autoencoder: {' '.join(str(error).split())[:200]}") from None
     except LookupError as error:
         some = ", ".join(list(state)[:3]) or "none of its parameters"
-        raise UserError(f"{path} is not Stable Diffusion's autoencoder: it has {some}, but not {error}") from None
+        raise UserError(f"{path} is not Stable Diffusion's autoencoder: it has {some}, and lacks {error}") from None
     have, want = ({name: tuple(t.shape) for name, t in s.items()} for s in (state, vae.state_dict()))
     if have != want:
         missing, different = want.keys() - have.keys(), sorted(have.items() - want.items())

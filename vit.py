@@ -20,6 +20,8 @@ from transformer import float32
 
 
 class Attention(nn.Module):
+    """Self-attention (B, N, dim) -> (B, N, dim), under DINOv2's parameter names."""
+
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads

@@ -10,7 +10,8 @@ codes of 512 x 256. Sizes and optimisation are DiT's, which DLC keeps (sec. 5, A
     torchrun --nproc_per_node=8 sample.py config/sample_dlc_guided.py    # the row with FID 1.59
 
 DLC trains by DDPM's loss with learned variances; here the DiT is EDM's denoiser. Noise levels are therefore
-EDM2's for such latents. The paper trains "for up to 800 epochs", and does not say how long for which number.
+EDM2's, for whose latents sigma_data is 0.5, times two. The paper trains "for up to 800 epochs", and does not say how
+long for which number. DiT's moving average has no ramp.
 """
 out_dir = "out/imagenet256_dlc"
 dataset = "imagenet256"
@@ -37,7 +38,7 @@ code_lr = 1e-4  # the published rate for all
 warmup_images = 0
 ema_halflife_images = 1_774_000  # 0.9999 per step
 ema_rampup = 1.0
-P_mean = -0.4
+P_mean = 0.293  # -0.4 + ln 2
 P_std = 1.0
 sigma_data = 1.0
 # reports

@@ -1,7 +1,8 @@
 """Discrete Latent Codes' encoder on ImageNet: the settings of the authors' program, from DINOv2's ViT-L/14 with
 registers. Codes of 512 x 256, and the paper's two other shapes, whose L V is the same:
 
-    python data.py imagenet256 --source=ILSVRC/Data/CLS-LOC/train --resolution=256
+    python data.py imagenet256 --source=ILSVRC/Data/CLS-LOC/train --resolution=256 \
+        --transform=center-crop-dhariwal --vae=sd-vae-ft-ema.safetensors --xflip=True    # as in imagenet256_dlc.py
     curl -O https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth
     torchrun --nproc_per_node=4 train_encoder.py config/imagenet_encoder.py
     torchrun --nproc_per_node=4 train_encoder.py config/imagenet_encoder.py --num_latents=128 --codebook_size=1024 \
@@ -12,6 +13,8 @@ registers. Codes of 512 x 256, and the paper's two other shapes, whose L V is th
 The paper (sec. 5) says DINOv2's settings of pre-training, and 100 epochs. The published file has others: DINOv2's
 defaults, with centring, one head, and epochs of 1,250 steps. Where they differ, this is the file, except for
 the blur: DINOv2's class turns its probability round, and these are the probabilities that were meant.
+What our data make different: crops come from the central square at 256 pixels, not from the whole photograph; they are
+resized without antialiasing; colours are changed in a fixed order; codes are read from the square at 224 pixels.
 """
 out_dir = "out/imagenet_dlc512"
 init_from = "dinov2_vitl14_reg4_pretrain.pth"

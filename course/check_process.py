@@ -10,6 +10,7 @@ import math
 
 import torch
 from measures import far, fixed, normal, row, tensor, uniform
+from source import Wrong
 
 # ----------------------------------------------------------------------------------------------------
 # mixtures
@@ -158,6 +159,74 @@ def heun(diffusion, alpha=1.0):
     return [("the levels fall from sigma_max to sigma_min", ends), ("their rho-th roots are even", roots),
             ("the last step is Euler's", last), ("D is evaluated where it should be", where),
             ("the error is of second order", order), ("churn adds the right noise", churn)]
+
+
+# ----------------------------------------------------------------------------------------------------
+# preconditioning
+
+
+def data_and_noise(rng, sigma, sigma_data):
+    """Images and noise (B, 1, 8, 8) whose variances over each image are sigma_data^2 and sigma^2, uncorrelated, exactly.
+
+    sigma: (B, 1, 1, 1)
+    """
+    pair = normal(rng, len(sigma), 64, 2)
+    q, _ = torch.linalg.qr(pair - pair.mean(1, keepdim=True))
+    y, n = (8 * q).view(len(sigma), 1, 8, 8, 2).unbind(-1)
+    return sigma_data * y, sigma * n
+
+
+def constants(diffusion, sigma, sigma_data):
+    found = diffusion.edm_constants(sigma, sigma_data)
+    if not isinstance(found, tuple) or len(found) != 4:
+        raise Wrong("edm_constants must return four things: c_skip, c_out, c_in, c_noise")
+    return [tensor(value, sigma.shape, name) for name, value in zip(("c_skip", "c_out", "c_in", "c_noise"), found)]
+
+
+def precondition_probe(diffusion):
+    return constants(diffusion, torch.tensor([0.1, 1.0, 8.0]), 0.6)
+
+
+def precondition(diffusion, relative=False):
+    def setup(rng):
+        sigma = (3 * normal(rng, 6, 1, 1, 1)).exp().clamp(0.01, 80)
+        sigma_data = 0.2 + float(rng.random())
+        y, n = data_and_noise(rng, sigma, sigma_data)
+        return sigma, sigma_data, y, y + n, constants(diffusion, sigma, sigma_data)
+
+    def unit_input(rng):
+        sigma, sigma_data, _, x, (_, _, c_in, _) = setup(rng)
+        variance = (c_in * x).square().mean((1, 2, 3))
+        if far(variance, torch.ones(6), 1e-3):
+            return (f"at sigma = {sigma[0].item():.3g} and sigma_data = {sigma_data:.3g}, F's input c_in x has variance "
+                    f"{variance[0]:.3g}, not 1")
+
+    def best_guess(rng):
+        _, _, y, x, (c_skip, *_) = setup(rng)
+        rest = ((c_skip * x - y) * x).mean((1, 2, 3)) / x.square().mean((1, 2, 3))
+        if rest.abs().max() > 1e-3:
+            return "c_skip x is not the best multiple of x: what is left, c_skip x - y, still correlates with x"
+
+    def unit_target(rng):
+        sigma, _, y, x, (c_skip, c_out, _, _) = setup(rng)
+        variance = ((y - c_skip * x) / c_out).square().mean((1, 2, 3))
+        if far(variance, torch.ones(6), 1e-3) or not (c_out > 0).all():
+            return (f"at sigma = {sigma[0].item():.3g}, what F must predict, (y - c_skip x) / c_out, has variance "
+                    f"{variance[0]:.3g}, not 1")
+
+    def told(rng):
+        sigma, sigma_data, _, _, (*_, c_noise) = setup(rng)
+        if far((4 * c_noise).exp(), sigma / (sigma_data if relative else 1), 1e-4):
+            return "F is told the wrong c_noise"
+
+    def single(rng):
+        sigma, sigma_data, _, _, found = setup(rng)
+        if any(far(one, many[2, 0, 0, 0]) for one, many in zip(constants(diffusion, sigma[2, 0, 0, 0], sigma_data), found)):
+            return "a single noise level must give the same as one of many"
+
+    return [("F's input has variance 1", unit_input), ("without F, D is the best multiple of x", best_guess),
+            ("F's target has variance 1", unit_target), ("F is told the noise level", told),
+            ("one noise level or many", single)]
 
 
 # ----------------------------------------------------------------------------------------------------

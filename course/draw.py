@@ -60,13 +60,12 @@ def heun(diffusion, alpha=1.0):
     return figure([[axes]])
 
 
-def precondition(model, relative=False):
-    from check_model import denoised
-    sigma, x = torch.logspace(-2, 1.9, 60), torch.ones(60, 1, 1, 1)
-    (zero, given), (one, _) = (denoised(model, constant, x, sigma, 0.5) for constant in (0.0, 1.0))
+def precondition(diffusion, relative=False):
+    from check_process import constants
+    sigma = torch.logspace(-2, 1.9, 60)
     axes = Axes((0.01, 80), (0, 2.6), "sigma_data = 0.5", "sigma", log_x=True, size=(460, 360))
-    for name, values, colour in (("c_skip", zero, BLUE), ("c_out", one - zero, ORANGE), ("c_in", given[0], GREEN)):
-        axes.line(np.stack([sigma.numpy(), values.detach().flatten().numpy()], 1), colour, label=name)
+    for name, values, colour in zip(("c_skip", "c_out", "c_in"), constants(diffusion, sigma, 0.5), (BLUE, ORANGE, GREEN)):
+        axes.line(torch.stack([sigma, values], 1).detach().numpy(), colour, label=name)
     return figure([[axes]])
 
 

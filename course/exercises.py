@@ -95,7 +95,7 @@ SET_A = [
           "your noise levels are evenly spaced: their rho-th roots should be"),
          ("noise_levels", "/ max(num_steps - 1, 1)", "/ num_steps",
           "your last noise level is not sigma_min: there are num_steps - 1 gaps")],
-        twins=(("diffusion", "restart"),),
+        twins=(("diffusion", "restart"), ("diffusion", "flow")),
         variants=(
             dict(title="Noise levels and the midpoint rule", options={"alpha": 0.5},
                  task="""Write the sampler's noise levels, and one step by the midpoint rule in place of Heun's
@@ -121,30 +121,30 @@ SET_A = [
                          "        d_part = (x_part - denoise(x_part, t_part.double())) / t_part"),
                         ("heun_step", "(d + d_next) / 2", "(d + 3 * d_part) / 4"))))),
     Exercise(
-        "precondition", "EDM's preconditioning", "model", ("DisCoDiff.denoise",), 8, 60, "EDM Eq. 7, Table 1, App. B.6",
-        """The network F never sees x itself. Write D = c_skip x + c_out F(c_in x; c_noise), such that F's input
-        and F's target have variance 1 at every noise level, and c_skip x is the best guess without F. c_noise is
-        ln(sigma) / 4. The checks measure these variances: question A-1 derives the formulas.""",
-        "sigma has one value per image: give it the shape (B, 1, 1, 1) before it meets x.",
+        "precondition", "EDM's preconditioning", "diffusion", ("edm_constants",), 8, 60, "EDM Eq. 7, Table 1, App. B.6",
+        """The network F never sees x itself. A denoiser is D = c_skip x + c_out F(c_in x; c_noise). Choose the constants
+        such that F's input and F's target have variance 1 at every noise level, and c_skip x is the best guess without
+        F. c_noise is ln(sigma) / 4. The checks measure these variances: question A-1 derives the formulas.""",
+        "x = y + sigma n, whose parts have the variances sigma_data^2 and sigma^2: what is the variance of x?",
         "c_skip, c_out and c_in of your function against the noise level",
-        [("DisCoDiff.denoise", "c_skip = sd ** 2 /", "c_skip = sigma ** 2 /",
+        [("edm_constants", "sigma_data ** 2 / variance", "sigma ** 2 / variance",
           "your c_skip grows with the noise: at low noise x is the answer, so c_skip is 1 there"),
-         ("DisCoDiff.denoise", "sigma * sd / (sigma ** 2 + sd ** 2).sqrt()", "sigma * sd / (sigma ** 2 + sd ** 2)",
+         ("edm_constants", "sigma * sigma_data / variance.sqrt()", "sigma * sigma_data / variance",
           "your c_out lacks a square root: F's target does not have variance 1"),
-         ("DisCoDiff.denoise", "self.model(c_in * x", "self.model(x",
-          "your network sees x unscaled: c_in is missing"),
-         ("DisCoDiff.denoise", "1 / (sigma ** 2 + sd ** 2).sqrt()", "1 / (sigma ** 2 + 1).sqrt()",
+         ("edm_constants", "1 / variance.sqrt()", "sigma / sigma",
+          "your network sees x unscaled: c_in is 1"),
+         ("edm_constants", "1 / variance.sqrt()", "1 / (sigma ** 2 + 1).sqrt()",
           "your c_in takes the data's variance as 1: it is sigma_data^2"),
-         ("DisCoDiff.denoise", "sigma.flatten().log() / 4", "sigma.flatten()",
+         ("edm_constants", "sigma.log() / 4", "sigma",
           "your network is told sigma: it should be told ln(sigma) / 4")],
         twins=(("coarse", "CoarseDenoiser.forward"), ("toy2d", "Denoiser.forward")),
         variants=(dict(
-            task="""The network F never sees x itself. Write D = c_skip x + c_out F(c_in x; c_noise), such that
-            F's input and F's target have variance 1 at every noise level, and c_skip x is the best guess
-            without F. Measure the noise in units of the data: c_noise is ln(sigma / sigma_data) / 4. The checks
+            task="""The network F never sees x itself. A denoiser is D = c_skip x + c_out F(c_in x; c_noise). Choose the
+            constants such that F's input and F's target have variance 1 at every noise level, and c_skip x is the best
+            guess without F. Measure the noise in units of the data: c_noise is ln(sigma / sigma_data) / 4. The checks
             measure these variances: question A-1 derives the formulas.""", options={"relative": True},
-            edits=(("DisCoDiff.denoise", "EDM Eq. 7 and Table 1.", "EDM Eq. 7; c_noise = ln(sigma / sigma_data) / 4."),
-                   ("DisCoDiff.denoise", "sigma.flatten().log() / 4", "(sigma.flatten() / sd).log() / 4"))),)),
+            edits=(("edm_constants", "EDM, Table 1:", "EDM, Table 1, but c_noise = ln(sigma / sigma_data) / 4:"),
+                   ("edm_constants", "sigma.log() / 4", "(sigma / sigma_data).log() / 4"))),)),
     Exercise(
         "forward", "Encoder and denoiser together", "model", ("DisCoDiff.forward",), 10, 75,
         "DisCo-Diff Alg. 1, lines 5-7",
@@ -232,7 +232,7 @@ SET_B = [
         see which rows move, and add up the probabilities of all codes.""",
         "Shift the codes by one: the class takes the first place, the last code is never read.",
         "which code moves which row of the logits: row i has dots at the codes before i",
-        [("Prior.forward", "self.codebook[codes[:, :-1]]", "self.codebook[codes[:, 1:]]",
+        [("Prior.forward", "self.embed(codes[:, :-1])", "self.embed(codes[:, 1:])",
           "your row i sees code i itself: shift the codes the other way"),
          ("Prior.forward", "dim=1) + self.position", "dim=1)", "your tokens lack their positions"),
          ("Prior.forward", "self.first_token(labels, len(codes))", "self.first_token(None, len(codes))",
@@ -250,7 +250,7 @@ SET_B = [
             picture="which code moves which row of the logits: row i has dots at the codes after i",
             options={"reverse": True},
             edits=(("Prior.forward", "row i sees only the codes before i", "row i sees only the codes after i"),
-                   ("Prior.forward", "self.codebook[codes[:, :-1]]", "self.codebook[codes.flip(1)[:, :-1]]"),
+                   ("Prior.forward", "self.embed(codes[:, :-1])", "self.embed(codes.flip(1)[:, :-1])"),
                    ("Prior.forward", "return float32(self.head, self.norm(x))",
                     "return float32(self.head, self.norm(x)).flip(1)"))),)),
     Exercise(
@@ -297,6 +297,10 @@ SET_B = [
 """, """The last code is drawn first.
         With a key-value cache, every token passes through the blocks once.
 """),
+                   ("Prior.sample", "unless these come last", "unless these come first"),
+                   ("Prior.sample", "require_prefix(given >= 0)", "require_prefix((given >= 0).flip(1))"),
+                   ("Prior.sample", "torch.where(given[:, i] < 0, drawn, given[:, i])",
+                    "torch.where(given[:, -1 - i] < 0, drawn, given[:, -1 - i])"),
                    ("Prior.sample", "temperature * gumbel[:, i]", "temperature * gumbel[:, -1 - i]"),
                    ("Prior.sample", "torch.stack(codes, dim=1)", "torch.stack(codes[::-1], dim=1)"))),)),
     Exercise(

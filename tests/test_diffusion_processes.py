@@ -9,7 +9,7 @@ from conftest import checkpoint, close, load, same_training
 from scripts import SAMPLE, TINY, run
 
 from configurator import UserError
-from diffusion import PEAK, PROCESSES, corrected, flow, heun, heun_step, log_normal, loss_weight, monotonic_weight, noise_levels, noise_schedule
+from diffusion import PEAK, PROCESSES, corrected, flow, heun, heun_step, loss_weight, monotonic_weight, noise_levels, noise_schedule
 from model import DisCoDiff
 from noise import SeededNoise, randn_of
 

@@ -84,5 +84,5 @@ def test_from_stage_1_to_samples(few, tmp_path, kind, size):  # noqa: F811
 def test_codes_and_embeddings_are_not_confused(trained, tmp_path):
     with pytest.raises(UserError, match="name its folder by --codes"):
         run("train_stage1.py", f"--out_dir={tmp_path}", *UNCONDITIONAL, "--conditioning=embedding")
-    with pytest.raises(UserError, match="RDM draws embeddings"):
+    with pytest.raises(UserError, match="stage1.pt has codes: say --prior=ar or sedd"):
         run("train_prior.py", f"--out_dir={trained}", "--prior=rdm", *PRIOR)

@@ -1,5 +1,4 @@
 """Stage 1 on the codes of an encoder that was trained beforehand, all that follows it, and mistakes."""
-import math
 import shutil
 from types import SimpleNamespace
 
@@ -27,7 +26,7 @@ def make_encoder(folder, name="", dataset="fashion-mnist-10k", **changes):
     args = ENCODER | changes
     state = {n: 4 * fill(name + n, p.shape) for n, p in Distilled(**args).state_dict().items()}  # the codes of images differ
     folder.mkdir(exist_ok=True)
-    save_checkpoint(folder / "encoder.pt", dict(made_by="train_encoder", config=dict(dataset=dataset), model_args=args, step=1, ema=state))
+    save_checkpoint(folder / "encoder.pt", dict(made_by="train_encoder", config=dict(dataset=dataset, data_identity=0, held_out=0), model_args=args, step=1, ema=state))
     return folder
 
 
@@ -208,9 +207,13 @@ def test_encoders_that_do_not_fit(few, encoder, tmp_path, capsys):
         with pytest.raises(UserError, match=message) as error:
             run("train_stage1.py", f"--out_dir={tmp_path / 'run'}", *GIVEN, f"--codes={tmp_path / 'other'}")
         assert "\n" not in str(error.value) and not list((tmp_path / "run").iterdir())
+    path = make_encoder(tmp_path / "other") / "encoder.pt"
+    torch.save(torch.load(path) | dict(distinct=0.05), path)
+    with pytest.raises(UserError, match="other has collapsed: 5.0% of its codes are distinct"):
+        run("train_stage1.py", f"--out_dir={tmp_path / 'run'}", *GIVEN, f"--codes={tmp_path / 'other'}")
     make_encoder(tmp_path / "other", dataset="digits")
     run("train_stage1.py", f"--out_dir={tmp_path / 'run'}", *GIVEN, f"--codes={tmp_path / 'other'}", "--total_images=8")
-    assert "other was trained on digits: its codes may tell less of fashion-mnist-10k" in capsys.readouterr().err
+    assert "other was trained on other images, digits as it was then: its codes may tell less of fashion-mnist-10k" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("settings, message", [

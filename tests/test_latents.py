@@ -52,13 +52,13 @@ def test_what_a_data_set_gets(place, tmp_path, capsys):
     file, vae = write(tmp_path, "bin", "diffusers_old"), vae_from(state_of())
     y = data.to_float(IMAGES)
     data.main(["colours", f"--vae={file}", "--device=cpu"])
-    of_set = latents.Latents("colours", 40, False, "cpu")
+    of_set = latents.Latents("colours", IMAGES.shape, False, "cpu")
     found, own = of_set.mapped, of_set.vae
     assert capsys.readouterr().out == f"{place / 'colours'}/latents.npy: 40 x 1 x 4 x 4 x 4\n"
     assert found.dtype == np.float16 and isinstance(found, np.memmap)
     assert torch.allclose(torch.from_numpy(found[:, 0].astype(np.float32)), vae.encode(y), atol=2e-3)
     data.main(["colours", f"--vae={file}", "--device=cpu", "--xflip=True"])
-    both = latents.Latents("colours", 40, True, "cpu").mapped
+    both = latents.Latents("colours", IMAGES.shape, True, "cpu").mapped
     assert np.array_equal(both[:, :1], found)
     assert torch.allclose(torch.from_numpy(both[:, 1].astype(np.float32)), vae.encode(y.flip(3)), atol=2e-3)
     assert same(dict(own.state_dict()), state_of()) and data.is_ours(place / "colours")
@@ -91,7 +91,7 @@ def test_the_denoiser_is_given_latents_and_the_encoder_images(colours, tmp_path,
     flip, which = stage1.draw_step(2)[4], stage1.batches.take(16, 8)
     assert 0 < flip.sum() < 8 and noise.shape == y.shape == (8, 4, 4, 4)
     mirrored = np.where(flip.numpy()[:, None, None, None], IMAGES[which][:, :, ::-1], IMAGES[which])
-    stored = latents.Latents("colours", 40, True, "cpu").mapped[which, flip.int().numpy()]
+    stored = latents.Latents("colours", IMAGES.shape, True, "cpu").mapped[which, flip.int().numpy()]
     assert torch.equal(images, data.to_float(mirrored)) and np.array_equal(y.numpy(), stored.astype(np.float32))
 
 
@@ -138,7 +138,7 @@ def test_latents_of_another_autoencoder(colours, tmp_path):
     (lambda folder: (folder / "vae.pt").write_bytes(b"PK"), "vae.pt is damaged"),
     (lambda folder: (folder / "latents.npy").write_bytes((folder / "latents.npy").read_bytes()[:200]), "the latents in .* are damaged"),
     (lambda folder: np.save(folder / "latents.npy", np.zeros((39, 1, 4, 4, 4), np.float16)),
-     r"the latents in .* are damaged \(they are float16 \(39, 1, 4, 4, 4\), the images 40\)")])
+     r"the latents in .* are damaged \(they are float16 \(39, 1, 4, 4, 4\), images and autoencoder make \(4, 4, 4\) of each of 40\)")])
 def test_damaged_latents(colours, tmp_path, damage, message):
     damage(colours)
     with pytest.raises(UserError, match=message):

@@ -89,6 +89,8 @@ def test_it_learns_two_clusters_each_of_its_class(g):
     assert 8 < free.sum() < 32  # without a class, both
 
 
-def test_an_odd_width_is_refused():
+def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="must be even"):
         RDM(8, dim=15)
+    with pytest.raises(ValueError, match="RDM draws embeddings"):
+        RDM(8, codebook_size=4)

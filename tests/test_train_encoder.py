@@ -118,6 +118,16 @@ def test_what_the_script_leaves_and_prints(tmp_path):
     assert "is finished" in run("train_encoder.py", f"--out_dir={tmp_path}", *TINY)
 
 
+def test_rates_of_blocks_change_on_request(tmp_path):
+    """From no decay, where all blocks have one rate, to 0.5."""
+    run("train_encoder.py", f"--out_dir={tmp_path}", *TINY, "--total_images=16")
+    settings = [*TINY, "--total_images=32", "--layer_decay=0.5", "--patch_lr=0.2", "--change=total_images,layer_decay,patch_lr"]
+    run("train_encoder.py", f"--out_dir={tmp_path}", *settings)
+    groups = checkpoint(tmp_path, "encoder.pt")["optimizer"]["param_groups"]
+    rates = {(group["blocks_above"], group["patches"]): group["lr"] / groups[0]["lr"] for group in groups}
+    assert rates == {(0, False): 1, (1, False): 0.5, (2, False): pytest.approx(0.25), (2, True): pytest.approx(0.05)}
+
+
 @pytest.mark.parametrize("targets", ["sinkhorn", "centring"])
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, monkeypatch, targets):
     """To the bit, drop path and centres too."""
@@ -153,10 +163,11 @@ def test_processes_change_nothing(tmp_path, targets):
 
 @pytest.mark.parametrize("shape", [(64, 28, 28, 1), (64, 16, 16, 3)])
 def test_images_without_variety(tmp_path, monkeypatch, shape):
-    """The run says that it collapsed, and what to try; its checkpoint stays."""
+    """The run says that it collapsed, and what to try, also if it is given again; its checkpoint stays."""
     monkeypatch.setattr(data, "load", lambda name: (np.full(shape, 90, np.uint8), None, 0))
-    with pytest.raises(UserError, match=r"the encoder has collapsed: .*encoder.pt is kept\. Try images with more variety, --targets") as error:
-        run("train_encoder.py", f"--out_dir={tmp_path}", *TINY)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"the encoder has collapsed: .*encoder.pt is kept\. Try images with more variety, --targets") as error:
+            run("train_encoder.py", f"--out_dir={tmp_path}", *TINY)
     assert "\n" not in str(error.value) and checkpoint(tmp_path, "encoder.pt")["step"] == 6
     encoder, _ = load_encoder(tmp_path)
     assert encoder.patch == shape[1] // 4 and encoder.img_resolution == shape[1]
@@ -170,6 +181,8 @@ def test_images_without_variety(tmp_path, monkeypatch, shape):
     (["--global_size=56"], "crops of 56 pixels are larger than the images, which have 28: change patch"),
     (["--batch_size=1"], "batch_size 1 is too small for Sinkhorn, which shares prototypes among images"),
     (["--batch_size=1", "--targets=centring"], "KoLeo looks for an image's neighbour in each process's batch, and 1 image has none"),
+    (["--teacher_temp=0.005"], "teacher_temp 0.005 is too low for Sinkhorn"), (["--std=0"], "std is positive"),
+    (["--batch_size=10000"], "batch_size 10000 exceeds the 9984 images to train on"), (["--blur_prob=2,2,2"], "blur_prob .* are at most 1"),
     (["--targets=centering"], "--targets is sinkhorn or centring, not centering"),
     (["--global_area=0.5,1.5"], r"global_area takes two shares, such as 0.1,0.5, not \(0.5, 1.5\)"),
     (["--mask_share=0.5,"], r"mask_share takes two shares"), (["--blur_prob=0.5,"], "blur_prob has 3 numbers"),

@@ -86,7 +86,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(written, folder):
 def test_what_is_printed(written):
     folder, printed = written
     lines = printed.splitlines()
-    assert lines[0].startswith("8,375 images to train on, such as 'a dark ankle boot'; ")
+    assert lines[0].startswith("8,022 images to train on, such as 'a dark ankle boot'; ")
     bits = {line[:37].strip(): float(line[37:].split()[0]) for line in lines if line.startswith("  ")}
     uniform = 3 * np.log2(5) + np.log2(10)
     assert bits["given no caption"] == pytest.approx(uniform, rel=0.1) and len(bits) == 4

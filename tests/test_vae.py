@@ -87,8 +87,8 @@ NAME = "quant_conv.bias"
     (packed({NAME: ENTRY | {"shape": [2 ** 40, 2 ** 40]}}, b"\0" * 16), "of 16 bytes, and has the shape"),
     (packed({NAME: ENTRY | {"data_offsets": [0]}}, b"\0" * 16), "not a file of weights"),
     (packed({NAME: ENTRY | {"dtype": "I64"}}, b"\0" * 16), "is damaged, or not a file of weights: 'I64'"),
-    (packed({NAME: ENTRY}, b"\0" * 16), "is not Stable Diffusion's autoencoder: it has quant_conv.bias, but not"),
-    (packed({"unet.weight": ENTRY}, b"\0" * 16), "it has none of its parameters, but not"),
+    (packed({NAME: ENTRY}, b"\0" * 16), "is not Stable Diffusion's autoencoder: it has quant_conv.bias, and lacks"),
+    (packed({"unet.weight": ENTRY}, b"\0" * 16), "it has none of its parameters, and lacks"),
 ])
 def test_damaged_safetensors(tmp_path, content, message):
     (tmp_path / "vae.safetensors").write_bytes(content)
@@ -105,7 +105,7 @@ def test_damaged_safetensors(tmp_path, content, message):
     (lambda state: state.update({"decoder.extra": torch.zeros(3)}), r"it has others: decoder.extra \(3,\)$"),
     (lambda state: state.update({"quant_conv.bias": "8 numbers"}), "is damaged, or not a file of weights"),
     (lambda state: state.update({"encoder.conv_in.weight": torch.zeros(7, 3, 3, 3)}), "not Stable Diffusion's autoencoder: num_channels .7. must be divisible"),
-    (lambda state: state.pop("encoder.conv_in.weight"), "but not 'encoder.conv_in.weight'"),
+    (lambda state: state.pop("encoder.conv_in.weight"), "and lacks 'encoder.conv_in.weight'"),
 ])
 def test_files_that_are_no_whole_autoencoder(tmp_path, change, message):
     state = state_of()
