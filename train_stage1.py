@@ -102,7 +102,7 @@ null_prob = 0.1  # probability that the null embedding replaces an image's laten
 latent_dim = 64
 latent_layers = 6
 latent_heads = 2
-null_token = False  # a key without a code for the cross-attentions, which may then ignore the codes (sec. 4.1)
+null_token = False  # a key without a code, to which attention can turn (sec. 4.1); needs latents_to_emb = False
 latents_to_emb = True  # besides attention, codes join the embedding of noise level and class; not in DisCo-Diff
 groups = 0  # U-Net: groups of latents, each for one of attn_resolutions in the up-sampling branch (sec. 3.3); 0: none
 # encoder: ViT
@@ -269,7 +269,8 @@ def setup(config):
     config["data_identity"] = data.data_checksum(run.images, run.labels)  # in the checkpoint, to notice changes
     chosen = [name for name in ("num_latents", "codebook_size") if not is_default(globals(), name)]
     encoder = read_encoder(config, run.images.shape, chosen)
-    require(not null_token or config["conditioning"] == "attention", "null_token is for --conditioning=attention")
+    require(not null_token or num_latents and config["conditioning"] == "attention" and not latents_to_emb,
+            "null_token is for codes that attention alone reads: --conditioning=attention --latents_to_emb=False")
     require(groups < 2 or not num_latents or denoiser == "unet" and config["conditioning"] == "attention",
             "groups share out a U-Net's cross-attentions: they need --denoiser=unet and --conditioning=attention")
     run.train_indices, run.held_out_indices = data.split(len(run.images), config["held_out"])

@@ -323,7 +323,9 @@ def test_samplers_that_do_not_fit(runs, name, settings, message):
     (["--pfgm_D=64"], r"pfgm_D is for --process=pfgm\+\+"),
     (["--process=pfgm++", "--pfgm_D=0"], "pfgm_D counts the additional dimensions"),
     (["--shift=0"], "shift must be positive"),
-    (["--null_token=True", "--conditioning=average"], "null_token is for --conditioning=attention"),
+    (["--null_token=True", "--conditioning=average", "--latents_to_emb=False"], "null_token is for codes that attention alone reads"),
+    (["--null_token=True"], "attention alone reads: --conditioning=attention --latents_to_emb=False"),
+    (["--null_token=True", "--num_latents=0", "--latents_to_emb=False"], "null_token is for codes"),
 ])
 def test_training_that_does_not_fit(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
