@@ -44,13 +44,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import data
 import training
 from coarse import warm_up
-from configurator import UserError, arguments_of, configure, is_default, require, require_numbers
+from configurator import UserError, arguments_of, configure, is_default, require, require_numbers, say
 from diffusion import noise_schedule
 from embedding import EMBEDDINGS
 from encoded import Encoded, read_encoder
 from latents import Latents
 from model import DENOISERS, DisCoDiff
-from noise import gumbel_noise, randn_of, seed_of, seeded_generator
+from noise import BatchNoise, gumbel_noise, seed_of, seeded_generator
 from preview import print_losses, save_preview
 from processes import max_over_processes
 from run import can_compile, progress, running
@@ -74,8 +74,8 @@ xflip = False  # mirror half of the images
 space = "pixels"  # what is denoised: "pixels", or "vae": latents, which `python data.py NAME --vae=FILE` computes
 # process
 process = "edm"  # or "pfgm++", "flow" (matching): diffusion.py has them all
-pfgm_D = 128.0  # PFGM++'s D, a whole number, or inf, which is EDM
-weighting = "edm"  # of noise levels; "edm-monotonic" is VDM++'s
+pfgm_D = 128.0  # PFGM++'s D, above 0, or inf, which is EDM
+weighting = "edm"  # of noise levels: as the process has it; "edm-monotonic" is VDM++'s
 # denoiser
 denoiser = "unet"  # or "dit", "uvit"
 # U-Net: ADM's; and the levels of a U-ViT above its Transformer, whose width is the last of channel_mult
@@ -165,7 +165,7 @@ def draw_step(run, step):
     """
     g = seeded_generator(run.device, "step", seed, step)
     normal = torch.randn(batch_size, 1, 1, 1, device=run.device, generator=g)
-    noise = run.model.noise(randn_of(batch_size, g))
+    noise = run.model.noise(BatchNoise(batch_size, g))
     gumbel = gumbel_noise((batch_size, 0 if codes else num_latents, codebook_size), g)
     drop = torch.rand(batch_size, device=run.device, generator=g) < null_prob
     flip = torch.rand(batch_size, device=run.device, generator=g) < (0.5 if xflip else 0)
@@ -245,6 +245,9 @@ def setup(config):
     require(space in ("pixels", "vae"), f"--space is pixels or vae, not {space}")
     require(math.isfinite(P_mean), f"P_mean must be finite, not {P_mean}")
     require(process == "pfgm++" or is_default(globals(), "pfgm_D"), "pfgm_D is for --process=pfgm++")
+    require(denoiser == "uvit" or not recompute, "recompute is for --denoiser=uvit")
+    if process == "flow" and not (is_default(globals(), "P_mean") and is_default(globals(), "P_std")):
+        say("flow matching draws its times evenly: P_mean and P_std have no effect")
     require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
     require(channel_mult and min(channel_mult) > 0,
             f"channel_mult has a positive number for each level, not {channel_mult}")

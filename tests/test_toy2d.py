@@ -16,7 +16,7 @@ from scripts import early, outputs, run, start
 import toy2d
 from configurator import UserError
 from diffusion import PROCESSES, heun
-from noise import randn_of, seeded_generator
+from noise import BatchNoise, seeded_generator
 from run import release
 from toy2d import Denoiser, train, trajectories
 from toy_grids import KINDS, grid
@@ -106,7 +106,7 @@ def test_quick_takes_what_it_is_given(tmp_path):
 @pytest.mark.parametrize("process", ["pfgm++", "flow"])
 def test_other_processes(process, tmp_path, monkeypatch, g):
     """Training draws their noise and levels, and sampling starts from their noise; part 2 is left out."""
-    settings = ["--steps=3", "--num_samples=64", "--sizes=(16,)", f"--process={process}", "--pfgm_D=3"]
+    settings = ["--steps=3", "--num_samples=64", "--sizes=(16,)", f"--process={process}", *["--pfgm_D=3"] * (process == "pfgm++")]
     run("toy2d.py", f"--out_dir={tmp_path}", *settings, "--modes=()")
     models = json.loads((tmp_path / "results.json").read_text())["eight Gaussians"][0]["models"]
     assert all(model["median curvature"] > 0 for name, model in models.items() if "floor" not in name)
@@ -122,7 +122,7 @@ def test_other_processes(process, tmp_path, monkeypatch, g):
     y = points[torch.randint(10, (256,), generator=of_training)]
     low, high = math.log(0.1), math.log(5 * points.std())
     t = PROCESSES[process].levels(torch.randn(256, 1, generator=of_training), (low + high) / 2, (high - low) / 4)
-    noise = PROCESSES[process].kernel(randn_of(256, of_training), (2,), 3)
+    noise = PROCESSES[process].kernel(BatchNoise(256, of_training), (2,), 3)
     assert torch.equal(given[0][1], t) and torch.allclose(given[0][0], y + t * noise)
 
 
@@ -136,7 +136,7 @@ def is_one_line(stderr, says):
     ("--tau=0.5", "tau"), ("--steps=0", "steps"), ("--sizes=(8000,)", "sizes"), ("--std=1e-6", "std"),
     ("--modes=(4,)", "modes"), ("--num_steps=2", "num_steps"), ("--other_stds=(0.1,)", "differ"), ("--lr=1e400", "lr"),
     ("--quick=True --num_points=3", "num_points"), ("--spare=2", "nearest"), (f"--out_dir={__file__}", "out_dir"),
-    ("--process=ddpm", "--process is one of"), ("--process=pfgm++ --modes=() --pfgm_D=0", "pfgm_D"), ("--pfgm_D=2.5", "pfgm_D"),
+    ("--process=ddpm", "--process is one of"), ("--process=pfgm++ --modes=() --pfgm_D=0", "pfgm_D"), ("--pfgm_D=2.5", "pfgm_D is for"),
     ("--steps=3 --lr=1e30", "diverged")])
 def test_mistakes_are_one_line(setting, says, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["toy2d.py", f"--out_dir={tmp_path}", *setting.split()])
