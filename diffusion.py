@@ -279,7 +279,8 @@ def corrected(denoise, correct, noise, below, correct_steps, num_steps=18, sigma
     correct: the denoiser at noise levels from `below` down, on correct_steps of them. A step from t to s draws from
     N(D + (s^2 / t^2) (x - D), s^2 (1 - s^2 / t^2)), which is the distribution of x at s given x at t and the clean
     data D (Ho et al. 2020, Eq. 6, in EDM's terms), where the kernel is Gaussian. All else is as in `heun`.
-    Two evaluations for each of the num_steps above `below`, and correct_steps: 38 + 376 are the paper's 414.
+    Two evaluations for each of the num_steps above `below`, and correct_steps. The paper has 414 in all, and leaves
+    open DDPM's noise levels and its variance, of which there is a larger choice, too.
     """
     below = min(below, sigma_max)
     t = noise_levels(num_steps, sigma_min, sigma_max, rho)

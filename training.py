@@ -78,7 +78,7 @@ def distributed(run, network):
     if run.world == 1:
         return network
     return DistributedDataParallel(network, device_ids=[run.device.index] if run.device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True)  # saves a copy of the gradients
+                                   gradient_as_bucket_view=True)  # no second copy of them, unless they accumulate
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ def test_the_correction(g):
 
     x = corrected(of("first"), of("second"), torch.randn(20_000, 1, generator=g), 10.0, 376, 58,
                   randn_like=lambda x: torch.randn(x.shape, generator=g, dtype=torch.float64))
-    assert len(calls["first"]) == 38 and len(calls["second"]) == 376  # DisCo-Diff's 414
+    assert len(calls["first"]) == 38 and len(calls["second"]) == 376  # 414, as config/imagenet128.py has it
     assert min(calls["first"]) == 10 and max(calls["second"]) == pytest.approx(10)
     assert abs(x.mean()) < 0.02 and x.std().item() == pytest.approx(0.5, rel=0.04)
     calls["first"].clear()
