@@ -67,7 +67,8 @@ out_dir = "out/toy2d"
 seed = 0
 seeds = 1  # that many seeds, from this one on
 quick = False
-process = "edm"  # of part 1; or "pfgm++", "flow" (matching): noise, its levels and weights. Networks and sampler stay
+process = "edm"  # of part 1; or "pfgm++", "flow" (matching): noise, its levels and weights, and the coordinates in which
+# curvature is measured. Networks, with EDM's constants, and sampler stay
 pfgm_D = 8.0  # PFGM++'s D: of the order of the plane's two dimensions
 # training, the same for all
 width = 64  # of the networks: denoiser with four layers, encoder with three
@@ -222,6 +223,14 @@ def trajectories(denoise, noise):
     return torch.stack(t), torch.stack(x)
 
 
+def bend(denoise, x, t):
+    """`curvature` in the coordinates of the process: x, or for flow matching x_t = (1 - s) x, s = t / (1 + t), in which
+    the ODE is dx_t/ds = (x_t - D) / s."""
+    if process != "flow":
+        return curvature(denoise, x, t)
+    return curvature(lambda x_t, s: denoise(x_t / (1 - s), s / (1 - s)), x / (1 + t), t / (1 + t))
+
+
 def eight_gaussians(seed):
     """A plain model and DisCo-Diff learn eight Gaussians; trajectories and samples are measured.
 
@@ -248,7 +257,7 @@ def eight_gaussians(seed):
     paths, curves = {}, {}
     for name, denoise in denoisers.items():
         t, paths[name] = trajectories(denoise, noise)
-        measured = [(curvature(denoise, x, t_i), *jacobian_norms(denoise, x, t_i))
+        measured = [(bend(denoise, x, t_i), *jacobian_norms(denoise, x, t_i))
                     for t_i, x in zip(t[:-1], paths[name])]
         curves[name] = [torch.stack(values) for values in zip(*measured)]
     bends = curves["exact score"][0].median(1).values > 0.1  # at these t, half of the bends have a radius below 10

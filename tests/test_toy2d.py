@@ -126,6 +126,20 @@ def test_other_processes(process, tmp_path, monkeypatch, g):
     assert torch.equal(given[0][1], t) and torch.allclose(given[0][0], y + t * noise)
 
 
+def test_curvature_in_the_coordinates_of_flow_matching(monkeypatch, g):
+    """Of one Gaussian around c: x = c + k sqrt(std^2 + t^2) is a straight line, x_t = (1 - s) c + k h(s) is not."""
+    x, t = 3 * randn(50, g), torch.tensor(0.8, dtype=torch.float64)
+    assert toy2d.bend(exact_denoiser(ONE, 0.2), x, t).max() < 1e-6
+    monkeypatch.setattr(toy2d, "process", "flow")
+    k, s = (x - ONE) / (0.04 + t ** 2).sqrt(), t / (1 + t)
+    h = (0.04 * (1 - s) ** 2 + s ** 2).sqrt()
+    first = (s - 0.04 * (1 - s)) / h
+    second = (1.04 - first ** 2) / h
+    tangent = k * first - ONE
+    want = (tangent[:, 0] * k[:, 1] - tangent[:, 1] * k[:, 0]).abs() * second.abs() / tangent.norm(dim=1) ** 3
+    torch.testing.assert_close(toy2d.bend(exact_denoiser(ONE, 0.2), x, t), want, rtol=0.02, atol=1e-6)
+
+
 def is_one_line(stderr, says):
     *bars, last = stderr.strip().splitlines()
     return last.startswith("error:") and says in last and not [bar for bar in bars if "it/s" not in bar and bar.strip()]
