@@ -117,7 +117,7 @@ def samples_of(folder, groups, place):
         a, b = (of_images(images, None, pairs[of_pair, i], model)(
             np.arange(len(part)), SeededNoise("references", 2 * of_pair + i, place))[0].to(place) for i in (0, 1))
         c = torch.from_numpy(labels[pairs[of_pair, 0]]).to(place) if model.label_dim else None
-        noise = model.noise(SeededNoise("images", part, place).randn)
+        noise = model.noise(SeededNoise("images", part, place))
         for key, z in variants(groups, a, b, priors, c, part).items():
             made.setdefault(key, []).append(data.to_uint8(heun(denoiser(model, c, z), noise, num_steps), vae))
     return {key: np.concatenate(parts).reshape(references, draws, *images.shape[1:]) for key, parts in made.items()}, \

@@ -8,7 +8,10 @@ Do codes help other processes than EDM? PFGM++, flow matching and VDM++'s weight
 For each seed and arm, as in compare_models.py: a plain model trains on base_images. From there two models see
 total_images more, in the same order: the plain one, trained on, and one that gets codes and a prior. All have the same
 network, images and settings, but for the arm's. Codes are the same in all arms of a seed, since the encoder learns them
-before (coarse.py). In the arm "edm", a third model has a null token among the keys of its codes.
+before (coarse.py). Two questions have a pair of their own, so that a difference has one cause:
+
+    edm12, monotonic    EDM's noise levels, N(-1.2, 1.2^2), on which VDM++'s objective builds: EDM's weight and VDM++'s
+    attended, null      models of the arm "edm": codes that attention alone reads, and a null token beside them
 
 eval_fid.py measures samples after few and many evaluations of the denoiser (NFE), all by EDM's sampler, and for flow
 matching by its own too; trajectories.py measures the loss at each noise level, with EDM's weight, and the sampling
@@ -33,7 +36,7 @@ from configurator import configure, require
 from plot import COLOURS, Axes, figure
 
 out_dir = "out/compare-processes"
-arms = "edm,pfgm512,pfgm32,flow,monotonic"
+arms = "edm,pfgm512,pfgm32,flow,edm12,monotonic"
 seeds = (0, 1)
 base_images = 50_000  # that the plain model trains on, from which the others start
 total_images = 25_000  # that each of these trains on, from there
@@ -47,11 +50,13 @@ ARMS = {  # name: title, settings of train_stage1.py. An image has 784 dimension
     "pfgm512": ("PFGM++, D = 512", ["--process=pfgm++", "--pfgm_D=512"]),
     "pfgm32": ("PFGM++, D = 32", ["--process=pfgm++", "--pfgm_D=32"]),
     "flow": ("flow matching", ["--process=flow"]),
-    "monotonic": ("VDM++'s weighting", ["--weighting=edm-monotonic"])}
+    "edm12": ("EDM, N(-1.2, 1.2^2)", ["--P_mean=-1.2", "--P_std=1.2"]),
+    "monotonic": ("VDM++, N(-1.2, 1.2^2)", ["--P_mean=-1.2", "--P_std=1.2", "--weighting=edm-monotonic"])}
 MODELS = {  # the same
     "plain": ("plain", ["--num_latents=0"]),
     "codes": ("codes", []),
-    "null": ("codes, null token", ["--null_token=True"])}
+    "attended": ("attended codes", ["--latents_to_emb=False"]),
+    "null": ("and a null token", ["--latents_to_emb=False", "--null_token=True"])}
 
 
 def models_of(arm):
@@ -79,16 +84,20 @@ def train(arm, seed):
 
 
 def measure(arm, folders, dataset):
-    """Samples of an arm's models, and their trajectories. -> {(measure, ode, model): {steps or noise level: value}}"""
+    """Samples of an arm's models, and their trajectories.
+
+    -> {(measure, ode, model): {evaluations or noise level: value}}
+    """
     checkpoints = {model: [*folder.glob("*.pt")] for model, folder in folders.items()}
     trajectories, found = folders["codes"] / "trajectories.json", {}
     if not done(trajectories, *(path for paths in checkpoints.values() for path in paths)):
         run("trajectories.py", f"--runs={','.join(map(str, folders.values()))}", f"--out_dir={folders['codes']}")
     of_arms = json.loads(trajectories.read_text())
     for model, folder in folders.items():
-        for key in ("loss", "sampling error"):
-            values = of_arms[f"{folder}" + ", oracle codes" * (model != "plain")][key]
-            found[key, "edm", model] = {float(level): mean for level, (mean, _) in values.items()}
+        of_model = of_arms[f"{folder}" + ", oracle codes" * (model != "plain")]
+        found["loss", "edm", model] = {float(level): mean for level, (mean, _) in of_model["loss"].items()}
+        found["sampling error", "edm", model] = {
+            2 * int(steps) - 1: mean for steps, (mean, _) in of_model["sampling error"].items()}
         for ode in odes_of(arm):
             found["FD-classifier", ode, model] = {}
             for steps in num_steps:
@@ -99,7 +108,7 @@ def measure(arm, folders, dataset):
                         "--per_code=1", f"--num_steps={steps}", f"--ode={ode}")
                 if not done(result, samples):
                     run("eval_fid.py", f"--images={samples}", f"--reference={dataset}", "--features=classifier")
-                found["FD-classifier", ode, model][steps] = json.loads(result.read_text())["FD-classifier"]
+                found["FD-classifier", ode, model][2 * steps - 1] = json.loads(result.read_text())["FD-classifier"]
     return found
 
 
@@ -119,10 +128,10 @@ def rows_of(measured, key):
     return rows, [*next(iter(measured.values()))[0][key, "edm", "plain"]]
 
 
-def table(measured, key, note, name_of):
+def table(measured, key, note):
     """-> lines: for each model a row, with its mean over seeds at each level, and below it the ratios for each seed"""
     rows, levels = rows_of(measured, key)
-    lines = ["", f"{key}: {note}", f"{'':44}" + "".join(f"{name_of(level):>18}" for level in levels)]
+    lines = ["", f"{key}: {note}", f"{'':44}" + "".join(f"{level:18g}" for level in levels)]
     for title, model, values, ratios in rows:
         spread = [f" +- {statistics.stdev(v):.2g}" if len(v) > 1 else "" for v in values.T.tolist()]
         cells = [f"{mean:.4g}{of_level}" for mean, of_level in zip(values.mean(0), spread)]
@@ -135,8 +144,7 @@ def table(measured, key, note, name_of):
 
 def draw(measured):
     """-> the picture: FD-classifier without codes and with them; below, ratios of FD-classifier and of the loss"""
-    (samples, steps), (losses, sigmas) = (rows_of(measured, key) for key in ("FD-classifier", "loss"))
-    nfe = 2 * np.array(steps) - 1
+    (samples, nfe), (losses, sigmas) = (rows_of(measured, key) for key in ("FD-classifier", "loss"))
 
     def panel(title, name, x, rows, log_y):
         x, low = np.array(x), min(y.min() for _, y in rows)
@@ -150,8 +158,8 @@ def draw(measured):
     def of_model(rows, model, ratio):
         return [(title, (ratios if ratio else values).mean(0)) for title, m, values, ratios in rows if m == model]
 
-    nulls = [(f"{title}, null token", ratios.mean(0)) for title, m, _, ratios in losses if m == "null"]
-    lost = of_model(losses, "codes", True) + nulls
+    pair = [(f"{title}, {MODELS[m][0]}", ratios.mean(0)) for title, m, _, ratios in losses if m in ("attended", "null")]
+    lost = of_model(losses, "codes", True) + pair
     return figure([
         [panel("FD-classifier, plain", "evaluations", nfe, of_model(samples, "plain", False), True),
          panel("FD-classifier, codes of the prior", "evaluations", nfe, of_model(samples, "codes", False), True)],
@@ -161,7 +169,7 @@ def draw(measured):
 
 def main(argv=()):
     configure(globals(), argv)
-    names = arms.split(",")
+    names = dict.fromkeys(map(str.strip, arms.split(",")))  # each once
     unknown = [name for name in names if name not in ARMS]
     require(not unknown, f"--arms are some of {','.join(ARMS)}, not {', '.join(unknown)}")
     require(seeds and min(seeds) >= 0 and len(set(seeds)) == len(seeds),
@@ -175,14 +183,11 @@ def main(argv=()):
             folders = train(arm, seed)
             dataset = load_checkpoint(folders["codes"] / "stage1.pt", "train_stage1")["config"]["dataset"]
             measured.setdefault(arm, []).append(measure(arm, folders, dataset))
-    def nfe(steps):
-        return f"{2 * steps - 1:g}"
-
     lines = [f"{dataset}: {base_images:,} training images, then {total_images:,} more of each model, {num_images:,} "
              f"samples per number, seeds {seeds}; +-: standard deviation",
-             *table(measured, "FD-classifier", "codes of the prior, by evaluations", nfe),
-             *table(measured, "sampling error", "rms to 64 steps, an image's own codes, by evaluations", nfe),
-             *table(measured, "loss", "lambda(sigma) |D - y|^2 / pixels, own codes, by noise level", "{:g}".format)]
+             *table(measured, "FD-classifier", "codes of the prior, by evaluations"),
+             *table(measured, "sampling error", "rms to 64 steps, an image's own codes, by evaluations"),
+             *table(measured, "loss", "lambda(sigma) |D - y|^2 / pixels, own codes, by noise level")]
     print("\n" + "\n".join(lines))
     with atomic(f"{out_dir}/compare_processes.txt") as f:
         f.write(("\n".join(lines) + "\n").encode())

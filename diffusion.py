@@ -24,8 +24,8 @@ from configurator import require
 class Process(NamedTuple):
     """A row of the table.
 
-    kernel(randn, shape, D): noise of scale 1 for images of this shape, (B, *shape). randn(*shape) draws N(0, 1),
-    (B, *shape). levels(normal, P_mean, P_std): a noise level sigma from each draw of N(0, 1). weight(sigma,
+    kernel(noise, shape, D): noise of scale 1 for images of this shape, (B, *shape), which `noise` draws, one of
+    noise.py's classes. levels(normal, P_mean, P_std): a noise level sigma from each draw of N(0, 1). weight(sigma,
     sigma_data): of (D - y)^2 in the loss. constants(sigma, sigma_data): c_skip, c_out, c_in and c_noise in
     D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM Eq. 7).
     """
@@ -36,22 +36,22 @@ class Process(NamedTuple):
     constants: Callable
 
 
-def gaussian(randn, shape, D):
+def gaussian(noise, shape, D):
     """N(0, 1)"""
-    return randn(*shape)
+    return noise.randn(*shape)
 
 
-def student(randn, shape, D):
-    """n sqrt(D) / |m|, Student's t with D degrees of freedom: PFGM++'s kernel, (|x - y|^2 + D sigma^2)^(-(N + D) / 2)
+def student(noise, shape, D):
+    """n sqrt(D / chi^2), Student's t with D degrees of freedom: PFGM++'s kernel, (|x - y|^2 + D sigma^2)^(-(N + D) / 2)
 
-    n is N(0, 1) in the N dimensions of an image, m in D additional ones. A field line that leaves y, where these are 0,
-    in the direction (n, m) reaches the height r = sigma sqrt(D) at x = y + n r / |m| (Xu et al. 2023b). As D grows,
-    |m| / sqrt(D) goes to 1. D: a whole number, or inf, which is EDM.
+    n is N(0, 1) in the N dimensions of an image, chi^2 the squared length of such a vector m in D additional ones. Of a
+    single charge at y, where these are 0, the field line in the direction (n, m) reaches the height r = sigma sqrt(D)
+    at x = y + n r / |m| (Xu et al. 2023b). As D grows, chi^2 / D goes to 1. D > 0, or inf, which is EDM.
     """
-    n = randn(*shape)
+    n = noise.randn(*shape)
     if D == math.inf:
         return n
-    stretch = math.sqrt(D) / randn(int(D)).norm(dim=1)  # one number for each image
+    stretch = (D / noise.chi_square(D)).sqrt().to(n.dtype)  # one number for each image
     return n * stretch.view(-1, *(1 for _ in shape))
 
 
@@ -96,34 +96,41 @@ PROCESSES = {
     "pfgm++": Process(student, log_normal, loss_weight, edm_constants),
     "flow": Process(gaussian, uniform_time, velocity_weight, flow_constants)}
 
-PEAK = 5.227267934835544  # s = exp(-1.2 + 2 1.2^2 s^2 / (s^2 + 0.5^2)), where w(s) below is largest
+
+def peak(sigma_data):
+    """Where EDM's w(s), below, has its peak: ln s = -1.2 + 2 1.2^2 s^2 / (s^2 + sigma_data^2). -> a float"""
+    s = math.exp(-1.2 + 2 * 1.2 ** 2)
+    for _ in range(100):
+        s = math.exp(-1.2 + 2 * 1.2 ** 2 * s ** 2 / (s ** 2 + sigma_data ** 2))
+    return s
 
 
-def monotonic_weight(sigma, P_mean, P_std, shift=1.0):
+def monotonic_weight(sigma, P_mean, P_std, shift=1.0, sigma_data=0.5):
     """VDM++'s "EDM-monotonic" weight of (D - y)^2, for sigma = shift exp(P_mean + P_std n) (Kingma & Gao 2023).
 
     The objective is a weight w of the noise's squared error, |D - y|^2 / sigma^2. The distribution p of noise levels
-    only changes the variance, since the loss is divided by it. EDM's w is N(ln sigma; -1.2, 1.2^2) (sigma^2 + 0.5^2);
-    "monotonic" keeps it at its peak for all sigma above. EDM's P_mean and P_std give EDM's weight below the peak.
+    only changes the variance, since the loss is divided by it. EDM's w is N(ln sigma; -1.2, 1.2^2) (sigma^2 +
+    sigma_data^2); "monotonic" keeps it at its peak for all sigma above. With EDM's P_mean and P_std, -1.2 and 1.2, the
+    weight is EDM's below the peak.
 
     shift: the factor from noise levels of images of 64 pixels to those of others (simple diffusion, Eq. 5: 2 for 128).
-    Here it shifts both w and p, which the papers leave open. Below the peak, EDM's sigma_data is then 0.5 shift.
+    Here it shifts both w and p, which the papers leave open. Below the peak, the weight is EDM's for shift sigma_data.
     """
     s = sigma / shift
-    low = s.clamp(max=PEAK)
+    low = s.clamp(max=peak(sigma_data))
     log_w = -((low.log() + 1.2) / 1.2) ** 2 / 2 - math.log(1.2)
     log_p = -((s.log() - P_mean) / P_std) ** 2 / 2 - math.log(P_std)
-    return (log_w - log_p).exp() * (low ** 2 + 0.5 ** 2) / (0.5 * sigma) ** 2
+    return (log_w - log_p).exp() * (low ** 2 + sigma_data ** 2) / (sigma_data * sigma) ** 2
 
 
 def noise_schedule(process, weighting, P_mean, P_std, shift, pfgm_D, sigma_data):
     """How stage 1 draws noise levels and weights them, from its settings. -> levels(normal), weight(sigma)
 
-    Raises UserError for settings that don't fit each other.
+    weighting: "edm" is the process's own weight, "edm-monotonic" VDM++'s. Raises UserError for settings that don't fit
+    each other.
     """
     require(process in PROCESSES, f"--process is one of {', '.join(PROCESSES)}, not {process}")
-    require(pfgm_D == math.inf or pfgm_D > 0 and pfgm_D % 1 == 0,
-            f"pfgm_D counts the additional dimensions of PFGM++: a whole number above 0, or inf, not {pfgm_D}")
+    require(pfgm_D > 0, f"pfgm_D counts the additional dimensions of PFGM++: it is above 0, or inf, not {pfgm_D}")
     require(weighting in ("edm", "edm-monotonic"), f"--weighting is edm or edm-monotonic, not {weighting}")
     require(weighting == "edm" or process != "flow" and P_std > 0,
             "--weighting=edm-monotonic divides by the density of EDM's noise levels: it needs a P_std above 0, and "
@@ -132,7 +139,7 @@ def noise_schedule(process, weighting, P_mean, P_std, shift, pfgm_D, sigma_data)
 
     def weight(sigma):
         if weighting == "edm-monotonic":
-            return monotonic_weight(sigma, P_mean, P_std, shift)
+            return monotonic_weight(sigma, P_mean, P_std, shift, sigma_data)
         return row.weight(sigma, sigma_data)
 
     return lambda normal: shift * row.levels(normal, P_mean, P_std), weight
@@ -272,7 +279,8 @@ def corrected(denoise, correct, noise, below, correct_steps, num_steps=18, sigma
     correct: the denoiser at noise levels from `below` down, on correct_steps of them. A step from t to s draws from
     N(D + (s^2 / t^2) (x - D), s^2 (1 - s^2 / t^2)), which is the distribution of x at s given x at t and the clean
     data D (Ho et al. 2020, Eq. 6, in EDM's terms), where the kernel is Gaussian. All else is as in `heun`.
-    Two evaluations for each of the num_steps above `below`, and correct_steps: 38 + 376 are the paper's 414.
+    Two evaluations for each of the num_steps above `below`, and correct_steps. The paper has 414 in all, and leaves
+    open DDPM's noise levels and its variance, of which there is a larger choice, too.
     """
     below = min(below, sigma_max)
     t = noise_levels(num_steps, sigma_min, sigma_max, rho)

@@ -6,7 +6,8 @@ samplers are shared. Codes reach it in DLC's way, averaged into the embedding (m
 DisCo-Diff's: patches attend to the latent tokens before each block.
 
 The published DiT is told one of 1,000 time steps, and frequencies of its sinusoids are made for such numbers.
-Here the network is told TIME_SCALE c_noise, where c_noise = ln(sigma) / 4 (EDM, Table 1).
+Here the network is told TIME_SCALE c_noise, where c_noise is the process's: ln(sigma) / 4 (EDM, Table 1), or the time
+t of flow matching.
 """
 
 import math

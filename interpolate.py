@@ -99,7 +99,7 @@ def measure(place):
         a, b = (of_images(images, None, pairs[numbers, i], model)(
             np.arange(len(numbers)), SeededNoise("codes", seed + 2 * numbers + i, place))[0].to(place) for i in (0, 1))
         c = torch.from_numpy(labels[pairs[numbers, 0]]).to(place) if model.label_dim else None
-        noise = model.noise(SeededNoise("images", seed + numbers, place).randn)
+        noise = model.noise(SeededNoise("images", seed + numbers, place))
         of_a, of_b, *between = (denoiser(model, c, z) for z in (a, b, *exchanged(a, b)))
         for way, samples in (("switch", switched(of_a, of_b, noise, share_of_steps())),
                              ("latents", [heun(denoise, noise, num_steps) for denoise in between])):

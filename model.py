@@ -239,12 +239,13 @@ class DisCoDiff(nn.Module):
         c_skip, c_out, c_in, c_noise = self.process.constants(sigma, self.sigma_data)
         return c_skip * x + c_out * self.model(c_in * x, c_noise.flatten(), labels, condition).float()
 
-    def noise(self, randn, *count):
+    def noise(self, source, *count):
         """The process's noise of scale 1 for images, or for `count` of each. -> (B, C, H, W) or (B, *count, C, H, W)
 
-        randn(*shape): draws N(0, 1), (B, *shape)
+        source: what draws it, one of noise.py's classes, for B images. All noise of an image has the same stretch in
+        PFGM++.
         """
-        return self.process.kernel(randn, (*count, *self.x_shape), self.pfgm_D)
+        return self.process.kernel(source, (*count, *self.x_shape), self.pfgm_D)
 
     def forward(self, y, noise, sigma, labels=None, gumbel=None, drop=None, tau=1.0, z=None, images=None):
         """Alg. 1: infers z from the clean images y, and denoises y + noise with it.

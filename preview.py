@@ -10,7 +10,7 @@ import torch
 import data
 from diffusion import heun, loss_at
 from model import denoiser, draw_codes
-from noise import gumbel_noise, has_float64, randn_of, seeded_generator
+from noise import BatchNoise, gumbel_noise, has_float64, seeded_generator
 from plot import save_grid
 
 
@@ -28,7 +28,7 @@ def save_preview(run, path, rows=8, columns=8):
     c = torch.from_numpy(run.labels[shown]).to(run.device).repeat_interleave(columns) if run.model.label_dim else None
     g = seeded_generator(run.device, "preview", run.config["seed"])
     z = codes_of(run, y, g).repeat_interleave(columns, dim=0) if run.model.num_latents else None
-    noise = run.model.noise(randn_of(len(shown) * columns, g))
+    noise = run.model.noise(BatchNoise(len(shown) * columns, g))
     noise = noise if has_float64(run.device) else noise.cpu()
     x = heun(denoiser(run.ema, c, z, autocast=run.autocast), noise).float()
     x = np.split(data.to_uint8(x, run.latents and run.latents.vae), len(shown))
@@ -54,7 +54,7 @@ def print_losses(run, count=256, sigmas=(0.02, 0.1, 0.3, 1, 3, 10, 30, 80)):
             images = data.to_float(run.images[part], run.device)
             y = run.latents.of(part) if run.latents else images
             c = torch.from_numpy(run.labels[part]).to(run.device) if run.model.label_dim else None
-            n = run.model.noise(randn_of(len(y), g))
+            n = run.model.noise(BatchNoise(len(y), g))
             z = codes_of(run, images, g) if codes else None
             for i in range(2 if codes else 1):
                 denoise = denoiser(run.ema, c, z, guidance=1 - i, autocast=run.autocast)  # w = 0: null latents

@@ -49,7 +49,7 @@ import torch
 import data
 from checkpoint import atomic, weights_checksum
 from codes import by_hand, composed, of_images
-from configurator import arguments_of, configure, require
+from configurator import arguments_of, configure, is_default, require, say
 from diffusion import corrected, flow, heun, restart, within
 from diffusion_prior import EVALUATIONS
 from model import denoiser
@@ -194,7 +194,7 @@ def images_of(run, seeds, codes, labels):
     c = labels if run.model.label_dim else None
     denoise = denoiser(run.model, c, codes, guidance, run.autocast, (guidance_min, guidance_max))
     correct = run.correct and denoiser(run.correct, c, codes, autocast=run.autocast)
-    x = sampler(denoise, correct, run.model.noise(noise.randn), noise.randn_like)
+    x = sampler(denoise, correct, run.model.noise(noise), noise.randn_like)
     require(x.isfinite().all(),
             "the images are not finite: is a setting of the sampler, or guidance, far too large?")
     return data.to_uint8(x, run.vae)
@@ -245,9 +245,13 @@ def check(config):
     require(restarts or not gamma, "gamma is the churn of restarts: there are none")
     require(ode in ("edm", "flow-heun", "flow-euler"), f"--ode is edm, flow-heun or flow-euler, not {ode}")
     require(ode == "edm" or not (restarts or S_churn), f"churn and restarts are EDM's: they don't go with --ode={ode}")
-    require(correct_with or not correct_steps, "correct_steps are another model's: name it by --correct_with=")
-    require(correct_steps >= 0 and sigma_min < correct_below < math.inf, f"correct_steps {correct_steps} can't be "
-            f"negative, and correct_below {correct_below} must be finite, and above sigma_min {sigma_min}")
+    require(ode == "edm" or is_default(globals(), "sigma_min") and is_default(globals(), "rho"),
+            f"sigma_min and rho place EDM's noise levels: --ode={ode} has equal steps of time, down to 0")
+    require(correct_with or not correct_steps and is_default(globals(), "correct_below"),
+            "correct_steps and correct_below are of another model: name it by --correct_with=")
+    require(not correct_with or correct_steps >= 0 and sigma_min < correct_below < math.inf,
+            f"correct_steps {correct_steps} can't be negative, and correct_below {correct_below} must be finite, and "
+            f"above sigma_min {sigma_min}")
     require(not correct_steps or ode == "edm" and not (restarts or S_churn),
             "--correct_steps follow Heun's method without churn, restarts or another --ode")
     require(not checkpoint or Path(checkpoint).is_file(), f"--checkpoint={checkpoint}: there is no such file")
@@ -285,13 +289,17 @@ def source_of(setting, given, run, stage1):
     return of_images(images, labels, order, run.model), data.data_checksum(images, labels), (images, order)
 
 
-def load_correction(run):
+def load_correction(run, stage1):
     """-> the model that --correct_with names, and the CRC-32 of its weights. Raises UserError if it does not fit."""
     correct, checkpoint = load_stage1(correct_with, run.device)
-    here, there = (dict(images=model.x_shape, classes=model.label_dim, pfgm_D=model.pfgm_D)
-                   for model in (run.model, correct))
-    different = [f"{name} {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]
-    require(not different, f"--correct_with={correct_with} is no model to go on with: {', '.join(different)}")
+    here, there = (dict(images=model.x_shape, classes=model.label_dim, pfgm_D=model.pfgm_D,
+                        autoencoder=state["config"].get("vae_identity"))
+                   | {f"class {i}": name for i, name in enumerate(classes_of(state))}
+                   for model, state in ((run.model, stage1), (correct, checkpoint)))
+    different = [f"{name} {there.get(name)} there, {here[name]} here" for name in here if there.get(name) != here[name]]
+    require(not different, f"--correct_with={correct_with} is no model to go on with: {', '.join(different[:3])}")
+    if checkpoint["config"].get("data_identity") != stage1["config"].get("data_identity"):
+        say(f"{correct_with} was trained on other images, {checkpoint['config']['dataset']} as it was then")
     checksum = weights_checksum(checkpoint["ema"])
     require(not correct.num_latents or checksum == run.checksum,
             f"--correct_with={correct_with} has discrete latents of its own: name a model without them (num_latents=0)")
@@ -315,7 +323,7 @@ def setup(config):
     run.checksum = weights_checksum(stage1["ema"])
     require(run.model.pfgm_D == math.inf or not (S_churn or restarts or correct_steps),
             "S_churn, restarts and correct_steps add Gaussian noise, and this model's is PFGM++'s: leave them out")
-    run.correct, correction = load_correction(run) if correct_with else (None, None)
+    run.correct, correction = load_correction(run, stage1) if correct_with else (None, None)
     run.vae = load_vae(stage1, device)
     run.made = stage1.get("made")  # how the training images were made
     run.class_label = class_number(class_label, classes_of(stage1))

@@ -11,6 +11,7 @@ import torch
 
 from checkpoint import OLDER, OLDER_CODES, is_of, read_checkpoint, weights_checksum
 from configurator import UserError, arguments_of, require, say
+from diffusion import PROCESSES
 from edm_pickle import read_edm
 from model import DENOISERS
 from noise import seeded_generator
@@ -44,6 +45,8 @@ def start_from(source, model, model_args):
         older, names = OLDER | OLDER_CODES, ("sigma_data", "process", *OF_LATENTS)
         there, here = (settings_of(state, of) | {name: (older | of).get(name, 0) for name in names}
                        for state, of in ((weights, args), (model.state_dict(), model_args)))
+        if PROCESSES[there["process"]].constants is PROCESSES[here["process"]].constants:
+            there["process"] = here["process"]  # all that a network knows of it
         require(here["num_latents"] or not there["num_latents"],
                 f"{path} has discrete latents, which its denoiser relies on: it can't go on with num_latents=0. "
                 "Start from plain EDM, or keep the latents")

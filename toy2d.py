@@ -33,10 +33,10 @@ from torch.nn.functional import one_hot
 from tqdm import tqdm
 
 from checkpoint import atomic
-from configurator import UserError, configure, require
-from diffusion import PROCESSES, curvature, heun
+from configurator import UserError, configure, is_default, require
+from diffusion import PROCESSES, curvature, heun, noise_schedule
 from model import draw_codes, gumbel_softmax
-from noise import gumbel_noise, randn_of, seeded_generator
+from noise import BatchNoise, gumbel_noise, seeded_generator
 from processes import start_processes
 from run import alone, progress
 from toy_grids import KINDS, gaussian_grid
@@ -67,7 +67,8 @@ out_dir = "out/toy2d"
 seed = 0
 seeds = 1  # that many seeds, from this one on
 quick = False
-process = "edm"  # of part 1; or "pfgm++", "flow" (matching): noise, its levels and weights. Networks and sampler stay
+process = "edm"  # of part 1; or "pfgm++", "flow" (matching): noise, its levels and weights, and where curvature is
+# measured. Networks, with EDM's constants, and sampler stay
 pfgm_D = 8.0  # PFGM++'s D: of the order of the plane's two dimensions
 # training, the same for all
 width = 64  # of the networks: denoiser with four layers, encoder with three
@@ -169,7 +170,7 @@ def train(points, num_latents, codebook_size, std, seed, codes=None):
     """
     torch.manual_seed(seed)
     g = seeded_generator("cpu", "train", seed)
-    points, row = points.float(), PROCESSES[process]
+    points, kernel = points.float(), PROCESSES[process].kernel
     scale = points.std().item()
     model = Denoiser(num_latents, codebook_size, std, scale)
     groups = [{"params": model.net.parameters(), "lr": lr}, {"params": [model.codebook], "lr": embedding_lr}]
@@ -180,18 +181,19 @@ def train(points, num_latents, codebook_size, std, seed, codes=None):
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     low, high = math.log(std / 2), math.log(5 * scale)
+    levels, weight = noise_schedule(process, "edm", (low + high) / 2, (high - low) / 4, 1.0, pfgm_D, scale)
     for step in progress(range(steps), desc=f"m = {num_latents}, k = {codebook_size}", leave=False):
         rows = torch.randint(len(points), (batch_size,), generator=g)
         y = points[rows]  # Alg. 1, line 3
-        t = row.levels(torch.randn(batch_size, 1, generator=g), (low + high) / 2, (high - low) / 4)  # line 4
+        t = levels(torch.randn(batch_size, 1, generator=g))  # line 4
         if encoder is None:
             z = one_hot(codes[rows], codebook_size).float()
         else:
             logits = encoder(y)
             temperature = tau ** max(0, 1 - 2 * step / steps)
             z = gumbel_softmax(logits, temperature, gumbel_noise(logits.shape, g))  # line 6
-        D = model(y + t * row.kernel(randn_of(batch_size, g), (2,), pfgm_D), t, model.embed(z))  # lines 5 and 7
-        loss = (row.weight(t, scale) * (D - y) ** 2).mean()
+        D = model(y + t * kernel(BatchNoise(batch_size, g), (2,), pfgm_D), t, model.embed(z))  # lines 5 and 7
+        loss = (weight(t) * (D - y) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -221,6 +223,14 @@ def trajectories(denoise, noise):
     return torch.stack(t), torch.stack(x)
 
 
+def bend(denoise, x, t):
+    """`curvature` in the coordinates of the process: x, or for flow matching x_t = (1 - s) x, s = t / (1 + t), in which
+    the ODE is dx_t/ds = (x_t - D) / s."""
+    if process != "flow":
+        return curvature(denoise, x, t)
+    return curvature(lambda x_t, s: denoise(x_t / (1 - s), s / (1 - s)), x / (1 + t), t / (1 + t))
+
+
 def eight_gaussians(seed):
     """A plain model and DisCo-Diff learn eight Gaussians; trajectories and samples are measured.
 
@@ -239,7 +249,7 @@ def eight_gaussians(seed):
     new_codes = codes[torch.randint(len(points), (num_samples,), generator=g)]  # their frequencies are the prior
 
     # trajectories, all from the same noise
-    noise = PROCESSES[process].kernel(randn_of(num_samples, g, torch.float64), (2,), pfgm_D)
+    noise = PROCESSES[process].kernel(BatchNoise(num_samples, g, torch.float64), (2,), pfgm_D)
     of_pfgm = process == "pfgm++" and pfgm_D < math.inf
     exact = exact_pfgm_denoiser(centres, EIGHT_STD, pfgm_D) if of_pfgm else exact_denoiser(centres, EIGHT_STD)
     denoisers = {"exact score": exact, "plain": plain.with_codes(no_codes[:1]),
@@ -247,10 +257,11 @@ def eight_gaussians(seed):
     paths, curves = {}, {}
     for name, denoise in denoisers.items():
         t, paths[name] = trajectories(denoise, noise)
-        measured = [(curvature(denoise, x, t_i), *jacobian_norms(denoise, x, t_i))
+        measured = [(bend(denoise, x, t_i), *jacobian_norms(denoise, x, t_i))
                     for t_i, x in zip(t[:-1], paths[name])]
         curves[name] = [torch.stack(values) for values in zip(*measured)]
-    bends = curves["exact score"][0].median(1).values > 0.1  # at these t, half of the bends have a radius below 10
+    at_t = [curvature(exact, x, t_i).median() for t_i, x in zip(t[:-1], paths["exact score"])]  # in x always
+    bends = torch.stack(at_t) > 0.1  # at these t, half of the bends have a radius below 10
     require(bends.any(), f"the exact score's trajectories bend at none of {num_steps} noise levels: raise num_steps")
 
     # samples, where the trajectories end
@@ -277,9 +288,8 @@ def eight_gaussians(seed):
 
 def check(config):
     """Raises UserError for settings that make no sense."""
-    require(process in PROCESSES, f"--process is one of {', '.join(PROCESSES)}, not {process}")
-    require(pfgm_D == math.inf or pfgm_D > 0 and pfgm_D % 1 == 0,
-            f"pfgm_D is a whole number above 0, or inf, not {pfgm_D}")
+    noise_schedule(process, "edm", 0.0, 1.0, 1.0, pfgm_D, 1.0)  # raises
+    require(process == "pfgm++" or is_default(globals(), "pfgm_D"), "pfgm_D is for --process=pfgm++")
     require(process == "edm" or not modes, f'part 2 has no --process={process}: leave it out by --modes="()"')
     for name in ("seeds", "width", "batch_size", "lr", "encoder_lr", "embedding_lr", "steps", "num_samples",
                  "codebook_factor"):

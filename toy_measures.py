@@ -51,7 +51,7 @@ def exact_pfgm_denoiser(centres, std, D, count=48):
         far = ((D + distance2 / t ** 2) / (D + 2)).log().clamp(min=0)
         u = torch.lerp(-room + 0 * far, far + room, torch.linspace(0, 1, count, dtype=x.dtype))  # (B, count)
         v = t ** 2 * u.exp()[..., None]  # (B, count, 1), of the noise
-        log_prior = -D / 2 * (u + (-u).exp())[..., None]
+        log_prior = -D / 2 * (u + (-u).expm1())[..., None]
         to_centres = torch.cdist(x, centres)[:, None] ** 2
         w = log_prior - (std ** 2 + v).log() - to_centres / (2 * (std ** 2 + v))
         w = w.flatten(1).softmax(1).view_as(w)  # p(u, component | x), (B, count, K)

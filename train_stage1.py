@@ -48,13 +48,13 @@ import data
 import onestage
 import training
 from coarse import warm_up
-from configurator import UserError, arguments_of, configure, is_default, require, require_numbers
+from configurator import UserError, arguments_of, configure, is_default, require, require_numbers, say
 from continuous import kl_divergence
 from diffusion import noise_schedule
 from encoded import Encoded, read_encoder
 from latents import Latents
 from model import DENOISERS, DisCoDiff
-from noise import gumbel_noise, randn_of, seed_of, seeded_generator
+from noise import BatchNoise, gumbel_noise, seed_of, seeded_generator
 from preview import print_losses, save_preview
 from processes import max_over_processes
 from run import can_compile, progress, running
@@ -79,8 +79,8 @@ xflip = False  # mirror half of the images
 space = "pixels"  # what is denoised: "pixels", or "vae": latents, which `python data.py NAME --vae=FILE` computes
 # process
 process = "edm"  # or "pfgm++", "flow" (matching): diffusion.py has them all
-pfgm_D = 128.0  # PFGM++'s D, a whole number, or inf, which is EDM
-weighting = "edm"  # of noise levels; "edm-monotonic" is VDM++'s
+pfgm_D = 128.0  # PFGM++'s D, above 0, or inf, which is EDM
+weighting = "edm"  # of noise levels: as the process has it; "edm-monotonic" is VDM++'s
 # denoiser
 denoiser = "unet"  # or "dit", "uvit"
 # U-Net: ADM's; and the levels of a U-ViT above its Transformer, whose width is the last of channel_mult
@@ -111,7 +111,7 @@ null_prob = 0.1  # probability that the null embedding replaces an image's laten
 latent_dim = 64
 latent_layers = 6
 latent_heads = 2
-null_token = False  # a key without a code for the cross-attentions, which may then ignore the codes (sec. 4.1)
+null_token = False  # a key without a code, to which attention can turn (sec. 4.1); needs latents_to_emb = False
 latents_to_emb = True  # besides attention, codes join the embedding of noise level and class; not in DisCo-Diff
 groups = 0  # U-Net: groups of latents, each for one of attn_resolutions in the up-sampling branch (sec. 3.3); 0: none
 # encoder: ViT
@@ -177,7 +177,7 @@ def draw_step(run, step):
     """
     g = seeded_generator(run.device, "step", seed, step)
     normal = torch.randn(batch_size, 1, 1, 1, device=run.device, generator=g)
-    noise = run.model.noise(randn_of(batch_size, g))
+    noise = run.model.noise(BatchNoise(batch_size, g))
     gumbel = gumbel_noise((batch_size, 0 if codes else num_latents, codebook_size), g)
     drop = torch.rand(batch_size, device=run.device, generator=g) < null_prob
     flip = torch.rand(batch_size, device=run.device, generator=g) < (0.5 if xflip else 0)
@@ -263,6 +263,9 @@ def setup(config):
     require(space in ("pixels", "vae"), f"--space is pixels or vae, not {space}")
     require(math.isfinite(P_mean), f"P_mean must be finite, not {P_mean}")
     require(process == "pfgm++" or is_default(globals(), "pfgm_D"), "pfgm_D is for --process=pfgm++")
+    require(denoiser == "uvit" or not recompute, "recompute is for --denoiser=uvit")
+    if process == "flow" and not (is_default(globals(), "P_mean") and is_default(globals(), "P_std")):
+        say("flow matching draws its times evenly: P_mean and P_std have no effect")
     require(null_prob <= 1 and dropout < 1, f"null_prob {null_prob} and dropout {dropout} are probabilities")
     require(channel_mult and min(channel_mult) > 0,
             f"channel_mult has a positive number for each level, not {channel_mult}")
@@ -284,7 +287,8 @@ def setup(config):
     config["data_identity"] = data.data_checksum(run.images, run.labels)  # in the checkpoint, to notice changes
     chosen = [name for name in ("num_latents", "codebook_size") if not is_default(globals(), name)]
     encoder = read_encoder(config, run.images.shape, chosen)
-    require(not null_token or config["conditioning"] == "attention", "null_token is for --conditioning=attention")
+    require(not null_token or num_latents and config["conditioning"] == "attention" and not latents_to_emb,
+            "null_token is for codes that attention alone reads: --conditioning=attention --latents_to_emb=False")
     require(groups < 2 or not num_latents or denoiser == "unet" and config["conditioning"] == "attention",
             "groups share out a U-Net's cross-attentions: they need --denoiser=unet and --conditioning=attention")
     run.train_indices, run.held_out_indices = data.split(len(run.images), config["held_out"])

@@ -100,7 +100,8 @@ def distributed(run, network):
     """-> the network, as all processes train it together"""
     if run.world == 1:
         return network
-    return DistributedDataParallel(network, device_ids=[run.device.index] if run.device.type == "cuda" else None)
+    return DistributedDataParallel(network, device_ids=[run.device.index] if run.device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True)  # no second copy of them, unless they accumulate
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -108,7 +108,8 @@ def measure_all(place):
         has_prior = model.num_latents and Path(path_of(folder), "prior_ar.pt").is_file()
         loaded[folder] = model, load_prior(folder, "ar", place, checkpoint) if has_prior else None, checkpoint["config"]
     folder, (model, _, config) = next(iter(loaded.items()))
-    require(all(m.x_shape == m.img_shape for m, *_ in loaded.values()), f"--runs={runs}: denoisers of pixels are wanted")
+    require(all(m.x_shape == m.img_shape for m, *_ in loaded.values()),
+            f"--runs={runs}: denoisers of pixels are wanted")
     images, labels, train, held_out = load_trained_on(config, f"{folder}/stage1.pt")
     require(len({config["data_identity"] for *_, config in loaded.values()}) == 1,
             f"--runs={runs} were trained on different data sets: compare models of one")
@@ -117,8 +118,8 @@ def measure_all(place):
     for folder, (model, prior, _) in loaded.items():
         for numbers in progress(np.split(np.arange(num_images), num_images // batch_size), desc=folder, unit="part"):
             chosen, seeds = order[numbers], seed + numbers
-            noise = model.noise(SeededNoise("images", seeds, place).randn)
-            loss_noise = model.noise(SeededNoise("losses", seeds, place).randn, len(sigmas))
+            noise = model.noise(SeededNoise("images", seeds, place))
+            loss_noise = model.noise(SeededNoise("losses", seeds, place), len(sigmas))
             y = data.to_float(images[chosen]).to(noise.device)
             for source, denoise in denoisers(model, prior, images, labels, chosen, seeds).items():
                 of_arm = measured.setdefault(f"{folder}, {source}".removesuffix(", "), {})

@@ -92,6 +92,7 @@ class UViT(UNet):
         x = x + self.from_vit(self.norm(tokens).transpose(1, 2).unflatten(2, x.shape[2:]))
         x = run(self.up, x, emb, condition.get("up"))
         for name, block in self.dec.items():
-            x = run(block, torch.cat([x, skips.pop()], dim=1), emb, condition.get(f"dec.{name}")) \
-                if x.shape[1] != block.cin else run(block, x, emb, condition.get(f"dec.{name}"))
+            if x.shape[1] != block.cin:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = run(block, x, emb, condition.get(f"dec.{name}"))
         return self.out_conv(F.silu(self.out_norm(x)))

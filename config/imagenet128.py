@@ -9,14 +9,16 @@
 
 The second line trains the plain model, to which the third adds codes, as in the paper. Training is as for ImageNet-64.
 The last line is the correction of Table 2: DisCo-Diff's ODE down to a noise level of 10, DDPM's sampler and the plain
-model from there, 38 + 376 evaluations. Without its last two settings, it is the ODE alone, in 115 evaluations; the
-paper's table says 114.
+model from there. The paper says 414 evaluations in all, and no more: 38 + 376 is our way to share them out, and DDPM's
+noise levels and variance are chosen here, too. Without its last two settings, it is the ODE alone, in 115 evaluations;
+the paper's table says 114.
 
 Open in the paper, and chosen here: what uvit.py says; 3 blocks on each level; dropout; noise levels from a fixed
 distribution (VDM++ adapts it to the loss as training goes on); that the shift moves weights and levels alike.
 
-Weights, gradients, Adam and the average take 45 GB in each process, 20 bytes for each of 2.25 billion parameters. With
-`recompute`, an image needs 0.15 GB more; without it, 4 GB.
+Weights, gradients, Adam and the average take 56 GB in each process: 24 bytes for each of 2.34 billion parameters, four
+of which are DDP's buckets, beside which gradients accumulate over parts of a batch. With `recompute`, an image needs
+0.15 GB more; without it, 4 GB.
 """
 out_dir = "out/imagenet128"
 dataset = "imagenet128"

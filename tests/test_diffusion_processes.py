@@ -1,6 +1,7 @@
 """PFGM++, flow matching, VDM++'s weighting and the correction: the authors' numbers, closed forms, runs of the scripts."""
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ from conftest import checkpoint, close, load, same_training
 from scripts import SAMPLE, TINY, run
 
 from configurator import UserError
-from diffusion import PEAK, PROCESSES, corrected, flow, heun, heun_step, loss_weight, monotonic_weight, noise_levels, noise_schedule
+from diffusion import PROCESSES, corrected, flow, heun, heun_step, loss_weight, monotonic_weight, noise_levels, noise_schedule, peak
 from model import DisCoDiff
-from noise import SeededNoise, randn_of
+from noise import BatchNoise, SeededNoise
 
 
 def reference(name):
@@ -33,9 +34,8 @@ def difference(a, b):
 def pfgm_noise(gauss, beta):
     """Noise of our kernel, from the authors' draws: a direction, and a radius R with R^2 / (R^2 + r^2) = beta."""
     n, beta = gauss.double(), beta.double()
-    m = torch.zeros(len(n), D, dtype=torch.float64)
-    m[:, 0] = n.norm(dim=1) * ((1 - beta) / beta).sqrt()
-    return PROCESSES["pfgm++"].kernel(lambda *shape: m if shape == (D,) else n.view(-1, *shape), (3, 4, 4), D)
+    drawn = SimpleNamespace(randn=lambda *shape: n.view(-1, *shape), chi_square=lambda of: n.square().sum(1) * (1 - beta) / beta)
+    return PROCESSES["pfgm++"].kernel(drawn, (3, 4, 4), D)
 
 
 def test_pfgm_noise_equals_its_authors():
@@ -49,20 +49,35 @@ def test_pfgm_noise_equals_its_authors():
     assert difference(prior / PFGM["prior"], torch.ones_like(prior)) < 1e-6
 
 
-@pytest.mark.parametrize("of", [1, 4, 100])
+@pytest.mark.parametrize("of", [0.5, 1, 4, 100])
 def test_pfgm_noise_is_students(of, g):
     """R^2 / (R^2 + D) ~ Beta(N / 2, D / 2); as a whole, the noise stretches each image by one number."""
-    noise = PROCESSES["pfgm++"].kernel(randn_of(20_000, g), (2, 3), of)
+    noise = PROCESSES["pfgm++"].kernel(BatchNoise(20_000, g), (2, 3), of)
     R2 = noise.double().square().sum((1, 2))
     b = R2 / (R2 + of)
     mean = 6 / (6 + of)
     assert b.mean().item() == pytest.approx(mean, abs=0.01) and b.var().item() == pytest.approx(mean * (1 - mean) / (4 + of / 2), rel=0.05)
-    n, m = SeededNoise("images", [3, 5]).randn(2, 3), SeededNoise("images", [3, 5])
-    m.randn(2, 3)
-    stretched = PROCESSES["pfgm++"].kernel(SeededNoise("images", [3, 5]).randn, (2, 3), of)
-    assert torch.allclose(stretched, n * of ** 0.5 / m.randn(of).norm(dim=1)[:, None, None])
-    alone = PROCESSES["pfgm++"].kernel(SeededNoise("images", [5]).randn, (2, 3), of)
-    assert torch.equal(alone[0], stretched[1])
+    n = SeededNoise("images", range(4000)).randn(2, 3)
+    stretched = PROCESSES["pfgm++"].kernel(SeededNoise("images", range(4000)), (2, 3), of)
+    stretch = (stretched / n).flatten(1)
+    assert torch.allclose(stretch, stretch[:, :1])
+    chi2 = of / stretch[:, 0] ** 2
+    assert chi2.mean().item() == pytest.approx(of, rel=0.1) and chi2.var().item() == pytest.approx(2 * of, rel=0.25)
+    alone = PROCESSES["pfgm++"].kernel(SeededNoise("images", [5]), (2, 3), of)
+    assert torch.equal(alone[0], stretched[5])
+
+
+@pytest.mark.parametrize("of", [3e8, 1e12, 1e300])
+def test_pfgm_noise_of_many_dimensions_is_gaussian(of, g):
+    """sqrt(D / chi^2) is 1, but for a standard deviation of 1 / sqrt(2 D); it takes no memory."""
+    a, b = (draws(BatchNoise(1000, torch.Generator().manual_seed(1), torch.float64)) for draws in (
+        lambda noise: PROCESSES["pfgm++"].kernel(noise, (2, 3), of), lambda noise: PROCESSES["edm"].kernel(noise, (2, 3), of)))
+    stretch = (a / b)[:, 0, 0] - 1
+    assert stretch.std().item() == pytest.approx((2 * of) ** -0.5, rel=0.1, abs=1e-15) and torch.allclose(a, b, rtol=5 * of ** -0.5 + 1e-14)
+    seeded = [PROCESSES[name].kernel(SeededNoise("images", range(9)), (2, 3), of) for name in ("pfgm++", "edm")]
+    assert torch.allclose(*seeded, rtol=5 * of ** -0.5 + 1e-14)
+    single = PROCESSES["pfgm++"].kernel(BatchNoise(1000, g), (2, 3), of)
+    assert single.dtype == torch.float32 and single.isfinite().all() and single.std().item() == pytest.approx(1, abs=0.05)
 
 
 def exact_denoiser(x, sigma):
@@ -165,10 +180,10 @@ def test_the_monotonic_weight(size, shift):
 
 def test_what_is_monotonic_about_it():
     sigma = noise_levels(50, 0.01, 80, 7)
-    assert pytest.approx(VDMPP["peak_sigma"].item(), abs=1e-12) == PEAK
+    assert pytest.approx(VDMPP["peak_sigma"].item(), abs=1e-12) == peak(0.5)
     assert torch.equal(loss_weight(VDMPP["sig"], 0.5), VDMPP["weight_edm"])
     ratio = monotonic_weight(sigma, -1.2, 1.2) / loss_weight(sigma, 0.5)
-    assert torch.allclose(ratio[sigma < PEAK], torch.ones(()).double()) and (ratio[sigma > PEAK].diff() < 0).all()
+    assert torch.allclose(ratio[sigma < peak(0.5)], torch.ones(()).double()) and (ratio[sigma > peak(0.5)].diff() < 0).all()
     objective = [monotonic_weight(sigma, mean, std) * log_density * sigma ** 2  # whatever the noise levels are drawn from
                  for mean, std in ((-1.2, 1.2), (-0.4, 1.4))
                  for log_density in [(-((sigma.log() - mean) / std) ** 2 / 2).exp() / std]]
@@ -177,9 +192,9 @@ def test_what_is_monotonic_about_it():
 
 @pytest.mark.parametrize("settings, message", [
     (dict(process="ddpm"), r"--process is one of edm, pfgm\+\+, flow, not ddpm"),
-    (dict(pfgm_D=0.0), r"pfgm_D counts .* a whole number above 0, or inf, not 0.0"),
+    (dict(pfgm_D=0.0), "pfgm_D counts .* it is above 0, or inf, not 0.0"),
     (dict(pfgm_D=-math.inf), "above 0, or inf, not -inf"),
-    (dict(pfgm_D=2.5), "above 0, or inf, not 2.5"),
+    (dict(pfgm_D=math.nan), "above 0, or inf, not nan"),
     (dict(weighting="vdm"), "--weighting is edm or edm-monotonic, not vdm"),
     (dict(process="flow", weighting="edm-monotonic"), "another --process than flow"),
     (dict(weighting="edm-monotonic", P_std=0.0), "it needs a P_std above 0"),
@@ -203,7 +218,7 @@ def test_the_correction(g):
 
     x = corrected(of("first"), of("second"), torch.randn(20_000, 1, generator=g), 10.0, 376, 58,
                   randn_like=lambda x: torch.randn(x.shape, generator=g, dtype=torch.float64))
-    assert len(calls["first"]) == 38 and len(calls["second"]) == 376  # DisCo-Diff's 414
+    assert len(calls["first"]) == 38 and len(calls["second"]) == 376  # 414, as config/imagenet128.py has it
     assert min(calls["first"]) == 10 and max(calls["second"]) == pytest.approx(10)
     assert abs(x.mean()) < 0.02 and x.std().item() == pytest.approx(0.5, rel=0.04)
     calls["first"].clear()
@@ -253,7 +268,7 @@ def test_the_checkpoint_carries_the_process(runs, name, monkeypatch):
         run("sample.py", f"--out_dir={runs / name}", *CODE, "--name=" + f"by-{size}", f"--batch_size={size}")
     assert close(load(runs / name, "by-20"), load(runs / name, "by-7"))
     whole, parts = noises[1], torch.cat(noises[3:])  # one counts evaluations
-    assert torch.equal(whole, parts) and torch.equal(whole, model.noise(SeededNoise("images", range(20)).randn))
+    assert torch.equal(whole, parts) and torch.equal(whole, model.noise(SeededNoise("images", range(20))))
     plain = SeededNoise("images", range(20)).randn(1, 28, 28)
     stretch = (whole / plain).flatten(1)
     assert torch.allclose(stretch, stretch[:, :1]) and (len(stretch[:, 0].unique()) == 20) == (name == "pfgm")
@@ -273,6 +288,21 @@ def test_older_checkpoints_are_edms(runs, tmp_path):
         run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--num_latents=0", "--process=flow")
     with pytest.raises(UserError, match="weighting='edm' there, 'edm-monotonic' here"):
         run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--num_latents=0", "--weighting=edm-monotonic")
+
+
+def test_the_correction_has_the_same_kind_of_images(runs, tmp_path, capsys):
+    """Classes by their names, and latents by their autoencoder; of other images, a line says so."""
+    state = checkpoint(runs / "plain")
+    for changes, message in ((dict(classes=[*state["classes"][:9], "Boat"]), "class 9 Boat there, Ankle boot here"),
+                             (dict(config=state["config"] | dict(vae_identity=7)), "autoencoder 7 there, None here"),
+                             (dict(config=state["config"] | dict(data_identity=1)), "")):
+        torch.save(state | changes, tmp_path / "stage1.pt")
+        arguments = ["sample.py", f"--out_dir={runs / 'edm'}", *CODE, "--name=kind", f"--correct_with={tmp_path}"]
+        if message:
+            with pytest.raises(UserError, match=f"is no model to go on with: {message}"):
+                run(*arguments)
+    run(*arguments)
+    assert f"{tmp_path} was trained on other images, fashion-mnist-10k as it was then" in capsys.readouterr().err
 
 
 def test_other_odes_and_the_correction(runs, monkeypatch):
@@ -306,7 +336,10 @@ def test_other_odes_and_the_correction(runs, monkeypatch):
     ("pfgm", ["--correct_with=EDM"], "plain is no model to go on with: pfgm_D inf there, 2.0 here"),
     ("plain", ["--correct_with=CODES"], "edm has discrete latents of its own: name a model without them"),
     ("edm", ["--correct_with=nowhere"], "there is no checkpoint nowhere/stage1.pt"),
-    ("edm", ["--correct_steps=3"], "correct_steps are another model's: name it by --correct_with="),
+    ("edm", ["--correct_steps=3"], "correct_steps and correct_below are of another model: name it by --correct_with="),
+    ("edm", ["--correct_below=3"], "correct_below are of another model: name it by --correct_with="),
+    ("edm", ["--ode=flow-heun", "--sigma_min=0.01"], "sigma_min and rho place EDM's noise levels: --ode=flow-heun"),
+    ("edm", ["--ode=flow-euler", "--rho=3"], "sigma_min and rho place EDM's noise levels: --ode=flow-euler"),
     ("edm", ["--correct_with=EDM", "--correct_below=0.001"], "correct_below 0.001 must be finite, and above sigma_min"),
     ("edm", ["--correct_with=EDM", "--correct_steps=3", "--S_churn=2"], "--correct_steps follow Heun's method without churn"),
     ("edm", ["--correct_with=EDM", "--correct_steps=3", "--ode=flow-heun"], "--correct_steps follow Heun's method without churn"),
@@ -323,7 +356,10 @@ def test_samplers_that_do_not_fit(runs, name, settings, message):
     (["--pfgm_D=64"], r"pfgm_D is for --process=pfgm\+\+"),
     (["--process=pfgm++", "--pfgm_D=0"], "pfgm_D counts the additional dimensions"),
     (["--shift=0"], "shift must be positive"),
-    (["--null_token=True", "--conditioning=average"], "null_token is for --conditioning=attention"),
+    (["--recompute=True"], "recompute is for --denoiser=uvit"),
+    (["--null_token=True", "--conditioning=average", "--latents_to_emb=False"], "null_token is for codes that attention alone reads"),
+    (["--null_token=True"], "attention alone reads: --conditioning=attention --latents_to_emb=False"),
+    (["--null_token=True", "--num_latents=0", "--latents_to_emb=False"], "null_token is for codes"),
 ])
 def test_training_that_does_not_fit(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):

@@ -69,6 +69,22 @@ def test_disco_diff_goes_on(tmp_path, capsys):
             assert torch.equal(p, fresh[name] if "map_label" in name else source.state_dict()[name])
 
 
+@torch.no_grad()
+def test_a_process_with_the_same_constants_goes_on(tmp_path):
+    """EDM's network is PFGM++'s, whatever D, in both directions, plain or with codes; flow matching's is another."""
+    edm, pfgm, other = (dict(process="edm"), dict(process="pfgm++", pfgm_D=128.0), dict(process="pfgm++", pfgm_D=32.0))
+    for there, here in ((edm, pfgm), (pfgm, edm), (pfgm, other)):
+        for plain in (dict(num_latents=0), {}):
+            path = save(tmp_path / "there.pt", source := filled(**plain, **there), **plain, **there)
+            start_from(path, net := DisCoDiff(**small(**here)), small(**here))
+            x, sigma = torch.randn(2, 1, 28, 28), torch.tensor([0.5, 5.0])
+            z = torch.tensor([[0, 1, 2], [4, 0, 1]])
+            D = source.denoise(x, sigma, None, source.condition(z))
+            assert torch.equal(net.eval().denoise(x, sigma, None, net.condition(z)), D)
+    with pytest.raises(UserError, match=r"of other settings: process='pfgm\+\+' there, 'flow' here$"):
+        start_from(path, DisCoDiff(**small(process="flow")), small(process="flow"))
+
+
 def test_networks_of_our_own_that_do_not_fit(tmp_path):
     path, plain = save(tmp_path / "run" / "stage1.pt", filled()), save(tmp_path / "plain.pt", filled(num_latents=0), num_latents=0)
     older = small(latents_to_emb=False)

@@ -67,6 +67,51 @@ def test_what_the_network_is_given_and_its_loss(stage1, monkeypatch):
     assert entropy_sum.item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-3)
 
 
+OTHERS = {"pfgm++": ["--process=pfgm++", "--pfgm_D=2"], "flow": ["--process=flow"], "shift": ["--shift=3"],
+          "monotonic": ["--weighting=edm-monotonic", "--shift=2"]}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_training_is_of_the_process(name, tmp_path, monkeypatch):
+    """Its noise, its noise levels, and its weight, by the loss of a new network, whose D is c_skip x, or whose velocity is 0."""
+    stage1 = Script("train_stage1.py", "default", tmp_path, "cpu", *SETTINGS, "--batch_gpu=128", *OTHERS[name])
+    noise, sigma = (torch.cat(drawn).double().flatten(1) for drawn in list(zip(*map(stage1.draw_step, range(40))))[:2])
+    inverse = 1 / (noise / sigma).square().mean(1)  # of 5,120 images; in PFGM++ chi-square with 2 degrees of freedom, over 2
+    assert inverse.mean().item() == pytest.approx(1, abs=0.05) and inverse.std().item() == pytest.approx(1 if name == "pfgm++" else 0.05, rel=0.1)
+    log, shift = sigma.log(), {"shift": 3, "monotonic": 2}.get(name, 1)
+    mean, std = (0, np.pi / 3 ** 0.5) if name == "flow" else (-0.7 + np.log(shift), 1.6)
+    assert log.mean().item() == pytest.approx(mean, abs=0.08) and log.std().item() == pytest.approx(std, rel=0.05)
+
+    given = stage1.recorded(monkeypatch, "forward")
+    loss, *_ = stage1.gradients(3)
+    y, noise, sigma = (t.double() for t in given[0][:3])
+    sd2, each = 0.4 ** 2, (slice(None), None, None, None)
+    if name == "flow":
+        want = (y - noise / sigma[each]).square()
+    else:
+        want = (sd2 / (sigma ** 2 + sd2))[each] * (y + noise) - y
+        weight = (sigma ** 2 + sd2) / (sd2 * sigma ** 2)
+        if name == "monotonic":
+            def objective(s):
+                return torch.exp(-((s.log() + 1.2) / 1.2) ** 2 / 2) / 1.2 * (s ** 2 + sd2)
+
+            s, grid = sigma / shift, torch.linspace(-6, 6, 100_001, dtype=torch.float64).exp()
+            peak = objective(grid).argmax()
+            density = torch.exp(-((s.log() + 0.7) / 1.6) ** 2 / 2) / 1.6
+            weight = torch.where(s < grid[peak], objective(s), objective(grid[peak])) / density / (sd2 * sigma ** 2)
+        want = weight[each] * want ** 2
+    assert loss.item() == pytest.approx(want.mean().item(), rel=1e-4)
+
+
+def test_previews_and_losses_are_of_the_process(tmp_path, monkeypatch):
+    stage1, given = Script("train_stage1.py", "default", tmp_path, "cpu", *TINY, "--process=pfgm++", "--pfgm_D=1"), []
+    monkeypatch.setattr(preview, "heun", lambda denoise, noise: given.append(noise) or noise)
+    monkeypatch.setattr(preview, "loss_at", lambda denoise, y, n, *_: given.append(n) or n.mean((1, 2, 3)))
+    stage1.save_preview(tmp_path / "preview.png")
+    stage1.print_losses(16, (0.3, 3))
+    assert len(given) == 1 + 2 * 2 and all(n.square().mean((1, 2, 3)).log().std() > 1 for n in given)  # of Gaussian noise, 0.05
+
+
 def test_stage_1_trains_on_what_is_not_held_out(stage1):
     train, held_out = data.split(10_000, 1000)
     assert sorted(stage1.batches.take(0, 9000)) == sorted(train) and not set(stage1.batches.take(9000, 9000)) & set(held_out)

@@ -1,10 +1,12 @@
 """U-ViT: its shape, where the codes enter, activation checkpointing, the paper's configuration, runs, mistakes."""
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, checkpoint, load, same, same_training
-from scripts import SAMPLE, TINY, Script, run
+from conftest import ROOT, checkpoint, close, load, same, same_training
+from scripts import PRIOR, SAMPLE, TINY, Script, run
 
 from configurator import UserError, arguments_of, configure
+from diffusion import PROCESSES
 from model import DisCoDiff
 from trained import load_stage1
 from unet import UNetBlock
@@ -104,6 +106,25 @@ def test_it_trains_goes_on_and_samples(tmp_path):
         assert torch.equal(stage1.model.denoise(x, sigma, None, stage1.model.condition(z)), load_stage1(plain)[0].denoise(x, sigma))
     with pytest.raises(UserError, match="depth=3 there, 4 here"):
         run("train_stage1.py", f"--out_dir={tmp_path / 'other'}", *TINY_UVIT, "--depth=4", f"--init_from={plain}")
+
+
+def test_flow_matching_with_codes_of_the_priors_and_guidance(tmp_path):
+    """Each prior draws the codes; guidance acts; by either ODE; and no batch size changes an image."""
+    run("train_stage1.py", f"--out_dir={tmp_path}", *TINY_UVIT, "--process=flow", "--total_images=96", "--lr=0.02")
+    model, _ = load_stage1(tmp_path)
+    assert isinstance(model.model, UViT) and model.process is PROCESSES["flow"]
+    made = []
+    for prior, guidance, ode, size in (("ar", 1, "edm", 12), ("ar", 3, "edm", 12), ("ar", 3, "flow-heun", 12), ("sedd", 3, "edm", 12),
+                                       ("sedd", 3, "edm", 7)):
+        if not (tmp_path / f"prior_{prior}.pt").exists():
+            run("train_prior.py", f"--out_dir={tmp_path}", *PRIOR, f"--prior={prior}", "--total_images=100")
+        run("sample.py", f"--out_dir={tmp_path}", *SAMPLE, "--num_images=12", f"--prior={prior}", f"--guidance={guidance}", f"--ode={ode}",
+            f"--batch_size={size}")
+        made.append(load(tmp_path))
+    plain, guided, by_flow, of_sedd, in_parts = made
+    assert (plain["nfe"] == 5).all() and (guided["nfe"] == 10).all() and np.array_equal(plain["codes"], guided["codes"])
+    assert not close(plain, guided) and not close(guided, by_flow)
+    assert close(of_sedd, in_parts) and not np.array_equal(of_sedd["codes"], guided["codes"])
 
 
 @pytest.mark.parametrize("arguments, message", [
