@@ -38,7 +38,7 @@ import data
 from checkpoint import atomic, load_checkpoint
 from classifier import find_classifier
 from compare_models import done, run
-from configurator import configure, require, require_numbers
+from configurator import configure, read_config_file, require, require_numbers
 from eval_fid import CACHE, measure
 from inception import find_inception
 from metrics import vendi_score
@@ -76,6 +76,13 @@ def folder_of(model, seed):
     return Path(f"{out_dir}/{model}-{images}-seed{seed}")
 
 
+def require_held_out(config_file):
+    """Raises UserError, before anything is trained, if a config file of stage 1 leaves no images to measure on."""
+    for name, value, where in read_config_file(config_file) if config_file else ():
+        require(name != "held_out" or value, f"{where}: with held_out = 0 no images are left to measure codes on: leave "
+                "it out, and a part of the data set is held out")
+
+
 def train(seed):
     """Trains the encoder, the models and their priors of a seed, and probes what the denoisers are told."""
     encoder = folder_of("encoder", seed)
@@ -84,8 +91,8 @@ def train(seed):
     for model, (settings, priors) in MODELS.items():
         folder = folder_of(model, seed)
         settings = [setting.replace("ENCODER", str(encoder)) for setting in settings]
-        run("train_stage1.py", stage1_config, f"--total_images={total_images}", f"--seed={seed}", f"--out_dir={folder}",
-            *settings)
+        run("train_stage1.py", stage1_config, f"--total_images={total_images}", f"--seed={seed}",
+            f"--out_dir={folder}", *settings)
         for prior in priors:
             images = {"ar": ar_images, "sedd": sedd_images, "rdm": rdm_images}[prior]
             run("train_prior.py", *(RDM if prior == "rdm" else [prior_config]), f"--prior={prior}", f"--seed={seed}",
@@ -215,6 +222,7 @@ def main(argv=()):
     require_numbers(config)
     require(num_images >= 10 and per_pair > 1, f"num_images {num_images} is 10 or more, per_pair {per_pair} 2 or more")
     require(features in ("classifier", "inception"), f"--features is classifier or inception, not {features}")
+    require_held_out(stage1_config)
     rows = []
     for seed in seeds:
         train(seed)

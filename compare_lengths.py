@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import atomic, load_checkpoint, read_log
-from compare_conditions import measured
+from compare_conditions import measured, require_held_out
 from compare_models import run
 from configurator import configure, require, require_numbers
 from plot import COLOURS, Axes, figure
@@ -128,6 +128,7 @@ def main(argv=()):
     require(etas and all(0 <= eta < 1 for eta in etas), f"etas are probabilities below 1, not {etas}")
     require(num_images >= 10, f"num_images is 10 or more, not {num_images}")
     require(features in ("classifier", "inception"), f"--features is classifier or inception, not {features}")
+    require_held_out(stage1_config)
     found = {}
     for L in lengths:
         folder = train(L)

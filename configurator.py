@@ -29,8 +29,8 @@ def configure(scope, argv):
     """Overrides the settings in `scope`, a script's globals(), by the command line. -> them, as a dict
 
     Settings are the bool, int, float, str and tuple variables, except _private names and CONSTANTS. A
-    new value must have the default's type; a number makes a tuple of one. ~ at the start of a string is the home folder. Defaults
-    replace what an earlier call set. Raises UserError for an unknown name (with the nearest valid one),
+    new value must have the default's type; a number makes a tuple of one. ~ at the start of a string is the home
+    folder. Defaults replace what an earlier call set. Raises UserError for an unknown name (with the nearest valid one),
     for a wrong type, and for anything that can't be parsed. --help prints the script's docstring and
     settings, and exits.
     """
@@ -55,7 +55,7 @@ def configure(scope, argv):
                 raise UserError(f"{argument}: settings are written --name=value")
             new = [(name, text if isinstance(settings.get(name), str) else _literal(text), argument)]
         else:
-            new = _read_config_file(_at_home(argument, argument))
+            new = read_config_file(_at_home(argument, argument))
         for name, value, where in new:
             if name not in settings:
                 containing = [known for known in settings if name in known]
@@ -118,8 +118,8 @@ def _literal(text):
         return text  # a bare word; `_checked` refuses it unless the setting is a string
 
 
-def _read_config_file(path):
-    """-> [(name, value, where)] of the file's `name = literal` lines."""
+def read_config_file(path):
+    """-> [(name, value, where)] of the file's `name = literal` lines. Raises UserError if there are others."""
     try:
         with open(path, encoding="utf-8-sig") as f:  # editors on Windows may put a byte-order mark first
             tree = ast.parse(f.read())

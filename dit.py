@@ -20,6 +20,7 @@ from transformer import AdaLNBlock, float32, sinusoids, transformer, zero
 
 TIME_SCALE = 1000
 FREQUENCIES = 128  # of the sinusoids that embed a noise level
+PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the widths of DiT-S, B, L, XL
 
 
 def layer_norm(dim):
@@ -146,3 +147,26 @@ def from_dit(state):
         renamed[name] = tensor
     renamed.pop("pos_embed", None)
     return renamed
+
+
+def dit_settings(state):
+    """The arguments of `DiT` that a state dict under DiT's names was made with, read off its names and shapes. Heads
+    leave no trace there: they are among them for the published widths alone."""
+    width, _, patch, _ = state["x_embedder.proj.weight"].shape
+    label_dim = len(state.get("y_embedder.embedding_table.weight", (0,))) - 1  # the last row: no class
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    heads = {"heads": PUBLISHED_HEADS[width]} if width in PUBLISHED_HEADS else {}
+    return dict(patch=patch, width=width, depth=depth, label_dim=label_dim, **heads)
+
+
+def start_of_dit(state):
+    """The state dict of a published DiT, which predicts noise and its variance -> under our names, as a start for D
+
+    The half of the last layer that predicts variances is dropped. The other half changes its sign: where there is
+    little noise n, the F of EDM's Eq. 7 is about -n.
+    """
+    state = from_dit(state)
+    _, channels, patch, _ = state["patches.weight"].shape
+    for name in ("out.weight", "out.bias"):
+        state[name] = -state[name].unflatten(0, (patch ** 2, -1))[:, :channels].flatten(0, 1)
+    return state

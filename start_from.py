@@ -1,6 +1,6 @@
 """
-Starts stage 1 from the weights of a trained network, EDM's or our own; the encoder of Discrete Latent Codes from
-DINOv2's, and its text model from LLaDA's.
+Starts stage 1 from the weights of a trained network, EDM's, DiT's or our own; the encoder of Discrete Latent Codes
+from DINOv2's, and its text model from LLaDA's.
 """
 
 import os
@@ -12,6 +12,7 @@ import torch
 from checkpoint import OLDER, OLDER_CODES, is_of, read_checkpoint, weights_checksum
 from configurator import UserError, arguments_of, require, say
 from diffusion import PROCESSES
+from dit import dit_settings, start_of_dit
 from edm_pickle import read_edm
 from model import DENOISERS
 from noise import seeded_generator
@@ -33,15 +34,23 @@ def start_from(source, model, model_args):
 
     Layers that plain EDM lacks keep their initial weights: the cross-attentions start as the identity
     (sec. 4.1), so D is the source's for any codes; averaged ones change it a little. With another number of
-    classes, the class embedding keeps its initial weights too, and a line says so. Raises UserError if the
-    networks don't fit.
+    classes, the class embedding keeps its initial weights too, and a line says so. DiT's networks are a start only:
+    they were trained for DDPM's noise prediction and its 1,000 steps. Raises UserError if the networks don't fit.
     """
-    path, weights, args, in_our_order = read_network(source)
+    path, weights, args, made_by = read_network(source)
     theirs, ours = (of.get("denoiser", "unet") for of in (args, model_args))
     require(theirs == ours, f"{path} has the denoiser {theirs}, this run {ours}: say --denoiser={theirs}")
     of_class = "model.classes.weight" if ours == "dit" else "model.map_label.weight"
     try:
-        weights = weights if in_our_order else from_edm(weights)
+        if made_by == "DiT":
+            channels = weights["x_embedder.proj.weight"].shape[1]
+            require(channels == model.x_shape[0],
+                    f"{path} denoises {channels} channels, this run {model.x_shape[0]}: the published DiTs are of a "
+                    "VAE's latents, --space=vae")
+            args = model_args | dict(num_latents=0) | dit_settings(weights)  # what its file does not say is as here
+            weights = {f"model.{name}": tensor for name, tensor in start_of_dit(weights).items()}
+        elif made_by == "EDM":
+            weights = from_edm(weights)
         older, names = OLDER | OLDER_CODES, ("sigma_data", "process", *OF_LATENTS)
         there, here = (settings_of(state, of) | {name: (older | of).get(name, 0) for name in names}
                        for state, of in ((weights, args), (model.state_dict(), model_args)))
@@ -79,7 +88,7 @@ def start_from(source, model, model_args):
             raise ValueError(f"it has no {missing[0]}" if missing else f"it has {unexpected[0]}, which ours lacks")
         return there["num_latents"] > 0
     except (LookupError, ValueError, TypeError, RuntimeError) as error:
-        why = " ".join(str(error).split())[:200]
+        why = " ".join(f"{'it has no ' * isinstance(error, KeyError)}{error}".split())[:200]
         architecture = {"unet": "ADM", "dit": "DiT", "uvit": "U-ViT"}[ours]
         raise UserError(f"{path} is not a network of {architecture}'s architecture: {why}") from None
 
@@ -95,10 +104,10 @@ def settings_of(state, args):
 
 def read_network(source):
     """-> path of the file, its averaged weights, its settings as in `model_args` (EDM's network: sigma_data
-    alone), and whether the channels of qkv are in our order.
+    alone; DiT's: denoiser alone), and whose names and order of channels the weights have: "EDM", "DiT", or "" for ours.
 
-    source: a run's folder, its stage1.pt or a snapshot, "pretrained" (the repository's folder), or
-    EDM's pickle. For anything else raises UserError, which says what the file is.
+    source: a run's folder, its stage1.pt or a snapshot, "pretrained" (the repository's folder), EDM's pickle, or
+    DiT's file, a state dict. For anything else raises UserError, which says what the file is.
     """
     path = Path(path_of(source))
     require(os.path.exists(path), f"there is no file or folder {path} to start from")
@@ -107,17 +116,24 @@ def read_network(source):
                 f"{path} has no stage1.pt in it: name the folder of a trained stage 1")
         path /= "stage1.pt"
     kind = kind_of(path)
-    wanted = "a stage1.pt, or one of EDM's networks, is wanted"
+    wanted = "a stage1.pt, or one of EDM's networks or DiT's, is wanted"
     require(kind, f"{path} is neither a checkpoint nor one of EDM's networks: {wanted}")
     if kind == "pickle":
         weights, sigma_data = read_edm(path)
-        return path, weights, dict(sigma_data=sigma_data), False
+        return path, weights, dict(sigma_data=sigma_data), "EDM"
     require(kind != "arrays", f"{path} holds images or other arrays, not a network: {wanted}")
     state = read_checkpoint(path)
-    require(state is not None, f"{path} is truncated or damaged: {wanted}")
+    require(state is not None, f"{path} is truncated or damaged, or holds more than tensors: {wanted}")
     require(not is_of("train_prior", state), f"{path} is a prior: {wanted}")
+    if is_dit(state):
+        return path, state, dict(denoiser="dit"), "DiT"
     require(is_of("train_stage1", state), f"{path} is not a checkpoint of train_stage1.py: {wanted}")
-    return path, state["ema"], state["model_args"], "qkv" in state
+    return path, state["ema"], state["model_args"], "" if "qkv" in state else "EDM"
+
+
+def is_dit(state):
+    """Whether this is a dict of tensors, with patches under DiT's names."""
+    return isinstance(state, dict) and "x_embedder.proj.weight" in state and all(map(torch.is_tensor, state.values()))
 
 
 def sort_older(model, checkpoint):
@@ -164,8 +180,8 @@ def start_from_dinov2(path, encoder):
         pass  # its shape is reported below
     other = [f"{name} is {[*weights[name].shape]} there, {[*p.shape]} here" for name, p in here.items()
              if weights[name].shape != p.shape]
-    require(not other, f"{path} is a ViT of other sizes: {'; '.join(other[:2])}. Change dim, patch or registers, or give "
-                       "another --init_from")
+    require(not other, f"{path} is a ViT of other sizes: {'; '.join(other[:2])}. Change dim, patch or registers, or "
+                       "give another --init_from")
     encoder.load_state_dict(encoder.state_dict() | weights)
 
 

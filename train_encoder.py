@@ -33,6 +33,7 @@ import data
 import training
 from augment import crop, draw_colours, draw_crops, recolour
 from checkpoint import read_log
+from codes import code_usage
 from configurator import UserError, arguments_of, configure, require, require_numbers
 from dino import (
     centred,
@@ -328,12 +329,12 @@ def fit_to_images(config, shape):
 
 
 @torch.no_grad()
-def usage_of_codes(run, indices):
-    """Of the codes of these images: entries in use (perplexity, a mean over the SEMs); share of distinct codes"""
+def usage(run, indices):
+    """`code_usage` of the teacher's codes of these images (N,), the perplexity as a mean over the SEMs, a float"""
     parts = np.array_split(indices, -(-len(indices) // 250))
     codes = torch.cat([run.ema.backbone(data.to_float(run.images[part], run.device)).argmax(-1) for part in parts])
-    used = torch.nn.functional.one_hot(codes, codebook_size).float().mean(0)  # (L, V)
-    return torch.special.entr(used).sum(1).exp().mean().item(), len(codes.unique(dim=0)) / len(codes)
+    perplexity, distinct = code_usage(codes, codebook_size)
+    return perplexity.mean().item(), distinct
 
 
 def possible(count):
@@ -351,7 +352,7 @@ def report(run, bar):
     shown = {"loss": f"{line['loss']:.3f}",
              "teacher entropy": f"{line['teacher_entropy']:.2f} of {line['mean_entropy']:.2f}"}
     if run.master:
-        line["perplexity"], line["distinct"] = usage_of_codes(run, run.to_encode)
+        line["perplexity"], line["distinct"] = usage(run, run.to_encode)
         run.carries["distinct"] = line["distinct"] / possible(len(run.to_encode))
         shown |= {"codes used": f"{line['perplexity']:.1f} of {codebook_size}", "distinct": f"{line['distinct']:.1%}"}
     training.write_line(run, line | dict(grad_norm=norm.item() / steps), bar, shown)
@@ -360,7 +361,7 @@ def report(run, bar):
 def collapse(run, line, count=10_000):
     """Prints what the codes of the training images are like. line: the log's last one -> why the run is lost, or "" """
     shown = run.train_indices[:count]
-    perplexity, distinct = usage_of_codes(run, shown)
+    perplexity, distinct = usage(run, shown)
     print(f"codes of {len(shown):,} training images: {distinct:.1%} are distinct; a SEM uses {perplexity:.1f} of its "
           f"{codebook_size} entries (perplexity)")
     apart = line["mean_entropy"] - line["teacher_entropy"]

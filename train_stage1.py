@@ -18,7 +18,7 @@ With continuous latents in place of codes; with the prior, which is stage 2 othe
     python train_stage1.py --prior=ar && python sample.py
 From EDM's trained network, the paper's recipe for ImageNet-64:
     torchrun --nproc_per_node=8 train_stage1.py config/imagenet64_finetune.py
-From a network of our own, on another data set or with codes added to plain EDM:
+From a network of our own, on another data set or with codes added to plain EDM, or from a published DiT's file:
     python train_stage1.py --init_from=out/edm --out_dir=out/finetuned
 
 Writes to out_dir:
@@ -63,7 +63,7 @@ from trained import priors_of
 
 # run
 out_dir = "out"
-init_from = ""  # initial weights: a run's folder or stage1.pt, "pretrained", or EDM's .pkl for ImageNet-64
+init_from = ""  # initial weights: a run's folder or stage1.pt, "pretrained", EDM's .pkl for ImageNet-64, or a DiT's .pt
 overwrite = False  # replace an older or finished run in out_dir; continue an unfinished run of this command
 change = ""  # "lr,tau": settings that may change when a run continues
 seed = 0

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from conftest import close, load
 from PIL import Image
 from scripts import SAMPLE, run
 
 import data
+from codes import code_usage
 from configurator import UserError
 
 
@@ -72,3 +74,14 @@ def test_composed_codes(trained):
     assert (c[:, 0] == labels[order[:20]]).all() and (c[:, 1] == labels[np.roll(order, 1)[:20]]).all()
     assert (c[:, 2:] == c[:, :2]).all() and len(np.unique(codes[:, 0], axis=0)) > 1
     assert ((codes[:, 2:] == codes[:, :1]) | (codes[:, 2:] == codes[:, 1:2])).all()
+
+
+def test_usage_of_codes():
+    """Perplexity of each position; entries that no image has count, as zeros; codes are distinct as a whole."""
+    codes = torch.tensor([[0, 0, 1], [1, 0, 1], [2, 0, 2], [2, 0, 2]])
+    perplexity, distinct = code_usage(codes, 4)
+    assert torch.allclose(perplexity, torch.tensor([2 ** 1.5, 1, 2], dtype=torch.float64)) and distinct == 3 / 4
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(7, (500, 5), generator=g)
+    p = torch.nn.functional.one_hot(codes, 7).double().mean(0)
+    assert torch.equal(code_usage(codes, 7)[0], torch.special.entr(p).sum(1).exp())

@@ -136,3 +136,14 @@ def test_lengths_are_compared_once(commands, tmp_path):
 def test_mistakes_are_told(script, argument):
     with pytest.raises(UserError, match=argument[2:].split("=")[0]):
         run(script, argument)
+
+
+@pytest.mark.parametrize("module", [compare_conditions, compare_lengths])
+def test_without_held_out_images_nothing_is_trained(module, commands, tmp_path):
+    (tmp_path / "none.py").write_text("lr = 1e-3\nheld_out = 0\n")
+    with pytest.raises(UserError, match="none.py, line 2: with held_out = 0 no images are left to measure codes on"):
+        module.main([f"--stage1_config={tmp_path / 'none.py'}", f"--out_dir={tmp_path}"])
+    assert not commands
+    module.require_held_out("config/finetune.py")
+    (tmp_path / "some.py").write_text("held_out = -1\n")
+    module.require_held_out(str(tmp_path / "some.py"))

@@ -1,6 +1,7 @@
 """The DiT: the published network's numbers and names, codes by average and by attention, training and sampling."""
 import ast
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from conftest import ROOT, checkpoint, fill, load, same_training
 from scripts import SAMPLE, TINY, Script, run
 
 from configurator import UserError, arguments_of
-from dit import CrossAttention, DiT, from_dit
+from dit import CrossAttention, DiT, dit_settings, from_dit
 from model import CodeTable, DisCoDiff
+from start_from import start_from
 from trained import load_stage1
 
 SHAPES = json.loads((ROOT / "tests/reference/dit_shapes.json").read_text())
@@ -146,6 +148,82 @@ def test_a_start_from_a_plain_dit(tmp_path):
                                ([*TINY_DIT, "--depth=1"], "of other settings: depth=2 there, 1 here")):
         with pytest.raises(UserError, match=message):
             run("train_stage1.py", f"--out_dir={tmp_path / 'other'}", *arguments, f"--init_from={path}")
+
+
+def dit_file(path, *without, **changes):
+    """A file as DiT's authors published, of the tiny network; changes: shapes, with __ for dots -> its path"""
+    shapes = SHAPES["dit_tiny"]["shapes"] | {name.replace("__", "."): shape for name, shape in changes.items()}
+    torch.save({name: fill(name, shape) for name, shape in shapes.items() if name not in without}, path)
+    return path
+
+
+def of_dit(resolution=8, channels=4, classes=10, **changes):
+    """A new DisCoDiff with codes and such a denoiser, and its settings"""
+    args = dict(img_resolution=resolution, img_channels=channels, label_dim=classes, num_latents=3, codebook_size=5, conditioning="average",
+                encoder_patch=4, encoder_dim=8, encoder_layers=1, encoder_heads=2, x_shape=(), denoiser="dit", patch=2, width=64, depth=2, heads=4) | changes
+    return DisCoDiff(**args).eval(), args
+
+
+def test_a_start_from_a_published_dit(tmp_path, capsys):
+    """F is minus the published network's noise, at the time step 1000 c_noise; variances are dropped. Codes are added to it, and
+    another number of classes; images may have any size, since positions are sines."""
+    path = dit_file(tmp_path / "DiT.pt")
+    model, args = of_dit(conditioning="attention")
+    assert start_from(path, model, args) is False  # no trained encoder
+    sigma = (4 * REFERENCE["t"].double() / 1000).exp()
+    c_skip, c_out, c_in, _ = (c if c.ndim == 0 else c[:, None, None, None] for c in model.process.constants(sigma, 0.5))
+    labels = torch.where(REFERENCE["y"] == 10, -1, REFERENCE["y"])
+    with torch.no_grad():
+        x = (REFERENCE["x"] / c_in).float()
+        D = model.denoise(x, sigma, labels, model.condition(torch.randint(5, (4, 3))))
+    assert difference((c_skip * x - D) / c_out, REFERENCE["out"][:, :4]) < 5e-6 and not capsys.readouterr().err
+    for changes in (dict(resolution=16), dict(classes=7), dict(classes=0)):
+        other, args = of_dit(**changes, num_latents=0)
+        assert start_from(path, other, args) is False
+        assert torch.equal(other.model.blocks[1].qkv.weight, model.model.blocks[1].qkv.weight)
+        assert ("has 10 classes, this run" in capsys.readouterr().err) == ("classes" in changes)
+
+
+def test_the_heads_of_published_sizes_are_known():
+    for name, heads in (("dit_xl_2", 16), ("dit_tiny", None)):
+        settings = dit_settings({n: torch.empty(shape, device="meta") for n, shape in SHAPES[name]["shapes"].items()})
+        config = SHAPES[name]["config"]
+        assert settings.get("heads") == heads and (settings["width"], settings["depth"], settings["patch"], settings["label_dim"]) == tuple(
+            config[key] for key in ("hidden_size", "depth", "patch_size", "num_classes"))
+
+
+@pytest.mark.parametrize("file, ours, message", [
+    ({}, dict(channels=3), "denoises 4 channels, this run 3: the published DiTs are of a VAE's latents, --space=vae"),
+    ({}, dict(denoiser="uvit"), "has the denoiser dit, this run uvit: say --denoiser=dit"),
+    ({}, dict(depth=3, patch=4), "is a network of other settings: patch=2 there, 4 here; depth=2 there, 3 here"),
+    (dict(t_embedder__mlp__0__bias=[65]), {}, "is not a network of DiT's architecture: .*size mismatch for model.time.0.bias"),
+    (dict(final_layer__linear__bias=[31]), {}, "is not a network of DiT's architecture"),
+    (dict(sem_embedder__embedding_table=[6, 6, 64]), {}, "it has model.sem_embedder.embedding_table, which ours lacks"),
+    ("t_embedder.mlp.0.weight", {}, "it has no model.time.0.weight"),
+    ("final_layer.linear.weight", {}, "is not a network of DiT's architecture: it has no 'out.weight'"),
+    ("x_embedder.proj.weight", {}, "is not a checkpoint of train_stage1.py: a stage1.pt, or one of EDM's networks or DiT's, is wanted"),
+])
+def test_published_dits_that_do_not_fit(tmp_path, file, ours, message):
+    path = dit_file(tmp_path / "DiT.pt", file) if isinstance(file, str) else dit_file(tmp_path / "DiT.pt", **file)
+    model, args = of_dit(**{k: v for k, v in ours.items() if k != "denoiser"})
+    with pytest.raises(UserError, match=message) as error:
+        start_from(path, model, args | ours)
+    assert "\n" not in str(error.value)
+
+
+def test_training_starts_from_a_published_dit(tmp_path):
+    """From the command line; and a file with other objects in it is not unpickled."""
+    path = dit_file(tmp_path / "DiT.pt", x_embedder__proj__weight=[64, 1, 7, 7], final_layer__linear__weight=[98, 64], final_layer__linear__bias=[98])
+    settings = [*TINY_DIT, "--width=64", "--heads=4", "--total_images=8", "--lr=1e-9", f"--init_from={path}"]
+    run("train_stage1.py", f"--out_dir={tmp_path / 'run'}", *settings)
+    ema = checkpoint(tmp_path / "run")["ema"]
+    assert difference(ema["model.blocks.0.proj.weight"], fill("blocks.0.attn.proj.weight", [64, 64])) < 1e-7
+    weight = fill("final_layer.linear.weight", [98, 64]).view(7, 7, 2, 64)
+    assert difference(ema["model.out.weight"].view(7, 7, 64), -weight[:, :, 0]) < 1e-7
+    torch.save(torch.load(path) | dict(args=SimpleNamespace()), path)
+    with pytest.raises(UserError, match="is truncated or damaged, or holds more than tensors"):
+        run("train_stage1.py", f"--out_dir={tmp_path / 'other'}", *settings)
+    assert not list((tmp_path / "other").iterdir())
 
 
 def test_a_run_of_before_the_dit_keeps_its_u_net(tmp_path):

@@ -7,8 +7,9 @@ import torch
 from conftest import ROOT
 from scripts import run
 
+import probe
 from configurator import UserError
-from probe import code_usage, linear_probe, logistic_regression, nearest_neighbours
+from probe import Rows, linear_probe, logistic_regression, nearest_neighbours
 
 with np.load(ROOT / "tests/reference/knn.npz") as f:
     KNN = {key: torch.from_numpy(f[key]) for key in f.files}
@@ -50,10 +51,47 @@ def test_the_probe_does_not_mind_scale_and_offset(g):
     assert linear_probe(torch.ones(40, 2), c[:40], torch.ones(5, 2)).shape == (5,)  # features that say nothing
 
 
-def test_usage_of_codes():
-    codes = torch.tensor([[0, 0, 1], [1, 0, 1], [2, 0, 2], [2, 0, 2]])
-    perplexity, distinct = code_usage(codes, 4)
-    assert torch.allclose(perplexity, torch.tensor([2 ** 1.5, 1, 2], dtype=torch.float64)) and distinct == 3 / 4
+def test_in_tiles_as_in_one(g, monkeypatch):
+    """Few rows are read at once, and the result is the same: of features and of codes, of the probe and of neighbours."""
+    c = torch.arange(200) % 4
+    features, codes = 2 * torch.randn(4, 6, generator=g)[c] + torch.randn(200, 6, generator=g), torch.randint(3, (200, 10), generator=g)
+    codes[:, :3] = torch.where(torch.rand(200, 3, generator=g) < 0.7, c[:, None] % 3, codes[:, :3])
+    one_hot, read = torch.nn.functional.one_hot(codes, 3).flatten(1).float(), []
+    for x in (features, one_hot):
+        monkeypatch.setattr(probe, "TILE", 2 ** 27)
+        whole = (logistic_regression(x, c, 4, 0.01, first=20), linear_probe(x[:150], c[:150], x[150:]),
+                 nearest_neighbours(x[:150], c[:150], x[150:], 7, 0.07))
+        monkeypatch.setattr(probe, "TILE", 17 * x.shape[1])
+        parts = [Rows(y.shape, lambda rows, y=y: read.append(len(y[rows])) or y[rows]) for y in (x, x[:150], x[150:])]
+        if x is one_hot:
+            parts = [probe.rows_of(z, 3, "cpu") for z in (codes, codes[:150], codes[150:])]
+        assert torch.allclose(logistic_regression(parts[0], c, 4, 0.01, first=20), whole[0], atol=5e-3)
+        assert torch.equal(linear_probe(parts[1], c[:150], parts[2]), whole[1])
+        assert torch.equal(nearest_neighbours(parts[1], c[:150], parts[2], 7, 0.07), whole[2])
+    assert max(read) == 17 and whole[1].unique().numel() == 4
+
+
+def test_regression_leaves_out_the_rows_before_the_first(g):
+    x, c = torch.randn(60, 3, generator=g), torch.randint(3, (60,), generator=g)
+    assert torch.equal(logistic_regression(x, c, 3, 0.01, first=20), logistic_regression(x[20:], c[20:], 3, 0.01))
+
+
+def test_what_is_read_of_images_and_codes(small_set):
+    images, indices = probe.data.load(probe.data.EMBEDDED)[0], np.array([5, 3, 190, 7])
+    x = probe.pixels_of(images, indices, "cpu")
+    assert x.shape == (4, 784) and torch.allclose(x[1:3], torch.from_numpy(images[[3, 190]]).flatten(1) / 255)
+    assert probe.rows_of(torch.tensor([[1, 0], [2, 2]]), 3, "cpu")[0:2].tolist() == [[0, 1, 0, 1, 0, 0], [0, 0, 1, 0, 0, 1]]
+
+
+def test_a_full_disk_is_told(small_set, monkeypatch, tmp_path):
+    def full(dir):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(probe.tempfile, "TemporaryFile", full)
+    images = probe.data.load(probe.data.EMBEDDED)[0]
+    with pytest.raises(UserError, match="can't keep what the encoder says in .*: No space left on device. .*a smaller --num_train") as error:
+        probe.said_of_all(lambda y: torch.zeros(len(y), 3, 4), images, np.arange(20), "cpu", "encoding")
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture
@@ -80,10 +118,11 @@ def test_of_both_encoders(small_set, tmp_path):
     found = json.loads((tmp_path / "probe.json").read_text())
     assert [key for key in found if isinstance(found[key], dict)] == [
         "pixels", "codes", "SEMs", "random weights: codes", "random weights: SEMs"]
-    assert found["test"] == 16 and found["train"] == 184 and len(found["codes"]["perplexity"]) == 3
+    assert found["dataset"] == "fashion-mnist-10k" and found["test"] == 16 and found["train"] == 184 and len(found["codes"]["perplexity"]) == 3
     assert f"{100 * found['pixels']['linear']:.1f} +-" in printed
     run("probe.py", f"--out_dir={tmp_path}", "--device=cpu", "--k=3")
     assert json.loads((tmp_path / "probe.json").read_text()) == found
+    assert not list(tmp_path.glob("tmp*"))  # what the encoder said is gone
 
     try:
         run("train_encoder.py", f"--out_dir={tmp_path}", *ENCODER)

@@ -111,7 +111,7 @@ def test_what_is_no_network_to_start_from_is_named(trained, tmp_path, monkeypatc
     np.save("images.npy", np.zeros(3))
     torch.save([1, 2], "list.pt")
     for source, message in (("nothing", "there is no file or folder nothing to start from"), ("folder", "folder has no stage1.pt in it"),
-                            (trained / "prior_ar.pt", "prior_ar.pt is a prior: a stage1.pt, or one of EDM's networks, is wanted"),
+                            (trained / "prior_ar.pt", "prior_ar.pt is a prior: a stage1.pt, or one of EDM's networks or DiT's, is wanted"),
                             ("cut.pt", "cut.pt is truncated or damaged"), ("images.npz", "images.npz holds images or other arrays, not a network"),
                             ("text.pkl", "text.pkl is neither a checkpoint nor one of EDM's networks"), ("images.npy", "is neither a checkpoint"),
                             ("list.pt", "list.pt is not a checkpoint of train_stage1.py")):
