@@ -49,7 +49,7 @@ def test_what_the_network_is_given_and_its_loss(stage1, monkeypatch):
     """A new network's last layer is zero: D = c_skip x (EDM, Table 1), and the loss is known. In four micro-steps."""
     images, labels, _ = data.load("fashion-mnist-10k")
     given = stage1.recorded(monkeypatch, "forward")
-    loss, code_sum, entropy_sum = stage1.gradients(3)
+    loss, code_sum, entropy_sum, _ = stage1.gradients(3)
     assert [len(arguments[0]) for arguments in given] == [32] * 4 and {arguments[6] for arguments in given} == {0.5}
     y, noise, sigma, c, gumbel, drop = (torch.cat(parts) for parts in list(zip(*given))[:6])
     drawn = stage1.draw_step(3)
