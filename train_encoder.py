@@ -259,7 +259,7 @@ def setup(config):
     run.train_indices, held = data.split(len(run.images), config["held_out"])
     require(batch_size <= len(run.train_indices), f"batch_size {batch_size} exceeds the {len(run.train_indices)} "
             "images to train on: an image would be among its own neighbours")
-    run.to_encode = (held if len(held) else run.train_indices)[:1000]
+    run.to_encode = (held if len(held) >= 100 else run.train_indices)[:1000]  # few have distinct codes by chance
     run.batches, run.stamp = data.Shuffle(run.train_indices, seed), data.file_stamp(run.images)
     config["data_identity"] = data.data_checksum(run.images, labels)  # in the checkpoint, to notice changes
     run.carries = dict(centers=torch.zeros(2, prototypes, device=run.device))  # of images, of patches

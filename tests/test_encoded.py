@@ -233,7 +233,7 @@ def test_a_damaged_encoder_and_other_shapes(encoder, tmp_path):
     state = torch.load(encoder / "encoder.pt")
     save_checkpoint(encoder / "encoder.pt", state | dict(model_args=state["model_args"] | dict(num_latents=5)))
     (encoder / "encoder.previous.pt").unlink()
-    with pytest.raises(UserError, match="the checkpoint is of another architecture than this Distilled: ") as error:
+    with pytest.raises(UserError, match="encoder.pt is of another architecture than this Distilled: train anew") as error:
         run("train_stage1.py", f"--out_dir={tmp_path / 'run'}", *GIVEN, f"--codes={encoder}")
     assert "\n" not in str(error.value)
     (encoder / "encoder.pt").write_bytes((encoder / "encoder.pt").read_bytes()[:-1000])

@@ -167,10 +167,13 @@ def test_images_without_variety(tmp_path, monkeypatch, shape):
     monkeypatch.setattr(data, "load", lambda name: (np.full(shape, 90, np.uint8), None, 0))
     for _ in range(2):
         with pytest.raises(UserError, match=r"the encoder has collapsed: .*encoder.pt is kept\. Try images with more variety, --targets") as error:
-            run("train_encoder.py", f"--out_dir={tmp_path}", *TINY)
+            run("train_encoder.py", f"--out_dir={tmp_path}", *TINY, "--held_out=4")
     assert "\n" not in str(error.value) and checkpoint(tmp_path, "encoder.pt")["step"] == 6
     encoder, _ = load_encoder(tmp_path)
     assert encoder.patch == shape[1] // 4 and encoder.img_resolution == shape[1]
+    if shape[3] == 1:  # and stage 1 refuses such an encoder, however few images are held out
+        with pytest.raises(UserError, match="has collapsed: [0-9.]+% of its codes are distinct"):
+            run("train_stage1.py", f"--out_dir={tmp_path / 'run'}", f"--codes={tmp_path}", "--class_cond=False", "--held_out=4", "--device=cpu")
 
 
 # mistakes
@@ -202,7 +205,7 @@ def test_another_encoder_is_refused(tmp_path):
         img_resolution=28, img_channels=1, num_latents=4, codebook_size=4, patch=14, dim=16, layers=1, heads=2, registers=1, prototypes=4,
         head_hidden=8, head_bottleneck=4))
     torch.save(state | dict(ema=Distilled(**state["model_args"] | dict(codebook_size=5)).state_dict()), tmp_path / "encoder.pt")
-    with pytest.raises(UserError, match="the checkpoint is of another architecture than this Distilled: .*sem_out") as error:
+    with pytest.raises(UserError, match="encoder.pt is of another architecture than this Distilled: train anew.*sem_out") as error:
         load_encoder(tmp_path)
     assert "\n" not in str(error.value)
 
