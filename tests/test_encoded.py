@@ -214,6 +214,13 @@ def test_encoders_that_do_not_fit(few, encoder, tmp_path, capsys):
     make_encoder(tmp_path / "other", dataset="digits")
     run("train_stage1.py", f"--out_dir={tmp_path / 'run'}", *GIVEN, f"--codes={tmp_path / 'other'}", "--total_images=8")
     assert "other was trained on other images, digits as it was then: its codes may tell less of fashion-mnist-10k" in capsys.readouterr().err
+    path = tmp_path / "other" / "encoder.pt"
+    state, same_images = torch.load(path), data.data_checksum(*data.load("fashion-mnist-10k")[:2])
+    for held_out, said in ((15, True), (16, False)):  # the run holds out 16
+        torch.save(state | dict(config=dict(dataset="fashion-mnist-10k", data_identity=same_images, held_out=held_out)), path)
+        Script("train_stage1.py", "default", tmp_path / f"{held_out}", "cpu", *GIVEN, f"--codes={tmp_path / 'other'}")
+        assert ("trained on some of the images that are held out here: it held out 15" in (err := capsys.readouterr().err)) == said
+        assert "other images" not in err
 
 
 @pytest.mark.parametrize("settings, message", [
