@@ -36,8 +36,9 @@ def load_stage1(folder, device="cpu", snapshot=""):
 
     The weights are the moving average, in eval mode. Raises UserError if there are none.
     """
-    checkpoint = load_checkpoint(snapshot or f"{path_of(folder)}/stage1.pt", "train_stage1")
-    return build(DisCoDiff, checkpoint, device), checkpoint
+    path = snapshot or f"{path_of(folder)}/stage1.pt"
+    checkpoint = load_checkpoint(path, "train_stage1")
+    return build(DisCoDiff, checkpoint, device, path), checkpoint
 
 
 def load_vae(checkpoint, device="cpu"):
@@ -93,7 +94,7 @@ def load_prior(folder, kind, device, stage1, snapshot=""):
     have, want = [[a.get(key) for key in ("num_latents", "codebook_size", "label_dim")]
                   for a in (checkpoint["model_args"], stage1["model_args"])]
     require(have == want, f"{path} has m, k, classes = {have}, stage 1 has {want}: {mend}")
-    return build(PRIORS[kind], checkpoint, device)
+    return build(PRIORS[kind], checkpoint, device, path)
 
 
 def prior_in(folder):
@@ -115,19 +116,20 @@ def load_text(folder, device, stage1, snapshot=""):
 def load_encoder(folder, device="cpu"):
     """-> the SEMEncoder of train_encoder.py's folder, the teacher's; its checkpoint, a dict. Raises UserError if there
     is none."""
-    checkpoint = load_checkpoint(f"{folder}/encoder.pt", "train_encoder")
-    return build(Distilled, checkpoint, device).backbone, checkpoint
+    path = f"{folder}/encoder.pt"
+    checkpoint = load_checkpoint(path, "train_encoder")
+    return build(Distilled, checkpoint, device, path).backbone, checkpoint
 
 
-def build(network, checkpoint, device):
-    """-> a network of this class with a checkpoint's averaged weights; UserError if they don't fit"""
+def build(network, checkpoint, device, path):
+    """-> a network of this class with the averaged weights of the checkpoint at `path`; UserError if they don't fit"""
     older = network is DisCoDiff and "qkv" not in checkpoint
     try:
         model = network(**checkpoint["model_args"])
         model.load_state_dict(from_edm(checkpoint["ema"]) if older else checkpoint["ema"])
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
-        raise UserError(f"the checkpoint is of another architecture than this {network.__name__}: "
-                        f"{str(error).splitlines()[-1].strip()}") from None
+        raise UserError(f"{path} is of another architecture than this {network.__name__}: train anew, or use the code "
+                        f"that made it ({str(error).splitlines()[-1].strip()})") from None
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 

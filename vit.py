@@ -15,6 +15,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from transformer import float32
 
@@ -99,18 +100,20 @@ class SEMEncoder(nn.Module):
     authors' program also has a norm `sem_cls_norm`, which it never calls.)
 
     img_resolution: H = W that `forward` and `embed` bring images to; mean, std: of the channels, for pixels in
-    [0, 1]. Raises ValueError for sizes that don't fit each other.
+    [0, 1]; recompute: in training, keep only what goes into each block, and compute the rest again. Raises ValueError
+    for sizes that don't fit each other.
     """
 
     def __init__(self, img_resolution, img_channels, num_latents, codebook_size, patch=14, dim=1024, layers=24,
-                 heads=16, registers=4, stem=0, layerscale=1e-5, drop_path=0.0, mean=(0.5,), std=(0.5,)):
+                 heads=16, registers=4, stem=0, layerscale=1e-5, drop_path=0.0, recompute=False, mean=(0.5,),
+                 std=(0.5,)):
         super().__init__()
         if img_resolution % patch:
             raise ValueError(f"patch {patch} does not divide images of {img_resolution} pixels")
         if dim % heads:
             raise ValueError(f"a Transformer's width must be divisible by its heads: {dim} is not by {heads}")
         self.img_resolution, self.patch, self.dim, self.registers = img_resolution, patch, dim, registers
-        self.num_latents, self.codebook_size = num_latents, codebook_size
+        self.num_latents, self.codebook_size, self.recompute = num_latents, codebook_size, recompute
         for name, value in (("mean", mean), ("std", std)):
             if len(value) not in (1, img_channels):
                 raise ValueError(f"{name} has {len(value)} numbers, the images have {img_channels} channels")
@@ -149,7 +152,7 @@ class SEMEncoder(nn.Module):
         first = torch.cat([self.cls_token + position[:, :1], self.register_tokens], dim=1)  # registers have no position
         x = torch.cat([first.to(x.dtype).expand(len(x), -1, -1), x + position[:, 1:]], dim=1)
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
         return x
 
     def logits(self, embedding):
