@@ -72,9 +72,10 @@ OTHERS = {"pfgm++": ["--process=pfgm++", "--pfgm_D=2"], "flow": ["--process=flow
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_training_is_of_the_process(name, tmp_path, monkeypatch):
+def test_training_is_of_the_process(name, tmp_path, monkeypatch, capsys):
     """Its noise, its noise levels, and its weight, by the loss of a new network, whose D is c_skip x, or whose velocity is 0."""
     stage1 = Script("train_stage1.py", "default", tmp_path, "cpu", *SETTINGS, "--batch_gpu=128", *OTHERS[name])
+    assert ("P_mean and P_std have no effect" in capsys.readouterr().err) == (name == "flow")
     noise, sigma = (torch.cat(drawn).double().flatten(1) for drawn in list(zip(*map(stage1.draw_step, range(40))))[:2])
     inverse = 1 / (noise / sigma).square().mean(1)  # of 5,120 images; in PFGM++ chi-square with 2 degrees of freedom, over 2
     assert inverse.mean().item() == pytest.approx(1, abs=0.05) and inverse.std().item() == pytest.approx(1 if name == "pfgm++" else 0.05, rel=0.1)
