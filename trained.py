@@ -110,7 +110,7 @@ def load_text(folder, device, stage1, snapshot=""):
     require(checkpoint["encoder"] == weights_checksum(stage1["ema"]),
             f"{path} was trained on codes of another stage 1 than {snapshot or path_of(folder)}: run "
             f"`python train_text.py --out_dir={folder} --overwrite=True`")
-    return build(TextModel, checkpoint, device), tokenizer_of(checkpoint["tokenizer"])
+    return build(TextModel, checkpoint, device, path), tokenizer_of(checkpoint["tokenizer"])
 
 
 def load_encoder(folder, device="cpu"):
