@@ -76,8 +76,8 @@ def patch_weights(mask):
 
 
 def koleo(x):
-    """-mean ln(distance to the nearest neighbour) of l2-normed rows x (B, D): keeps images apart (DINOv2, sec. 4). B is 2
-    or more. -> a scalar"""
+    """-mean ln(distance to the nearest neighbour) of l2-normed rows x (B, D): keeps images apart (DINOv2, sec. 4).
+    B is 2 or more. -> a scalar"""
     x = F.normalize(x.float(), dim=-1, eps=1e-8)
     nearest = (x @ x.mT).fill_diagonal_(-1).argmax(1)
     return -(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).log().mean()
