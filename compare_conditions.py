@@ -79,8 +79,8 @@ def folder_of(model, seed):
 def require_held_out(config_file):
     """Raises UserError, before anything is trained, if a config file of stage 1 leaves no images to measure on."""
     for name, value, where in read_config_file(config_file) if config_file else ():
-        require(name != "held_out" or value, f"{where}: with held_out = 0 no images are left to measure codes on: leave "
-                "it out, and a part of the data set is held out")
+        require(name != "held_out" or value, f"{where}: with held_out = 0 no images are left to measure codes on: "
+                "leave it out, and a part of the data set is held out")
 
 
 def train(seed):

@@ -34,6 +34,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """(..., dim) -> (..., dim), hidden width 4 dim, exact GELU"""
+
     def __init__(self, dim):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
@@ -43,7 +45,7 @@ class MLP(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A factor for each channel, small at first (Touvron et al. 2021)."""
+    """(..., dim) -> (..., dim): a factor for each channel, `start` at first (Touvron et al. 2021)."""
 
     def __init__(self, dim, start):
         super().__init__()
@@ -54,7 +56,8 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm self-attention and MLP. drop_path: probability that an image skips a layer, while training"""
+    """Pre-norm self-attention and MLP, (B, N, dim) -> (B, N, dim). drop_path: probability in 0 ... 1 that an image
+    skips a layer, while training"""
 
     def __init__(self, dim, heads, layerscale, drop_path):
         super().__init__()
@@ -180,6 +183,7 @@ def positions(pos_embed, side):
 
 
 def init_linear(module):
+    """Linear layers of the module: weights from N(0, 0.02^2), biases 0."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -188,7 +192,8 @@ def init_linear(module):
 
 
 class Prototypes(nn.Module):
-    """Products with K vectors, each a direction times a length. DINO keeps the length at 1; DINOv2 trains it."""
+    """(..., dim) -> products (..., K) with K vectors, each a direction times a length. DINO keeps the length at 1;
+    DINOv2 trains it."""
 
     def __init__(self, dim, prototypes):
         super().__init__()

@@ -47,7 +47,7 @@ def test_the_probe_does_not_mind_scale_and_offset(g):
     x = means[c] + torch.randn(400, 6, generator=g)
     found = linear_probe(x[:300], c[:300], x[300:])
     assert (found == c[300:]).double().mean() > 0.9
-    assert torch.equal(linear_probe(1000 * x[:300] + 50, c[:300], 1000 * x[300:] + 50), found)
+    assert torch.equal(linear_probe(10 * x[:300] + 3000, c[:300], 10 * x[300:] + 3000), found)
     assert linear_probe(torch.ones(40, 2), c[:40], torch.ones(5, 2)).shape == (5,)  # features that say nothing
 
 
