@@ -178,7 +178,7 @@ def draw(folder, found, images, groups, count=2):
 
 def measure(folder, groups, place):
     """-> {title: {row: {part: [share, standard error]}}} of a model; draws its pictures"""
-    path = Path(f"{folder}/groups-{references}x{draws}-{num_steps}-{block}.json")
+    path = Path(f"{folder}/groups-{groups}-{references}x{draws}-{num_steps}-{block}.json")
     if not done(path, Path(f"{folder}/stage1.pt"), *(Path(f"{folder}/prior_{kind}.pt") for kind in PRIORS)):
         found, images = samples_of(folder, groups, place)
         draw(folder, found, images, groups)
@@ -212,12 +212,14 @@ def main(argv=()):
     folders = [folder.strip() for folder in runs.split(",")] if runs else \
         [train("groups", []), train("together", ["--groups=0"])]
     of_runs = [load_stage1(folder)[1]["model_args"] for folder in folders]
-    groups, size = max(args.get("groups", 0) for args in of_runs), of_runs[0]["img_resolution"]
-    require(groups > 1 and all(args["num_latents"] and args["num_latents"] % groups == 0 for args in of_runs),
-            f"{', '.join(folders)}: a model with groups of latents is wanted, and others with as many latents")
+    counts = {args.get("groups", 0) for args in of_runs} - {0, 1}
+    require(len(counts) == 1 and len({args["num_latents"] for args in of_runs}) == 1,
+            f"{', '.join(folders)}: a model with groups of latents is wanted; others have as many groups, or none, and as "
+            "many latents")
     require(all(priors_of(args)[0] == "codes" for args in of_runs),
             f"{', '.join(folders)}: priors continue codes, not continuous latents")
-    require(size % block == 0, f"block {block} does not divide images of {size} pixels")
+    sizes, groups = {args["img_resolution"] for args in of_runs}, counts.pop()
+    require(not any(size % block for size in sizes), f"block {block} does not divide images of {max(sizes)} pixels")
     measured = {f"{folder}" + " (no groups)" * (args.get("groups", 0) < 2): measure(folder, groups, place)
                 for folder, args in zip(folders, of_runs)}
     lines = [f"{references} images, {draws} samples of each; shares of the variance; +-: standard error over images",

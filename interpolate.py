@@ -38,7 +38,8 @@ seed = 0
 num_pairs = 64
 batch_size = 32  # pairs at once
 shown = 6  # pairs in the pictures
-shares = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the steps that have code A; 0 and 1 are always shown
+# of the steps that have code A, rounded to whole steps; 0 and 1 are always shown
+shares = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 num_steps = 18
 
 WAYS = {"switch": "steps with A", "latents": "latents of A"}
@@ -58,8 +59,8 @@ def pairs_of(order, labels, count):
 
 
 def share_of_steps():
-    """-> the shares of the steps with code A, from 1 to 0, which are always among them"""
-    return sorted({1.0, 0.0, *shares}, reverse=True)
+    """-> the shares of the steps with code A, in whole steps, from 1 to 0, which are always among them"""
+    return sorted({1.0, 0.0, *(round(share * num_steps) / num_steps for share in shares)}, reverse=True)
 
 
 def switched(first, second, noise, shares):

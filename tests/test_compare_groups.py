@@ -120,7 +120,7 @@ def test_a_run(grouped, tmp_path):
             assert sum(row[part][0] for row in found[title].values()) == pytest.approx(1)
     sizes = {name: Image.open(grouped / f"groups_{name}.png").height for name in ("exchanged", "fixed")}
     assert sizes == {"exchanged": 2 * 4 * 60, "fixed": 2 * 6 * 60}  # A, 1, 2, B; all; AR: none, 1; SEDD: none, 1, 2
-    kept, = grouped.glob("groups-*.json")
+    kept, = grouped.glob("groups-2-*.json")  # the same model may be measured beside others, of three groups
     before = kept.stat().st_mtime_ns
     run("compare_groups.py", f"--runs={grouped}", f"--out_dir={tmp_path}", *QUICK)
     assert kept.stat().st_mtime_ns == before
@@ -147,6 +147,19 @@ def test_mistakes_are_told(grouped, tmp_path, changes, message):
         run("compare_groups.py", f"--runs={grouped}", f"--out_dir={tmp_path}", *QUICK, *changes)
 
 
-def test_a_model_without_groups(trained, tmp_path):
-    with pytest.raises(UserError, match="a model with groups of latents is wanted, and others with as many latents"):
-        run("compare_groups.py", f"--runs={trained}", f"--out_dir={tmp_path}", *QUICK)
+GROUPS = dict(num_latents=6, codebook_size=4, img_resolution=28, groups=3)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ([dict(groups=0)], "^run0: a model with groups of latents is wanted"),
+    ([{}, dict(groups=2)], "^run0, run1: .* others have as many groups, or none, and as many latents$"),
+    ([{}, dict(groups=0, num_latents=9)], "as many groups, or none, and as many latents"),
+    ([{}, dict(groups=0, num_latents=0)], "as many groups, or none, and as many latents"),
+    ([dict(continuous=True)], "^run0: priors continue codes, not continuous latents$"),
+    ([{}, dict(img_resolution=30)], "block 4 does not divide images of 30 pixels")])
+def test_models_that_do_not_fit(changes, message, monkeypatch, tmp_path):
+    """Nothing is measured."""
+    of_runs = {f"run{i}": GROUPS | change for i, change in enumerate(changes)}
+    monkeypatch.setattr(compare_groups, "load_stage1", lambda folder: (None, dict(model_args=of_runs[folder])))
+    with pytest.raises(UserError, match=message):
+        compare_groups.main([f"--runs={','.join(of_runs)}", f"--out_dir={tmp_path}", *QUICK])
