@@ -159,6 +159,6 @@ def start_from_dinov2(path, encoder):
         pass  # its shape is reported below
     other = [f"{name} is {[*weights[name].shape]} there, {[*p.shape]} here" for name, p in here.items()
              if weights[name].shape != p.shape]
-    require(not other, f"{path} is a ViT of other sizes: {'; '.join(other[:2])}. Change dim, patch or registers, or give "
-                       "another --init_from")
+    require(not other, f"{path} is a ViT of other sizes: {'; '.join(other[:2])}. Change dim, patch or registers, or "
+                       "give another --init_from")
     encoder.load_state_dict(encoder.state_dict() | weights)
