@@ -56,7 +56,7 @@ MODELS = {  # the same
     "plain": ("plain", ["--num_latents=0"]),
     "codes": ("codes", []),
     "attended": ("attended codes", ["--latents_to_emb=False"]),
-    "null": ("and a null token", ["--latents_to_emb=False", "--null_token=True"])}
+    "null": ("with a null token", ["--latents_to_emb=False", "--null_token=True"])}
 
 
 def models_of(arm):

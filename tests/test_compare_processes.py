@@ -78,7 +78,7 @@ def test_the_tables_and_the_picture(commands, tmp_path):
     assert lines[2].startswith("FD-classifier: ") and lines[3].split() == ["5", "9", "17", "35"]
     rows = [line[:44].strip() for line in lines[4:16]]
     assert rows == ["EDM                     plain", "EDM                     codes", "ratio to plain", "EDM                     attended codes",
-                    "ratio to plain", "EDM                     and a null token", "ratio to plain", "flow matching           plain", "flow matching           codes", "ratio to plain",
+                    "ratio to plain", "EDM                     with a null token", "ratio to plain", "flow matching           plain", "flow matching           codes", "ratio to plain",
                     "flow matching, its ODE  plain", "flow matching, its ODE  codes"]
     assert lines[4].split()[-3:] == "0.5556 +- 0".split() and lines[5].split()[-3:] == "0.3056 +- 0.039".split()
     assert lines[6].split()[-2:] == ["0.500", "0.600"] and lines[15].split()[-3:] == "0.6111 +- 0.079".split()
