@@ -51,7 +51,7 @@ def student(noise, shape, D):
     n = noise.randn(*shape)
     if D == math.inf:
         return n
-    stretch = (D / noise.chi_square(D)).sqrt().to(n.dtype)  # one number for each image
+    stretch = (D / noise.chi_square(D)).sqrt().to(n.dtype).to(n.device)  # one number for each image
     return n * stretch.view(-1, *(1 for _ in shape))
 
 
