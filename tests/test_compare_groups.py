@@ -8,7 +8,7 @@ from PIL import Image
 from scripts import PRIOR, TINY, run
 
 import compare_groups
-from compare_groups import PARTS, parts_of, shares, variants
+from compare_groups import PARTS, parts_of, ratio, shares, variants
 from configurator import UserError
 
 QUICK = ["--references=3", "--draws=2", "--num_steps=2", "--shown=2", "--batch_size=4", "--device=cpu"]
@@ -67,6 +67,19 @@ def test_shares_of_known_images(monkeypatch):
     assert rows["alone, SEDD"]["group 2"] == pytest.approx([0, 1, 0, 1 / 3], abs=0.05)
     for row, want in (("group 1", [1, 0, 0, 1 / 3]), ("group 2", [0, 1, 0, 1 / 3]), ("all groups", [1, 1, 0, 2 / 3])):
         assert rows["exchanged"][row] == pytest.approx(want, abs=0.05)
+
+
+def test_the_error_of_a_share():
+    """What makes all of an image's variance has a share of 1, however much images differ: no error. Else the error is how
+    far shares of other images are apart."""
+    rng = torch.Generator().manual_seed(0)
+    whole = torch.rand(2000, 2, 50, generator=rng).double() + 0.1
+    assert torch.allclose(ratio(whole[0], whole[0]), torch.ones(2, 50).double())
+    part = whole * (0.5 + 0.1 * torch.randn(whole.shape, generator=rng))
+    of_sets = torch.stack([ratio(*both) for both in zip(part, whole)])  # (sets of images, parts, images)
+    assert torch.allclose(of_sets.mean(2), part.mean(2) / whole.mean(2))
+    errors = of_sets.std(2) / 50 ** 0.5
+    assert errors.mean(0).tolist() == pytest.approx(of_sets.mean(2).std(0).tolist(), rel=0.1)
 
 
 class Recorder:
