@@ -222,12 +222,13 @@ def main(argv=()):
     of_runs = [load_stage1(folder)[1]["model_args"] for folder in folders]
     counts = {args.get("groups", 0) for args in of_runs} - {0, 1}
     require(len(counts) == 1 and len({args["num_latents"] for args in of_runs}) == 1,
-            f"{', '.join(folders)}: a model with groups of latents is wanted; others have as many groups, or none, and as "
-            "many latents")
+            f"{', '.join(folders)}: a model with groups of latents is wanted; others have as many groups, or none, "
+            "and as many latents")
     require(all(priors_of(args)[0] == "codes" for args in of_runs),
             f"{', '.join(folders)}: priors continue codes, not continuous latents")
     sizes, groups = {args["img_resolution"] for args in of_runs}, counts.pop()
-    require(not any(size % block for size in sizes), f"block {block} does not divide images of {max(sizes)} pixels")
+    require(all(1 < block < size and size % block == 0 for size in sizes),
+            f"block {block} must divide images of {' and '.join(map(str, sorted(sizes)))} pixels, and not be 1 or all")
     measured = {f"{folder}" + " (no groups)" * (args.get("groups", 0) < 2): measure(folder, groups, place)
                 for folder, args in zip(folders, of_runs)}
     lines = [f"{references} images, {draws} samples of each; shares of the variance; +-: standard error over images",

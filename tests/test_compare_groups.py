@@ -153,7 +153,8 @@ def test_what_is_trained(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     (["--references=1"], "references 1 and draws 2 are 2 or more"),
-    (["--block=5"], "block 5 does not divide images of 28 pixels"),
+    (["--block=5"], "block 5 must divide images of 28 pixels, and not be 1 or all"),
+    (["--block=1"], "block 1 must divide"), (["--block=28"], "block 28 must divide"),  # no texture; no layout
     (["--references=6000"], "6000 pairs of images of one class are wanted")])
 def test_mistakes_are_told(grouped, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
@@ -169,7 +170,7 @@ GROUPS = dict(num_latents=6, codebook_size=4, img_resolution=28, groups=3)
     ([{}, dict(groups=0, num_latents=9)], "as many groups, or none, and as many latents"),
     ([{}, dict(groups=0, num_latents=0)], "as many groups, or none, and as many latents"),
     ([dict(continuous=True)], "^run0: priors continue codes, not continuous latents$"),
-    ([{}, dict(img_resolution=30)], "block 4 does not divide images of 30 pixels")])
+    ([{}, dict(img_resolution=30)], "block 4 must divide images of 28 and 30 pixels")])
 def test_models_that_do_not_fit(changes, message, monkeypatch, tmp_path):
     """Nothing is measured."""
     of_runs = {f"run{i}": GROUPS | change for i, change in enumerate(changes)}
