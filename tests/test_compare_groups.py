@@ -8,8 +8,12 @@ from PIL import Image
 from scripts import PRIOR, TINY, run
 
 import compare_groups
+import data
 from compare_groups import PARTS, parts_of, ratio, shares, variants
 from configurator import UserError
+from model import draw_codes
+from noise import SeededNoise
+from trained import load_stage1
 
 QUICK = ["--references=3", "--draws=2", "--num_steps=2", "--shown=2", "--batch_size=4", "--device=cpu"]
 
@@ -137,6 +141,25 @@ def test_a_run(grouped, tmp_path):
     before = kept.stat().st_mtime_ns
     run("compare_groups.py", f"--runs={grouped}", f"--out_dir={tmp_path}", *QUICK)
     assert kept.stat().st_mtime_ns == before
+
+
+def test_samples_of_references(grouped, monkeypatch):
+    """A reference's draws share its code and its partner's, each with a noise of its own, which is the same in all
+    variants; batches of four don't matter."""
+    seen = []
+    for name, value in dict(references=3, draws=2, num_steps=2, batch_size=4).items():
+        monkeypatch.setattr(compare_groups, name, value)
+    monkeypatch.setattr(compare_groups, "variants", lambda groups, a, b, *_: {"a": a, "b": b})
+    monkeypatch.setattr(compare_groups, "denoiser", lambda model, labels, z: z)
+    monkeypatch.setattr(compare_groups, "heun", lambda z, noise, steps: (seen.append((z, noise)), noise.clamp(-1, 1))[1])
+    made, images = compare_groups.samples_of(f"{grouped}", 2, torch.device("cpu"))
+    (a, noise), (b, same) = ([torch.cat(parts) for parts in zip(*seen[i::2])] for i in (0, 1))
+    encoder = load_stage1(grouped)[0].encoder
+    own = draw_codes(encoder(data.to_float(images)), SeededNoise("references", [0, 2, 4]).gumbel(4, 5))
+    assert torch.equal(a, own.repeat_interleave(2, 0)) and not torch.equal(a, b)
+    assert torch.equal(b[::2], b[1::2]) and torch.equal(noise, same) and len(noise.unique(dim=0)) == 6
+    assert made["a"].shape == (3, 2, 28, 28, 1) and np.array_equal(made["a"], made["b"])
+    assert np.array_equal(made["a"].reshape(6, 28, 28, 1), data.to_uint8(noise.clamp(-1, 1)))
 
 
 def test_what_is_trained(monkeypatch, tmp_path):
