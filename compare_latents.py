@@ -36,7 +36,7 @@ import numpy as np
 
 import data
 from checkpoint import atomic, load_checkpoint, read_log
-from compare_conditions import measured
+from compare_conditions import measured, require_held_out
 from compare_models import run
 from configurator import configure, require, require_numbers
 from plot import COLOURS, Axes, figure
@@ -184,6 +184,7 @@ def main(argv=()):
     require(features in ("classifier", "inception"), f"--features is classifier or inception, not {features}")
     require(all(0 < weight < math.inf for weight in (*kld_weights, *joint_weights)),
             "kld_weights and joint_weights are positive, and finite")
+    require_held_out(stage1_config)
     every = arms_of(question)
     chosen = arms.split(",") if arms else [*every]
     unknown = [arm for arm in chosen if arm not in every]

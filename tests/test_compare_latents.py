@@ -126,6 +126,13 @@ def test_near_is_1_for_samples_that_know_nothing(tmp_path, monkeypatch, classes)
         assert compare_latents.near(tmp_path / f"{name}.npz", "set", 4) == pytest.approx(wanted, abs=1e-6)
 
 
+def test_without_held_out_images_nothing_is_trained(commands, tmp_path):
+    (tmp_path / "none.py").write_text("held_out = 0\n")
+    with pytest.raises(UserError, match="none.py, line 1: with held_out = 0 no images are left"):
+        compare_latents.main([f"--stage1_config={tmp_path / 'none.py'}", f"--out_dir={tmp_path}"])
+    assert not commands
+
+
 @pytest.mark.parametrize("argument, message", [
     ("--question=why", "--question is sizes, continuous or stages, not why"),
     ("--arms=8x16,9x9", "--arms of the question sizes are some of 4x256,8x16,.*, not 9x9"),
