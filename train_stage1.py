@@ -364,8 +364,8 @@ def fit_to_images(config, shape, num_classes, x_shape=()):
          denoiser != "dit" and {*at} - {*maps}),
         (f"{num_latents} latents can't be split into {groups} equal groups: change groups or num_latents",
          groups and not codes and num_latents % groups),
-        (f"{groups} groups of latents need {groups} resolutions with attention, and it is at "
-         f"{sorted({*at, maps[-1]})}: name more of the feature maps {maps} in attn_resolutions",
+        ((f"{groups} groups of latents need {groups} resolutions with attention, and it is at "
+          f"{sorted({*at, maps[-1]})}: name more of the feature maps {maps} in attn_resolutions"),
          denoiser == "unet" and num_latents and len({*at, maps[-1]}) < groups),
         (f"patch {patch} does not divide {side} x {side}, the size of {'latents' if x_shape else 'images'}",
          denoiser == "dit" and side % patch),
