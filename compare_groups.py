@@ -142,20 +142,28 @@ def of_parts(values):
     return torch.cat([values, values.sum(0, keepdim=True)])
 
 
+def ratio(part, whole):
+    """Ratio of two means over images, (P, R) each -> (P, R), whose means are the ratio, and whose standard errors are
+    the ratio's, to first order: both means are of the same images (delta method)."""
+    mean = whole.mean(1, keepdim=True)
+    share = part.mean(1, keepdim=True) / mean
+    return share + (part - share * whole) / mean
+
+
 def shares(found, groups):
-    """found: as from `samples_of` -> {title: {row: shares (len(PARTS) + 1, references) of the variance}}"""
+    """found: as from `samples_of` -> {title: {row: shares (len(PARTS) + 1, references) of the variance, by `ratio`}}"""
     everything = tuple(range(1, groups + 1))
     spread = {key: of_parts(parts_of(x).var(2)) for key, x in found.items() if key[0] != "exchanged"}
-    whole = {kind: spread[kind, ()].mean(1, keepdim=True) for kind in PRIORS}
+    whole = {kind: spread[kind, ()] for kind in PRIORS}
     rows = {}
     for kind, name in PRIORS.items():
         left = [spread[kind, everything[:g]] for g in range(groups)] + [spread["fixed", everything]]
-        of_groups = {f"group {g + 1}": (left[g] - left[g + 1]) / whole[kind] for g in range(groups)}
-        rows[f"in order, {name}"] = of_groups | {"noise": left[-1] / whole[kind]}
-    alone = {f"group {g}": (spread["sedd", ()] - spread["sedd", (g,)]) / whole["sedd"] for g in everything}
+        of_groups = {f"group {g + 1}": ratio(left[g] - left[g + 1], whole[kind]) for g in range(groups)}
+        rows[f"in order, {name}"] = of_groups | {"noise": ratio(left[-1], whole[kind])}
+    alone = {f"group {g}": ratio(whole["sedd"] - spread["sedd", (g,)], whole["sedd"]) for g in everything}
     changes = {these: of_parts((parts_of(found["exchanged", these]) - parts_of(found["fixed", everything])) ** 2) / 2
                for these in [*((g,) for g in everything), everything]}
-    exchanged = {"all groups" if len(these) > 1 else f"group {these[0]}": change / whole["ar"]
+    exchanged = {"all groups" if len(these) > 1 else f"group {these[0]}": ratio(change, whole["ar"])
                  for these, change in changes.items()}
     return rows | {"alone, SEDD": alone, "exchanged": exchanged}
 
@@ -214,12 +222,13 @@ def main(argv=()):
     of_runs = [load_stage1(folder)[1]["model_args"] for folder in folders]
     counts = {args.get("groups", 0) for args in of_runs} - {0, 1}
     require(len(counts) == 1 and len({args["num_latents"] for args in of_runs}) == 1,
-            f"{', '.join(folders)}: a model with groups of latents is wanted; others have as many groups, or none, and as "
-            "many latents")
+            f"{', '.join(folders)}: a model with groups of latents is wanted; others have as many groups, or none, "
+            "and as many latents")
     require(all(priors_of(args)[0] == "codes" for args in of_runs),
             f"{', '.join(folders)}: priors continue codes, not continuous latents")
     sizes, groups = {args["img_resolution"] for args in of_runs}, counts.pop()
-    require(not any(size % block for size in sizes), f"block {block} does not divide images of {max(sizes)} pixels")
+    require(all(1 < block < size and size % block == 0 for size in sizes),
+            f"block {block} must divide images of {' and '.join(map(str, sorted(sizes)))} pixels, and not be 1 or all")
     measured = {f"{folder}" + " (no groups)" * (args.get("groups", 0) < 2): measure(folder, groups, place)
                 for folder, args in zip(folders, of_runs)}
     lines = [f"{references} images, {draws} samples of each; shares of the variance; +-: standard error over images",

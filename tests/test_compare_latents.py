@@ -113,13 +113,24 @@ def test_stages_are_compared(commands, tmp_path):
     assert afterwards == ["8x16", "moving"] and len(rows_of(tmp_path / "stages.txt")) == 5
 
 
-def test_near_is_1_for_samples_that_know_nothing(tmp_path, monkeypatch):
-    """And 0 for copies, whatever the order of the data set's split."""
-    monkeypatch.setattr(data, "load", lambda name: (IMAGES, None, 0))
+@pytest.mark.parametrize("classes", [0, 3])
+def test_near_is_1_for_samples_that_know_nothing(tmp_path, monkeypatch, classes):
+    """But the class, which decides the brightness here; and 0 for copies, whatever the order of the data set's split."""
+    labels = np.arange(40) % classes if classes else None
+    images = IMAGES // 4 + (0 if labels is None else 60 * labels.astype(np.uint8)[:, None, None, None])
+    monkeypatch.setattr(data, "load", lambda name: (images, labels, classes))
     order = np.concatenate(data.split(40, 4))
-    for name, images, wanted in (("copies", IMAGES[order], 0), ("mean", IMAGES[order].mean(0, keepdims=True).repeat(40, 0), 1)):
-        np.savez(tmp_path / f"{name}.npz", images=images)
+    means = np.stack([images[(np.arange(40) - i) % max(classes, 1) == 0].mean(0) for i in order])
+    for name, x, wanted in (("copies", images[order], 0), ("mean", means, 1)):
+        np.savez(tmp_path / f"{name}.npz", images=x)
         assert compare_latents.near(tmp_path / f"{name}.npz", "set", 4) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_without_held_out_images_nothing_is_trained(commands, tmp_path):
+    (tmp_path / "none.py").write_text("held_out = 0\n")
+    with pytest.raises(UserError, match="none.py, line 1: with held_out = 0 no images are left"):
+        compare_latents.main([f"--stage1_config={tmp_path / 'none.py'}", f"--out_dir={tmp_path}"])
+    assert not commands
 
 
 @pytest.mark.parametrize("argument, message", [
@@ -127,6 +138,7 @@ def test_near_is_1_for_samples_that_know_nothing(tmp_path, monkeypatch):
     ("--arms=8x16,9x9", "--arms of the question sizes are some of 4x256,8x16,.*, not 9x9"),
     ("--num_images=9", "num_images is 10 or more, not 9"), ("--seeds=()", "seeds takes different"),
     ("--total_images=0", "total_images must be positive"), ("--kld_weights=(0.1,-1)", "kld_weights and joint_weights are positive"),
+    ("--joint_weights=(1.0,1e999)", "kld_weights and joint_weights are positive, and finite"),
     ("--features=vgg", "--features is classifier or inception")])
 def test_mistakes_are_told(argument, message):
     with pytest.raises(UserError, match=message) as error:

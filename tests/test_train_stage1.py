@@ -259,6 +259,7 @@ def test_images_of_ones_own_at_the_first_try(tmp_path, monkeypatch):
     (["--batch_size=10", "--batch_gpu=4"], "10 images per process can't be split into 3 equal parts of at most 4"),
     (["--device=cuda:99"], "--device=cuda:99 can't be used here"),
     (["--nun_latents=3"], "the nearest is 'num_latents'"),
+    (["--groups=2"], "^3 latents can't be split into 2 equal groups: .*; 2 groups of latents need 2 resolutions"),
     (["--groups=3"], r"3 groups of latents need 3 resolutions with attention, and it is at \[14\]: name more of .* attn_resolutions"),
     (["--groups=2", "--attn_resolutions=14,28"], "3 latents can't be split into 2 equal groups"),
     (["--groups=3", "--denoiser=dit"], "they need --denoiser=unet and --conditioning=attention"),
