@@ -1,4 +1,4 @@
-"""Text to codes: a step in numbers, runs that go on, several processes, prompts, weights of LLaDA, mistakes."""
+"""Text to codes: a step in numbers, runs that go on, several processes, mistakes."""
 import shutil
 
 import numpy as np
@@ -110,3 +110,32 @@ def test_two_processes_do_what_one_does(written, folder, fsdp):
     if fsdp:
         outputs(start_together(2, *settings, "--total_images=240", "--change=total_images"))
         assert checkpoint(folder, "text.pt")["step"] == 6
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--mask_token=100"], "mask_token 100 is a byte, which captions may have: it must be 256 at least"),
+    (["--vocabulary=256"], "the tokenizer has tokens up to 255, and mask_token is 256: vocabulary 256 must be larger"),
+    (["--kept=0.7", "--dropped=0.4"], "kept 0.7 and dropped 0.4 are probabilities: their sum is at most 1"),
+    (["--heads=3"], "each head's width must be an even number, for rotary positions: 16 / 3 is not"),
+    (["--ema_decay=1"], "ema_decay must be below 1"),
+    (["--captions=nowhere.txt"], "can't read nowhere.txt: No such file"),
+    (["--init_from=nowhere"], "there are no weights nowhere")])
+def test_bad_settings(folder, arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        run("train_text.py", f"--out_dir={folder}", *TEXT, *arguments)
+    assert "\n" not in str(error.value) and not (folder / "text.pt").exists()
+
+
+def test_captions_of_ones_own(folder):
+    """What is read is known by its content: a run goes on with a copy, and not with other captions."""
+    said = folder / "captions.txt"
+    said.write_bytes(b"\xef\xbb\xbf" + "a coat\tAN É\r\n".encode() * 10_000)
+    settings = [f"--out_dir={folder}", *TEXT]
+    printed = run("train_text.py", *settings, f"--captions={said}", "--total_images=40")
+    assert "9,984 images to train on, such as 'a coat'" in printed and "unseen" not in printed
+    copy = said.rename(folder / "copy.txt")
+    run("train_text.py", *settings, f"--captions={copy}", "--total_images=80", "--change=total_images")
+    assert checkpoint(folder, "text.pt")["step"] == 2
+    copy.write_text("a coat\n" * 10_000)
+    with pytest.raises(UserError, match="captions_identity=.*--overwrite=True"):
+        run("train_text.py", *settings, f"--captions={copy}", "--total_images=80", "--change=total_images")
