@@ -209,8 +209,7 @@ def check(config):
     for setting in ("num_images", "batch_size", "per_code", "sedd_steps", "num_steps", "sigma_min", "sigma_max", "rho"):
         require(0 < config[setting] < math.inf,
                 f"{setting} must be positive and finite, not {config[setting]}")
-    require(min(temperature, S_churn, gamma, seed) >= 0,
-            "temperature, S_churn, gamma and seed can't be negative")
+    require(min(temperature, S_churn, gamma, seed) >= 0, "temperature, S_churn, gamma and seed can't be negative")
     require(sigma_min < sigma_max, f"sigma_min {sigma_min} must be below sigma_max {sigma_max}")
     require(0 <= guidance_min < guidance_max, f"guidance acts from guidance_min {guidance_min} up to "
             f"guidance_max {guidance_max}: 0 <= guidance_min < guidance_max is wanted")
@@ -261,7 +260,11 @@ def source_of(setting, given, run, stage1):
     """A value of --code, --encode or --compose, or prompts -> a source, as in codes.py; its code or checksum; images it
     reads, and their order"""
     if setting == "prompts":
-        require(run.class_label < 0, "a prompt says what to draw: leave class_label out")
+        require(run.class_label < 0 and not random_labels,
+                "a prompt says what to draw: leave class_label and random_labels out")
+        each = per_code * (4 if compose else min(per_code, 2))
+        if num_images <= each * (len(given) - 1):
+            say(f"images of {-(-num_images // each)} of {len(given)} prompts: --num_images={each * len(given)} has all")
         text, tokenizer = load_text(init_from or out_dir, run.device, stage1, checkpoint)
         source = of_prompts(given, lambda numbers: turn(numbers) % len(given), text, tokenizer,
                             arguments_of(run.config, text.sample))
@@ -391,7 +394,9 @@ def join_parts(run, parts, files, target):
 
 
 def main(argv=()):
-    run = setup(configure(globals(), argv))
+    config = configure(globals(), argv)
+    require("--prompt=" not in argv, "--prompt= is empty: say what to draw")
+    run = setup(config)
     with alone(f"{out_dir}/{name}"):
         sample(run)
     leave_processes()
@@ -415,8 +420,7 @@ def sample(run):
             prior = run.config["prior"]
             steps = run.model.num_latents if sedd_sampler == "first-hitting" else sedd_steps
             steps = {"rdm": DDIM_STEPS, "diffusion": EVALUATIONS}.get(prior, steps)
-            print(f"codes of the prior {prior}, {steps} evaluations each"
-                  + f", by {sedd_sampler}" * (prior == "sedd"))
+            print(f"codes of the prior {prior}, {steps} evaluations each" + f", by {sedd_sampler}" * (prior == "sedd"))
     seconds, made = {"codes": 0.0, "images": 0.0}, np.zeros(2, int)
     for start, file in progress(missing[run.rank::run.world], unit="batch", disable=run.rank > 0):
         seeds = seed + np.arange(start, min(start + batch_size, num_images))
@@ -430,10 +434,8 @@ def sample(run):
         seconds["images"] += elapsed
         made += len(rows), len(seeds)
         with atomic(file) as f:
-            prompts = {}
-            if run.prompts:
-                numbers = turn(rows // 4 if compose else rows)
-                prompts["prompts"] = np.array(run.prompts)[numbers[row_of] % len(run.prompts)]
+            numbers = turn(rows // 4 if compose else rows)[row_of]
+            prompts = {"prompts": np.array(run.prompts)[numbers % len(run.prompts)]} if run.prompts else {}
             np.savez(f, images=images, labels=labels.cpu().numpy(), codes=codes.cpu().numpy(), seeds=seeds, **prompts,
                      nfe=np.full(len(seeds), run.nfe), seconds=np.full(len(seeds), elapsed / len(seeds), np.float32))
     barrier()

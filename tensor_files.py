@@ -1,5 +1,5 @@
 """
-Reads files of tensors, .safetensors, without running anything in them: for vae_file.py and llada_file.py.
+Reads files of tensors, .safetensors, without running anything in them: for vae_file.py and start_from.py.
 """
 
 import json

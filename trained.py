@@ -158,25 +158,28 @@ def load_trained_on(config, path):
 def ship(source, target):
     """Copies what sampling needs from a trained run's folder to another.
 
-    This is the averaged weights of stage 1 and of the prior that sample.py takes, in half precision, their
-    settings, and the training log. Raises UserError if a checkpoint is missing, or if the prior was
-    trained on another stage 1.
+    This is the averaged weights of stage 1, of the prior that sample.py takes and of the text model, if there is one,
+    in half precision, their settings, and stage 1's training log. Raises UserError if a checkpoint is missing, or if
+    one was trained on another stage 1.
     """
-    file = f"prior_{prior_in(source)}.pt"
-    stage1 = load_checkpoint(f"{source}/stage1.pt", "train_stage1")
-    prior = load_checkpoint(f"{source}/{file}", "train_prior")
-    require(prior["encoder"] == weights_checksum(stage1["ema"]),
-            f"{source}/{file} was trained on codes of another stage 1")
+    made_by = {"stage1.pt": "train_stage1", f"prior_{prior_in(source)}.pt": "train_prior", "text.pt": "train_text"}
+    if not Path(source, "text.pt").is_file():
+        del made_by["text.pt"]
+    states = {name: load_checkpoint(f"{source}/{name}", script) for name, script in made_by.items()}
+    encoder = weights_checksum(states["stage1.pt"]["ema"])
+    for name, state in states.items():
+        require(state.get("encoder", encoder) == encoder, f"{source}/{name} was trained on codes of another stage 1")
     require(Path(source).resolve() != Path(target).resolve(),
             f"{target} would lose what training needs: name another folder")
-    for state in (stage1, prior):
+    for state in states.values():
         state["ema"] = {key: value.half() if value.is_floating_point() else value
                         for key, value in state["ema"].items()}
         state["config"] = state["config"] | dict(out_dir="")  # it is a path on the machine that trained it
         for key in ("model", "optimizer", "prior"):
             state.pop(key, None)
-    prior["encoder"] = weights_checksum(stage1["ema"])
-    for name, state in (("stage1.pt", stage1), (file, prior)):
+    for name, state in states.items():
+        if "encoder" in state:
+            state["encoder"] = weights_checksum(states["stage1.pt"]["ema"])
         with atomic(f"{target}/{name}") as f:
             torch.save(state, f)
     write_log(f"{target}/stage1.jsonl", read_log(f"{source}/stage1.jsonl", math.inf), mode="w")

@@ -102,6 +102,26 @@ def test_what_does_not_belong_together_is_not_shipped(trained, tmp_path):
     assert (trained / "stage1.pt").read_bytes() == before and not (tmp_path / "best").exists()
 
 
+def test_a_text_model_ships_too(trained, written, tmp_path):
+    """And writes what its source writes; one of another stage 1 does not."""
+    shutil.copy(trained / "prior_ar.pt", tmp_path)
+    for file in ("stage1.pt", "text.pt"):
+        shutil.copy(written[0] / file, tmp_path)
+    ship(tmp_path, tmp_path / "best")
+    assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["prior_ar.pt", "stage1.jsonl", "stage1.pt", "text.pt"]
+    half = torch.load(tmp_path / "best" / "text.pt")
+    assert half["ema"]["wte.weight"].dtype == torch.float16 and not {"model", "optimizer"} & half.keys()
+    prompt = ["--prompt=a dark coat", "--temperature=0"]
+    run("sample.py", f"--out_dir={tmp_path}", *SAMPLE, *prompt)
+    run("sample.py", f"--out_dir={tmp_path}", f"--init_from={tmp_path / 'best'}", "--name=half", *SAMPLE, *prompt)
+    with np.load(tmp_path / "samples.npz") as whole, np.load(tmp_path / "half.npz") as shipped:
+        assert np.array_equal(whole["codes"], shipped["codes"])
+    torch.save(torch.load(tmp_path / "text.pt") | dict(encoder=0), tmp_path / "text.pt")
+    with pytest.raises(UserError, match="text.pt was trained on codes of another stage 1"):
+        ship(tmp_path, tmp_path / "worse")
+    assert not (tmp_path / "worse").exists()
+
+
 def test_what_ships_is_not_trained_on(trained, tmp_path):
     ship(trained, tmp_path)
     with pytest.raises(UserError, match="stage1.pt has the averaged weights alone.*--overwrite=True"):
