@@ -164,6 +164,8 @@ def test_two_processes_do_what_one_does(written, folder, fsdp):
     one, two = checkpoint(written[0], "text.pt"), checkpoint(folder, "text.pt")
     for part in ("model", "ema"):
         assert all(torch.allclose(one[part][name], p, atol=2e-3) for name, p in two[part].items())
+    bits = [[line["held_out_bits"] for line in log_of(path / "text.jsonl")] for path in (written[0], folder)]
+    assert bits[0] == pytest.approx(bits[1], abs=2e-4)
     moments = [state["optimizer"]["state"][0]["exp_avg"] for state in (one, two)]
     assert moments[0].shape == moments[1].shape
     model = load_text(folder, "cpu", load_stage1(folder)[1])[0]
