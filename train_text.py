@@ -307,8 +307,10 @@ def train(run, signals):
         if len(run.held_out_indices):
             print_bits(run)
         if run.master:
-            print(f"{run.path} is ready; next: python sample.py --out_dir={out_dir} "
-                  f"--prompt=\"{run.captions.example()}\"")
+            prompt = run.captions.example()
+            if len(run.tokenizer.encode(prompt)) > context or set(prompt) & set('"$`\\|!'):
+                prompt = "..."  # sample.py refuses long prompts, and shells change some
+            print(f"{run.path} is ready; next: python sample.py --out_dir={out_dir} --prompt=\"{prompt}\"")
     training.finish(run, stopped, "captions")
 
 

@@ -197,9 +197,12 @@ def test_captions_of_ones_own(folder):
     settings = [f"--out_dir={folder}", *TEXT]
     printed = run("train_text.py", *settings, f"--captions={said}", "--total_images=40")
     assert "9,984 images to train on, such as 'a coat'" in printed and "unseen" not in printed
+    assert printed.endswith(f"next: python sample.py --out_dir={folder} --prompt=\"a coat\"\n")
     copy = said.rename(folder / "copy.txt")
     run("train_text.py", *settings, f"--captions={copy}", "--total_images=80", "--change=total_images")
     assert checkpoint(folder, "text.pt")["step"] == 2
     copy.write_text("a coat\n" * 10_000)
     with pytest.raises(UserError, match="captions_identity=.*--overwrite=True"):
         run("train_text.py", *settings, f"--captions={copy}", "--total_images=80", "--change=total_images")
+    copy.write_text('a coat of 5"\n' * 10_000)  # not a prompt to type
+    assert "--prompt=\"...\"" in run("train_text.py", *settings, f"--captions={copy}", "--overwrite=True", "--total_images=40")
