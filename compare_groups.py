@@ -39,11 +39,10 @@ import torch.nn.functional as F
 
 import data
 from checkpoint import atomic
-from codes import of_images
 from compare_models import done, run
 from configurator import configure, require, require_numbers
 from diffusion import heun
-from interpolate import pairs_of
+from interpolate import codes_of_pairs, pairs_of
 from model import denoiser
 from noise import SeededNoise
 from plot import save_grid
@@ -114,8 +113,8 @@ def samples_of(folder, groups, place):
     seeds = np.arange(references * draws)
     for part in progress(np.split(seeds, range(batch_size, len(seeds), batch_size)), desc=folder, unit="batch"):
         of_pair = part // draws
-        a, b = (of_images(images, None, pairs[of_pair, i], model)(
-            np.arange(len(part)), SeededNoise("references", 2 * of_pair + i, place))[0].to(place) for i in (0, 1))
+        noises = [SeededNoise("references", 2 * of_pair + i, place) for i in (0, 1)]
+        a, b = codes_of_pairs(pairs[of_pair], images, model, noises, place)
         c = torch.from_numpy(labels[pairs[of_pair, 0]]).to(place) if model.label_dim else None
         noise = model.noise(SeededNoise("images", part, place))
         for key, z in variants(groups, a, b, priors, c, part).items():

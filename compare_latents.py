@@ -36,8 +36,8 @@ import numpy as np
 
 import data
 from checkpoint import atomic, load_checkpoint, read_log
-from compare_conditions import measured, require_held_out
-from compare_models import run
+from compare_conditions import require_held_out
+from compare_models import distance, run
 from configurator import configure, require, require_numbers
 from plot import COLOURS, Axes, figure
 
@@ -109,22 +109,19 @@ def measure(folder, kind):
     """-> a dict of the COLUMNS that an arm has; its prior's "unit"; "log": [[codes seen, training, held-out], ...]"""
     config, stage1 = load_checkpoint(folder / "stage1.pt", "train_stage1")["config"], folder / "stage1.pt"
     dataset, unit = config["dataset"], "loss" if kind == "diffusion" else "bits"
-
-    def distance(files, name, *settings):
-        return measured(files, name, dataset, num_images, features, *settings)[
-            "FD-classifier" if features == "classifier" else "FID"]
+    how = dataset, num_images, features
 
     def lines_of(log):
         return [json.loads(line) for line in read_log(folder / f"{log}.jsonl", math.inf)]
 
     if not kind:
-        return dict(drawn=distance([stage1], "none"))
+        return dict(drawn=distance([stage1], "none", *how))
     last = lines_of("stage1")[-1]
     told = dict(bits=last["bits"]) | {"codes used": statistics.mean(last["perplexity"])} if kind == "ar" else \
         dict(bits=sum(last["kld"]))
     log = [[line["images"], line[unit], line[f"held_out_{unit}"]] for line in lines_of(f"prior_{kind}")]
-    oracle = distance([stage1], "oracle", f"--encode={dataset}")
-    drawn = distance([stage1, folder / f"prior_{kind}.pt"], kind, f"--prior={kind}")
+    oracle = distance([stage1], "oracle", *how, f"--encode={dataset}")
+    drawn = distance([stage1, folder / f"prior_{kind}.pt"], kind, *how, f"--prior={kind}")
     return told | {"prior, training": log[-1][1], "held-out": log[-1][2], "oracle": oracle, "drawn": drawn,
                    "near": near(folder / f"oracle-{num_images}.npz", dataset, config["held_out"]),
                    "unit": unit, "log": log}

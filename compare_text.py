@@ -32,7 +32,7 @@ import data
 from captions import MadeCaptions
 from checkpoint import atomic, load_checkpoint
 from classifier import find_classifier
-from compare_models import done, run
+from compare_models import run, sampled
 from configurator import configure, require, require_numbers
 from eval_fid import CACHE
 from plot import save_grid
@@ -73,11 +73,7 @@ def train(seed):
 
 def samples(folder, name, count, model, *settings):
     """-> what sample.py writes, a dict of arrays, made if need be; model: the file of the prior or text model"""
-    path = folder / f"{name}-{count}.npz"
-    if not done(path, folder / "stage1.pt", folder / model):
-        run("sample.py", f"--out_dir={folder}", f"--name={path.stem}", f"--num_images={count}", "--per_code=1",
-            *settings)
-    with np.load(path) as file:
+    with np.load(sampled([folder / "stage1.pt", folder / model], name, count, *settings)) as file:
         return {key: file[key] for key in ("images", "labels")}
 
 

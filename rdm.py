@@ -100,8 +100,8 @@ class RDM(nn.Module):
     def nats(self, z, labels=None, generator=None):
         """Not nats: the loss of vectors z (B, D) at steps and noise drawn by the generator, (B,).
         DDPM's loss is no bound on bits."""
-        t, *u = torch.rand(len(z), 1 + self.num_latents, generator=generator, device=z.device).unbind(1)
-        return self.loss(z, labels, t, torch.stack(u, 1))
+        u = torch.rand(len(z), 1 + self.num_latents, generator=generator, device=z.device)
+        return self.loss(z, labels, u[:, 0], u[:, 1:])
 
     @torch.no_grad()
     def sample(self, noise, labels=None):

@@ -123,6 +123,11 @@ correct_steps = 0  # of DDPM's sampler, down from there; 0: the sampler above go
 # Alg. 3: class labels, codes, then the ODE. `rows` number the codes: `per_code` images share one.
 
 
+def number_of(rows):
+    """-> what is given to rows (R,), by number: four rows belong to one composition"""
+    return rows // 4 if compose else rows
+
+
 def turn(number):
     """The turn of the numbers of codes, int64 (R,): a row of the grid has two codes of one class, or prompt."""
     return number if compose or per_code == 1 else number // 2
@@ -130,21 +135,19 @@ def turn(number):
 
 def labels_of(run, rows):
     """-> class labels (R,): the chosen class, random classes, or classes in turn; -1 without classes"""
-    number = rows // 4 if compose else rows  # four rows belong to one composition
     if not run.model.label_dim or run.class_label >= 0:
         return torch.full((len(rows),), run.class_label)
     if random_labels:
-        return (run.model.label_dim * (1 - SeededNoise("labels", number).rand())).long()
-    return torch.from_numpy(turn(number) % run.model.label_dim)
+        return (run.model.label_dim * (1 - SeededNoise("labels", number_of(rows)).rand())).long()
+    return torch.from_numpy(turn(number_of(rows)) % run.model.label_dim)
 
 
 def given_codes(run, rows, noise):
     """-> the codes that settings give, (R, m), or none, (R, 0); labels (R,)"""
-    number = rows // 4 if compose else rows
     labels = labels_of(run, rows).to(noise.device)
     if not run.sources:
         return torch.empty(len(rows), 0, dtype=torch.int64), labels
-    given = [source(number, noise) for source in run.sources]
+    given = [source(number_of(rows), noise) for source in run.sources]
     codes, own_labels = zip(*((z, labels if c is None else c) for z, c in given))
     if not compose:
         return codes[0], own_labels[0]
@@ -154,7 +157,7 @@ def given_codes(run, rows, noise):
 
 def codes_of(run, rows):
     """Alg. 3, lines 3-5. -> codes (R, m), labels (R,); each row depends on its number alone"""
-    noise = SeededNoise("codes", rows // 4 if compose else rows, run.device)
+    noise = SeededNoise("codes", number_of(rows), run.device)
     codes, labels = given_codes(run, rows, noise)
     if run.prior:
         known = dict(given=codes.masked_fill(run.free.to(codes.device), -1)) if run.sources else {}
@@ -195,8 +198,7 @@ def images_of(run, seeds, codes, labels):
     denoise = denoiser(run.model, c, codes, guidance, run.autocast, (guidance_min, guidance_max))
     correct = run.correct and denoiser(run.correct, c, codes, autocast=run.autocast)
     x = sampler(denoise, correct, run.model.noise(noise), noise.randn_like)
-    require(x.isfinite().all(),
-            "the images are not finite: is a setting of the sampler, or guidance, far too large?")
+    require(x.isfinite().all(), "the images are not finite: is a setting of the sampler, or guidance, far too large?")
     return data.to_uint8(x, run.vae)
 
 
@@ -207,8 +209,7 @@ def images_of(run, seeds, codes, labels):
 def check(config):
     """Raises UserError for impossible settings, and for settings that contradict each other."""
     for setting in ("num_images", "batch_size", "per_code", "sedd_steps", "num_steps", "sigma_min", "sigma_max", "rho"):
-        require(0 < config[setting] < math.inf,
-                f"{setting} must be positive and finite, not {config[setting]}")
+        require(0 < config[setting] < math.inf, f"{setting} must be positive and finite, not {config[setting]}")
     require(min(temperature, S_churn, gamma, seed) >= 0, "temperature, S_churn, gamma and seed can't be negative")
     require(sigma_min < sigma_max, f"sigma_min {sigma_min} must be below sigma_max {sigma_max}")
     require(0 <= guidance_min < guidance_max, f"guidance acts from guidance_min {guidance_min} up to "
@@ -409,9 +410,8 @@ def sample(run):
         open_parts(run, parts)
     if png:
         require_pngs_alone(target, range(seed, seed + num_images))
-    starts = range(0, num_images, batch_size)
-    files = [parts / f"{start:09d}.npz" for start in starts]
-    missing = [(start, file) for start, file in zip(starts, files) if not is_whole_npz(file)]
+    files = {start: parts / f"{start:09d}.npz" for start in range(0, num_images, batch_size)}
+    missing = [(start, file) for start, file in files.items() if not is_whole_npz(file)]
     barrier()  # until all processes have looked
     if run.rank == 0:
         print(f"{num_images:,} images, {run.nfe} evaluations each"
@@ -434,13 +434,13 @@ def sample(run):
         seconds["images"] += elapsed
         made += len(rows), len(seeds)
         with atomic(file) as f:
-            numbers = turn(rows // 4 if compose else rows)[row_of]
+            numbers = turn(number_of(rows))[row_of]
             prompts = {"prompts": np.array(run.prompts)[numbers % len(run.prompts)]} if run.prompts else {}
             np.savez(f, images=images, labels=labels.cpu().numpy(), codes=codes.cpu().numpy(), seeds=seeds, **prompts,
                      nfe=np.full(len(seeds), run.nfe), seconds=np.full(len(seeds), elapsed / len(seeds), np.float32))
     barrier()
     if run.rank == 0:
-        join_parts(run, parts, files, target)
+        join_parts(run, parts, [*files.values()], target)
         print(f"{made[0]:,} codes in {seconds['codes']:.2f} s, {made[1]:,} images in {seconds['images']:.2f} s"
               + " (the share of process 0)" * (run.world > 1))
         print(f"{target}.png and {target}.npz are ready" + f", and {target}/ with a PNG file for each image" * png)

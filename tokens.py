@@ -56,6 +56,7 @@ def split(pieces, by):
     return [piece for piece in cut if piece]
 
 
+@functools.cache
 def byte_characters():
     """GPT-2's characters for bytes 0 ... 255: printable ones for themselves, then those from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -7,28 +7,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scripts import write
 
-import compare_conditions
 import compare_latents
+import compare_models
 import data
 from configurator import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 1), np.uint8)
 
 
-def write(path, content, age):
-    """A file of this age, in seconds, unless it is there; content: bytes, or a list of dicts, a log."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else "\n".join(map(json.dumps, content)).encode())
-        os.utime(path, (time.time() - age,) * 2)
+def write_log(path, lines):
+    write(path, "\n".join(map(json.dumps, lines)).encode())
 
 
 def write_prior(folder, kind, step):
     unit = "loss" if kind == "diffusion" else "bits"
     lines = [{"images": i * step, unit: 8.0 - i, f"held_out_{unit}": 9.0 - i} for i in (1, 2)]
-    write(folder / f"prior_{kind}.jsonl", lines, 10)
-    write(folder / f"prior_{kind}.pt", b"", 10)
+    write_log(folder / f"prior_{kind}.jsonl", lines)
+    write(folder / f"prior_{kind}.pt")
 
 
 @pytest.fixture
@@ -42,8 +39,8 @@ def commands(tmp_path, monkeypatch):
         folder = Path(settings.get("out_dir", ""))
         if script == "train_stage1.py":
             state = dict(made_by="train_stage1", config=dict(dataset="set", held_out=4, batch_size=32), model_args={}, step=1, ema={})
-            write(folder / "stage1.jsonl", [dict(images=9, kld=[2.5, 0.5])] if "continuous" in settings else
-                  [dict(images=9, bits=21.0, perplexity=[9.0, 11.0])], 10)
+            write_log(folder / "stage1.jsonl", [dict(images=9, kld=[2.5, 0.5])] if "continuous" in settings else
+                      [dict(images=9, bits=21.0, perplexity=[9.0, 11.0])])
             torch.save(state, folder / "stage1.pt")
             os.utime(folder / "stage1.pt", (time.time() - 10,) * 2)
             if "prior" in settings:
@@ -60,7 +57,7 @@ def commands(tmp_path, monkeypatch):
             write(images.with_suffix(".classifier.json"), json.dumps({"FD-classifier": float(len(images.stem))}).encode(), 2)
 
     monkeypatch.setattr(data, "load", lambda name: (IMAGES, np.arange(40) % 3, 3))
-    for module in (compare_latents, compare_conditions):
+    for module in (compare_latents, compare_models):
         monkeypatch.setattr(module, "run", fake)
     monkeypatch.setattr(compare_latents, "out_dir", str(tmp_path))
     return commands

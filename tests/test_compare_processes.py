@@ -8,6 +8,7 @@ from PIL import Image
 from scripts import run
 from test_compare_models import aged, scripts_in
 
+import compare_models
 import compare_processes
 from configurator import UserError
 
@@ -45,7 +46,8 @@ def commands(tmp_path, monkeypatch):
             value = (10 if "-plain-" in images.parent.name else 5 + seed) / int(steps) * (2 if ode == "flow-heun" else 1)
             images.with_suffix(".classifier.json").write_text(json.dumps({"FD-classifier": value}))
 
-    monkeypatch.setattr(compare_processes, "run", fake)
+    for module in (compare_models, compare_processes):
+        monkeypatch.setattr(module, "run", fake)
     monkeypatch.setattr(compare_processes, "out_dir", str(tmp_path))
     return commands
 
