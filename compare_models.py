@@ -36,6 +36,7 @@ seeds = (0, 1, 2)
 base_images = 100_000  # that the plain EDM trains on, from which both models start; 0: they start from scratch
 total_images = 50_000  # that each model trains on, from there
 num_images = 2_000  # samples measured in each row
+batch_size = 80  # samples made at once; on a GPU, 1,000 are much faster
 features = "classifier"  # for eval_fid.py; or "inception"
 stage1_config = "config/finetune.py"  # a config file for train_stage1.py, of all models
 prior_config = ""  # a config file for train_prior.py
@@ -114,7 +115,8 @@ def measure(folders, dataset):
     for i, (title, (model, source, settings, numbers)) in enumerate(ROWS.items()):
         for steps in numbers if model in folders else ():
             row = measured(checkpoints[model], f"compare-{i}-{steps}", dataset, num_images, features,
-                           f"--num_steps={steps}", *(setting.replace("DATASET", dataset) for setting in settings))
+                           f"--num_steps={steps}", f"--batch_size={batch_size}",
+                           *(setting.replace("DATASET", dataset) for setting in settings))
             error, _ = errors[f"{folders[model]}{source}"]["sampling error"][f"{steps}"]
             found[title, steps] = row | {"sampling error": error}
     return found
@@ -141,7 +143,8 @@ def main(argv=()):
     require(seeds and min(seeds) >= 0 and len(set(seeds)) == len(seeds),
             f"seeds must be different and not negative, not {seeds}")
     require(base_images >= 0, f"base_images can't be negative: it is {base_images}")
-    require(total_images > 0, f"total_images must be positive, not {total_images}")
+    require(total_images > 0 and batch_size > 0,
+            f"total_images {total_images} and batch_size {batch_size} must be positive")
     require(num_images >= 10, f"num_images must be 10 or more, not {num_images}")
     require(features in ("classifier", "inception"), f"--features is classifier or inception, not {features}")
     measured = []
