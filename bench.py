@@ -262,7 +262,7 @@ def measure(config, device, batch_size, rounds, profile):
 
 def most_expensive(functions, device, number=10):
     """-> [(operation, share of time, calls), ...] of a training step, or of a sampler's evaluation"""
-    with torch_profile() as profiler:
+    with torch_profile(acc_events=True) as profiler:
         for name in ("gradients", "update") if "gradients" in functions else ("evaluation",):
             functions[name]()
         if device.type == "cuda":

@@ -324,7 +324,8 @@ def setup(config):
     if num_latents and not encoder:
         run.model.encoder.requires_grad_(encoder_lr > 0)
     run.encoded = Encoded(run, run.model, 2 if xflip else 1) if encoder else None
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP's; harmless for 1 x 1 convolutions
+    # DDP's, harmless for 1 x 1 convolutions; torch.compile's, of a speed that it forgoes
+    warnings.filterwarnings("ignore", r"Grad strides do not match|\s*Online softmax is disabled")
     network = torch.compile(run.model) if compile and can_compile(run.device) else run.model
     run.forward = training.distributed(run, network)
     return run
