@@ -37,7 +37,7 @@ import torch
 import data
 from checkpoint import atomic, load_checkpoint
 from classifier import find_classifier
-from compare_models import done, measured, run
+from compare_models import done, measured, require_seeds, run
 from configurator import configure, read_config_file, require, require_numbers
 from eval_fid import CACHE, measure
 from inception import find_inception
@@ -202,8 +202,7 @@ def table(rows, columns):
 
 def main(argv=()):
     config = configure(globals(), argv)
-    require(seeds and min(seeds) >= 0 and len(set(seeds)) == len(seeds),
-            f"seeds takes different whole numbers, not {seeds}")
+    require_seeds(seeds)
     require_numbers(config)
     require(num_images >= 10 and per_pair > 1, f"num_images {num_images} is 10 or more, per_pair {per_pair} 2 or more")
     require(features in ("classifier", "inception"), f"--features is classifier or inception, not {features}")

@@ -37,7 +37,7 @@ import numpy as np
 import data
 from checkpoint import atomic, load_checkpoint, read_log
 from compare_conditions import require_held_out
-from compare_models import distance, run
+from compare_models import distance, require_seeds, run
 from configurator import configure, require, require_numbers
 from plot import COLOURS, Axes, figure
 
@@ -175,8 +175,7 @@ def main(argv=()):
     config = configure(globals(), argv)
     require(question in ("sizes", "continuous", "stages"), f"--question is sizes, continuous or stages, not {question}")
     require_numbers(config)
-    require(seeds and min(seeds) >= 0 and len(set(seeds)) == len(seeds),
-            f"seeds takes different whole numbers, not {seeds}")
+    require_seeds(seeds)
     require(num_images >= 10, f"num_images is 10 or more, not {num_images}")
     require(features in ("classifier", "inception"), f"--features is classifier or inception, not {features}")
     require(all(0 < weight < math.inf for weight in (*kld_weights, *joint_weights)),

@@ -50,6 +50,12 @@ ROWS = {  # title: model, its name in trajectories.json, settings of sample.py, 
 }
 
 
+def require_seeds(seeds):
+    """Raises UserError unless these are different whole numbers, one at least."""
+    require(seeds and min(seeds) >= 0 and len(set(seeds)) == len(seeds),
+            f"seeds takes different whole numbers from 0 on, not {seeds}")
+
+
 def run(script, *arguments):
     """Runs another of our scripts; exits with its exit code if it fails."""
     print("\n$ python", script, *filter(None, arguments), flush=True)
@@ -140,8 +146,7 @@ def table(measured, columns):
 
 def main(argv=()):
     configure(globals(), argv)
-    require(seeds and min(seeds) >= 0 and len(set(seeds)) == len(seeds),
-            f"seeds must be different and not negative, not {seeds}")
+    require_seeds(seeds)
     require(base_images >= 0, f"base_images can't be negative: it is {base_images}")
     require(total_images > 0 and batch_size > 0,
             f"total_images {total_images} and batch_size {batch_size} must be positive")

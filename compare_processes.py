@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import atomic, load_checkpoint
-from compare_models import distance, done, run
+from compare_models import distance, done, require_seeds, run
 from configurator import configure, require
 from plot import COLOURS, Axes, figure
 
@@ -167,8 +167,7 @@ def main(argv=()):
     names = dict.fromkeys(map(str.strip, arms.split(",")))  # each once
     unknown = [name for name in names if name not in ARMS]
     require(not unknown, f"--arms are some of {','.join(ARMS)}, not {', '.join(unknown)}")
-    require(seeds and min(seeds) >= 0 and len(set(seeds)) == len(seeds),
-            f"seeds takes different whole numbers, not {seeds}")
+    require_seeds(seeds)
     require(min(base_images, total_images) > 0 and num_images >= 10, f"base_images {base_images} and total_images "
             f"{total_images} must be positive, num_images {num_images} 10 or more")
     require(num_steps and 0 < min(num_steps), f"num_steps are positive, not {num_steps}")

@@ -32,7 +32,7 @@ import data
 from captions import MadeCaptions
 from checkpoint import atomic, load_checkpoint
 from classifier import find_classifier
-from compare_models import run, sampled
+from compare_models import require_seeds, run, sampled
 from configurator import configure, require, require_numbers
 from eval_fid import CACHE
 from plot import save_grid
@@ -165,8 +165,7 @@ def draw(captions, made, near):
 
 def main(argv=()):
     config = configure(globals(), argv)
-    require(seeds and min(seeds) >= 0 and len(set(seeds)) == len(seeds),
-            f"seeds must be different and not negative, not {seeds}")
+    require_seeds(seeds)
     require_numbers(config, or_zero=("text_images",))
     folders, measured, bits = [train(seed) for seed in seeds], [], []
     settings = load_checkpoint(folders[0] / "stage1.pt", "train_stage1")["config"]

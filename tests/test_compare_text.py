@@ -97,6 +97,6 @@ def test_a_whole_comparison(trained, written, tmp_path, monkeypatch):
 
 
 def test_bad_input(tmp_path):
-    for arguments, message in ((["--seeds=(0,0)"], "seeds must be different"), (["--per_prompt=0"], "per_prompt must be positive")):
+    for arguments, message in ((["--seeds=(0,0)"], "seeds takes different"), (["--per_prompt=0"], "per_prompt must be positive")):
         with pytest.raises(UserError, match=message):
             compare_text.main([f"--out_dir={tmp_path}", *arguments])
