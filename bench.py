@@ -1,7 +1,7 @@
 """
 How fast? Times training steps and sampler evaluations of every configuration, and the data loader.
 
-    python bench.py                                                   # the default and config/, without DLC's
+    python bench.py                                                   # the default and config/, but DLC's and text's
     python bench.py --config=config/imagenet64.py --batch_size=128    # one configuration
     python bench.py --config=default --profile=True                   # also the most expensive operations
 
@@ -65,9 +65,11 @@ rounds = 3  # each times everything in turns; the table has medians
 profile = False  # also the ten most expensive operations of a training step
 
 LINE = "{:24}{:>6}{:>10}{:>9}{:>6}{:>7}{:>8}{:>12}{:>10}{:>6}{:>7}{:>8}"  # a line of the table
-EDM = ("--num_latents=0", "--precision=fp16", "--loss_scale=100", "--compile=False")  # as its program has it
+PLAIN = ("--num_latents=0", "--continuous=False", "--kld_weight=0", "--prior=")  # EDM
+FP16 = ("--precision=fp16", "--loss_scale=100", "--compile=False")  # as its program has it
 # random images replace these data sets
-SHAPES = {"cifar10": (32, 32, 3, 10), "imagenet64": (64, 64, 3, 1000), "imagenet128": (128, 128, 3, 1000)}
+SHAPES = {"fashion-mnist": (28, 28, 1, 10), "cifar10": (32, 32, 3, 10), "imagenet64": (64, 64, 3, 1000),
+          "imagenet128": (128, 128, 3, 1000)}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -135,8 +137,10 @@ def training(scope, run, batch, evaluation):
 
 
 def of_denoiser(run, batch):
-    """The averaged network as sample.py calls it, with codes and classes 0."""
-    z, c = (torch.zeros(batch, *shape, dtype=torch.int64, device=run.device) for shape in ((run.ema.num_latents,), ()))
+    """The averaged network as sample.py calls it, with codes and classes 0, or continuous latents 0."""
+    c = torch.zeros(batch, dtype=torch.int64, device=run.device)
+    z = torch.zeros(batch, run.ema.num_latents, run.ema.codebook_size, device=run.device) if run.ema.continuous else \
+        c[:, None].expand(-1, run.ema.num_latents)
     return denoiser(run.ema, c if run.ema.label_dim else None, z, autocast=run.autocast)
 
 
@@ -221,10 +225,10 @@ def measure(config, device, batch_size, rounds, profile):
                 function()
             memory = peak_memory(place)
             if kind is stage1 and run.model.num_latents:
-                _, plain, _ = stage1(config, batch, folder, device, "--num_latents=0")
+                _, plain, _ = stage1(config, batch, folder, device, *PLAIN)
                 functions |= {f"plain {name}": function for name, function in plain.items()}
             if kind is stage1 and place.type == "cuda":
-                _, plain, _ = stage1(config, batch, folder, device, *EDM)
+                _, plain, _ = stage1(config, batch, folder, device, *PLAIN, *FP16)
                 functions |= {f"fp16 {name}": function for name, function in plain.items()}
             for function in functions.values():
                 function()
@@ -314,7 +318,7 @@ def main(argv=()):
     _, world, place = start_processes(device)
     require(world == 1, "bench.py measures one process: run it without torchrun")
     of_repository = sorted(str(path) for path in (data.HERE / "config").glob("*.py")
-                           if "_encoder" not in path.stem and "dlc" not in path.stem)
+                           if not any(other in path.stem for other in ("encoder", "dlc", "llada")))
     configs = [config] if config else ["default", *of_repository]
     on = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{on}, torch {torch.__version__}; GFLOP per image; medians of {rounds} rounds")

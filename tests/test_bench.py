@@ -57,6 +57,10 @@ def test_a_row_of_each_kind(tmp_path, monkeypatch):
     plain = bench.measure(str(config), "cpu", 4, 1, False)
     assert plain["gflop_training"] < row["gflop_training"] and plain["gflop_evaluation"] < row["gflop_evaluation"]
     assert "training_x_edm" not in plain
+    codes = config.read_text().replace("num_latents = 0", "num_latents = 3")
+    for others in ("continuous = True\nkld_weight = 1.0\n", 'prior = "ar"\n'):
+        config.write_text(codes + others)
+        assert bench.measure(str(config), "cpu", 4, 1, False)["training_x_edm"] > 0
     (tmp_path / "tiny_prior.py").write_text("layers = 1\ndim = 16\nheads = 2\n")
     (tmp_path / "restart_tiny.py").write_text("num_steps = 3\nrestarts = ((3, 1, 1.0, 20.0),)\n")
     prior, restart = (bench.measure(str(tmp_path / f"{name}.py"), "cpu", 2, 1, False) for name in ("tiny_prior", "restart_tiny"))
