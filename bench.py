@@ -5,14 +5,14 @@ How fast? Times training steps and sampler evaluations of every configuration, a
     python bench.py --config=config/imagenet64.py --batch_size=128    # one configuration
     python bench.py --config=default --profile=True                   # also the most expensive operations
 
-It times the scripts' own code, on random images in place of CIFAR-10 and ImageNet. Seconds differ
+It times the scripts' own code, on random images in place of data sets. Seconds differ
 between machines and hours. Two ratios hold better, since their parts are timed in turns in one run:
 
   MFU     FLOP/s, over the FLOP/s of a large matrix product on the same device
   x EDM   time, over the time of the same U-Net without latents
 
-and on a GPU a line below a configuration's row has a third: the time over that of EDM's program, as far as
-settings go: the same U-Net without latents, in fp16, not compiled.
+On a GPU, a line below each row of stage 1 has a third ratio: the time over that of the same U-Net without latents,
+in fp16 and not compiled. These are the settings of EDM's program; the code is ours.
 
 PyTorch counts the FLOPs: two per multiplication with addition, in attention, convolutions and linear
 layers alone. The table's other columns:
@@ -155,11 +155,13 @@ def stage1(config, batch, folder, device, *settings):
 
 def prior(config, batch, folder, device):
     """`training` of train_prior.py, on full-size codes of a tiny encoder."""
-    name = "imagenet64" if "imagenet64" in config else "cifar10"
+    name = next((name for name in ("imagenet64", "fashion-mnist") if name.replace("-", "_") in config), "cifar10")
     images, labels, classes = noise_images(name)
-    args = dict(img_resolution=images.shape[1], img_channels=3, label_dim=classes, num_latents=10, codebook_size=100,
+    m, k = (8, 16) if name == "fashion-mnist" else (10, 100)
+    _, size, _, channels = images.shape
+    args = dict(img_resolution=size, img_channels=channels, label_dim=classes, num_latents=m, codebook_size=k,
                 model_channels=4, channel_mult=(1,), num_blocks=1, attn_resolutions=(), latent_dim=4, latent_heads=1,
-                latent_layers=1, encoder_patch=16, encoder_dim=8, encoder_layers=1, encoder_heads=1)
+                latent_layers=1, encoder_patch=size // 2, encoder_dim=8, encoder_layers=1, encoder_heads=1)
     settings = dict(dataset=name, held_out=0, xflip=False, data_identity=data.data_checksum(images, labels))
     save_checkpoint(f"{folder}/stage1.pt", dict(made_by="train_stage1", config=settings, model_args=args, step=0,
                                                 ema=DisCoDiff(**args).state_dict()))

@@ -11,6 +11,7 @@ Do codes help? The paper's experiment: codes added to a trained plain EDM (DisCo
 
 For each seed, a plain EDM trains on base_images. From there two models see total_images more, in the
 same order, with the same settings: plain EDM, trained on, and DisCo-Diff, which gets codes and a prior.
+DisCo-Diff's encoder also has a first phase, which total_images does not count.
 Their samples are measured after equally many evaluations of the denoiser (NFE). trajectories.py measures
 their sampling error. The ratios, one for each seed, are those of FD and sampling error to plain EDM,
 trained on, with as many steps.

@@ -1,5 +1,6 @@
-"""All 60,000 images of Fashion-MNIST on one GPU, without class labels: codes added to a trained plain EDM, as in
-config/finetune.py, with a network twelve times as large.
+"""Fashion-MNIST's 60,000 training images (1,000 held out) on one GPU, without class labels: as config/finetune.py, but
+a network twelve times as large, batches of 256, half the learning rate, and four times the encoder's first phase.
+Each phase of the denoiser is six visits to each image.
 
     python data.py fashion-mnist
     python compare_models.py --stage1_config=config/fashion_mnist.py --prior_config=config/fashion_mnist_prior.py \

@@ -1,4 +1,4 @@
-"""The prior for config/fashion_mnist.py."""
+"""The autoregressive prior for config/fashion_mnist.py: 17 visits to each image, half a minute on an H200."""
 out_dir = "out/fashion_mnist"
 total_images = 1_000_000
 batch_size = 500
