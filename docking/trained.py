@@ -1,0 +1,63 @@
+"""
+Checkpoints of docking: what a training script begins with, and how trained networks are loaded.
+"""
+
+import training
+from checkpoint import CHECKPOINT, load_checkpoint, weights_checksum
+from configurator import UserError, require
+from docking import data
+from docking.model import DisCoDock, Prior
+
+KEYS = {"config", "model_args", "step", "ema", "features"}
+CHECKPOINT |= {"docking/train": KEYS, "docking/train_prior": KEYS | {"stage1"},
+               "docking/confidence": KEYS | {"stage1"}}
+
+
+def begin(config, name, made_by, total):
+    """training.start, for poses: the repository's scripts count images."""
+    config["total_images"] = total
+    return training.start(config, name, made_by)
+
+
+def require_features(checkpoint, path):
+    require(checkpoint["features"] == data.FEATURES,
+            f"{path} was trained on other features of atoms and residues than this version has: train it again")
+
+
+def like_model(run):
+    """-> a check, before a run continues, that its checkpoint is of the same complexes and features"""
+    def check(checkpoint):
+        require_features(checkpoint, run.path)
+        require(checkpoint["names"] == run.names, f"{run.path} was trained on other complexes than "
+                                                  f"{run.config['dataset']} has now: choose another --out_dir")
+    return check
+
+
+def load_stage1(folder, device="cpu"):
+    """-> the trained DisCoDock of a run's folder, averaged weights in eval mode; its checkpoint"""
+    checkpoint = load_checkpoint(f"{folder}/stage1.pt", "docking/train")
+    require_features(checkpoint, f"{folder}/stage1.pt")
+    return build(DisCoDock, checkpoint, device), checkpoint
+
+
+def load_second(network, folder, name, device, stage1):
+    """-> the network that was trained on this stage 1: the prior, or the confidence model"""
+    script = {"prior": "train_prior", "confidence": "confidence"}[name]
+    checkpoint = load_checkpoint(f"{folder}/{name}.pt", f"docking/{script}")
+    require(checkpoint["stage1"] == weights_checksum(stage1["ema"]),
+            f"{folder}/{name}.pt belongs to another stage 1: run docking/{script}.py --overwrite=True")
+    return build(network, checkpoint, device)
+
+
+def load_prior(folder, device, stage1):
+    return load_second(Prior, folder, "prior", device, stage1)
+
+
+def build(network, checkpoint, device):
+    try:
+        model = network(**checkpoint["model_args"])
+        model.load_state_dict(checkpoint["ema"])
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"the checkpoint is of another architecture than this {network.__name__}: "
+                        f"{str(error).splitlines()[-1].strip()}") from None
+    return model.to(device).eval().requires_grad_(False)
