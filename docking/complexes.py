@@ -14,7 +14,6 @@ Files are read as text, by RDKit or here; a file that makes no sense raises User
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from configurator import UserError, require

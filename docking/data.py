@@ -87,8 +87,8 @@ def load(dataset):
         save(path, prepare(HERE / "shipped", chosen, radius, edges, 0))
     content = read_checkpoint(path)
     require(isinstance(content, dict) and "complexes" in content,
-            f"there is no data set {dataset}, or {path} is damaged: python docking/data.py --source=... --name={dataset} "
-            f"prepares one; {', '.join(SHIPPED)} need nothing")
+            f"there is no data set {dataset}, or {path} is damaged: python docking/data.py --source=... "
+            f"--name={dataset} prepares one; {', '.join(SHIPPED)} need nothing")
     require(content["features"] == FEATURES, f"{path} was prepared with other features: prepare it again")
     names, complexes = zip(*content["complexes"])
     return list(names), [Complex(**c) for c in complexes]

@@ -83,14 +83,18 @@ def total(errors):
 # sampling
 
 
+def uniform_rotations(q):
+    """Rotation vectors (B, 3), uniform among all rotations, from normal draws (B, 4): a random quaternion."""
+    q = q / q.norm(dim=1, keepdim=True) * q[:, :1].sign()
+    return q[:, 1:] / q[:, 1:].norm(dim=1, keepdim=True) * 2 * q[:, :1].acos()
+
+
 def random_starts(complex_, noise):
     """Poses (N, L, 3) at t = 1: torsions and rotation uniform, translation N(0, 19^2).
 
     noise: SeededNoise of N rows, as in noise.py of the repository
     """
-    q = noise.randn(4)
-    q = q / q.norm(dim=1, keepdim=True) * q[:, :1].sign()
-    rotation = q[:, 1:] / q[:, 1:].norm(dim=1, keepdim=True) * 2 * q[:, :1].acos()  # uniform, of a random quaternion
+    rotation = uniform_rotations(noise.randn(4))
     torsions = 2 * math.pi * noise.rand(len(complex_.rotatable)) - math.pi
     made_up = complex_.conformer.double() - complex_.conformer.double().mean(0)
     return move(made_up.expand(len(noise), -1, -1), TRANSLATION[1] * noise.randn(3), rotation, torsions,
@@ -98,15 +102,14 @@ def random_starts(complex_, noise):
 
 
 @torch.no_grad()
-def sample(score, complex_, noise, num_steps=20, low_temperature=((1.0, 0.0, 0.5),) * 3, batch_size=40, at=None):
+def sample(score, complex_, noise, num_steps=20, low_temperature=((1.0, 0.0, 0.5),) * 3, batch_size=40, device="cpu"):
     """Poses of one complex: num_steps Euler-Maruyama steps from t = 1, without noise in the last.
 
-    score(batch, pos, t, rows): the denoiser, rows: slice of the samples at hand; noise: SeededNoise of N
-    rows, one for each sample; low_temperature: (tau, psi, sigma_data) of translation, rotation, torsions.
-    at: starting poses (N, L, 3), `random_starts` unless given. -> (N, L, 3) float64
+    score(batch, pos, t, rows): the denoiser, which runs on `device`; rows: slice of the samples at hand;
+    noise: SeededNoise of N rows, one for each sample; low_temperature: (tau, psi, sigma_data) of
+    translation, rotation, torsions; batch_size: samples at once. -> (N, L, 3) float64
     """
-    pos = random_starts(complex_, noise) if at is None else at
-    device = complex_.residues.device
+    pos = random_starts(complex_, noise)
     for step in range(num_steps):
         t, dt = 1 - step / num_steps, 1 / num_steps
         sigma = sigma_at(torch.tensor(t, dtype=torch.float64)).tolist()

@@ -7,6 +7,7 @@ The networks of DisCo-DiffDock, to be read beside DisCo-Diff App. E.4.
   Score          denoiser: scores of translation, rotation and torsions
   Pointer        two MLPs that give each atom and each residue one logit per latent
   DisCoDock      denoiser and encoder together, as stage 1 trains them
+  Confidence     whether a pose is within 2 Angstrom of the true one
   Prior          which node the next code points at, from the denoiser's own layers
 
 A node has scalars s, vectors v, pseudovectors w and pseudoscalars p. A rotation turns v and w; a
@@ -195,7 +196,7 @@ class Network(nn.Module):
         n, graph = len(pos), batch.graph
         labels = pos.new_zeros(len(graph), 0) if labels is None else labels
         time = time_embedding(t)[graph] if self.timed else pos.new_zeros(len(graph), 0)
-        null = pos.new_zeros(5, 1, 1).expand(-1, len(graph), -1) if null is None else self.null[:, None] * null[graph, None]
+        null = pos.new_zeros(5, len(graph), 1) if null is None else self.null[:, None] * null[graph, None]
 
         # nodes
         atoms = sum(embed(x) for embed, x in zip(self.atom, batch.atoms.T))
@@ -212,7 +213,8 @@ class Network(nn.Module):
         cross = pairs_within(pos, batch.rec_pos, graph[:n], graph[n:], cutoff) + torch.tensor([[0], [n]]).to(graph)
         edges = torch.cat([ligand, cross, batch.rec_edges + n, cross.flip(0)], 1)
         parts = [ligand.shape[1], cross.shape[1], batch.rec_edges.shape[1], cross.shape[1]]
-        direction, distance = along(every, torch.cat([ligand, cross, batch.rec_edges + n, cross], 1))  # cross: one way
+        # cross edges keep their direction, from atom to residue, also where the residue receives
+        direction, distance = along(every, torch.cat([ligand, cross, batch.rec_edges + n, cross], 1))
         of_ligand, of_cross, of_protein, _ = (
             torch.cat([time[a], smear(d, stop), labels[a] * inside, labels[b] * inside], 1)
             for a, b, d, stop, inside in zip(*(x.split(parts) for x in (*edges, distance)), (5, self.reach, 30, self.reach),
@@ -225,7 +227,8 @@ class Network(nn.Module):
             s = nodes[0][:, :self.scalars]
             with_ends = [torch.cat([x, s[a], s[b]], 1) for x, a, b in zip(features, *(x.split(parts) for x in edges))]
             new = layer(nodes, edges, direction, with_ends, len(s))
-            nodes = [x + F.pad(old, (0, 0) * (x.ndim - 2) + (0, x.shape[1] - old.shape[1])) for x, old in zip(new, nodes)]
+            nodes = [x + F.pad(old, (0, 0) * (x.ndim - 2) + (0, x.shape[1] - old.shape[1]))
+                     for x, old in zip(new, nodes)]
         return nodes
 
 
@@ -260,7 +263,8 @@ class Score(nn.Module):
         edges = torch.stack([graph, torch.arange(len(pos), device=graph.device)])
         vector = pos - mean_at(graph, pos, batch.size)[graph]
         features = self.centre_edge(torch.cat([smear(vector.norm(dim=1), 30), time[graph]], 1))
-        _, v, w, _ = self.centre(nodes, edges, F.normalize(vector, dim=1), [torch.cat([features, nodes[0]], 1)], batch.size)
+        features = [torch.cat([features, nodes[0]], 1)]
+        _, v, w, _ = self.centre(nodes, edges, F.normalize(vector, dim=1), features, batch.size)
         translation, rotation = (v + w).unbind(1)
         for_length = [torch.cat([x.norm(dim=1, keepdim=True), time], 1) for x in (translation, rotation)]
         translation = F.normalize(translation, dim=1) * self.translation_length(for_length[0]) / sigma[:, :1]
@@ -288,7 +292,7 @@ class Score(nn.Module):
 
 
 class Pointer(nn.Module):
-    """Logits of nodes (N, outputs), from their scalars and pseudoscalars: an MLP for atoms, another for residues."""
+    """Logits of nodes (N, outputs) from s and p: an MLP for atoms, another for residues."""
 
     def __init__(self, widths, outputs, dropout):
         super().__init__()
@@ -369,3 +373,17 @@ class Prior(nn.Module):
         # as in the release: the null embedding is added although there are labels
         nodes = self.net(batch, pos, cutoff, ones, labels_of(prefix, batch), ones.bool())
         return pad(self.pointer(nodes, len(pos)), batch)[:, 0]
+
+
+class Confidence(nn.Module):
+    """A pose -> logit that its RMSD is below 2 Angstrom (B,). It sees C-alphas alone; DiffDock's sees all atoms."""
+
+    def __init__(self, scalars=16, vectors=4, layers=3, channelwise=True, dropout=0.1):
+        super().__init__()
+        self.net = Network(scalars, vectors, layers, False, 0, channelwise, dropout)
+        self.head = mlp(2 * scalars, 4 * scalars, 1, dropout)
+
+    def forward(self, batch, pos):
+        s, _, _, p = self.net(batch, pos, pos.new_full((batch.size,), 30.0))
+        of_ligand = mean_at(batch.graph[:len(pos)], torch.cat([s, p], 1)[:len(pos)], batch.size)
+        return self.head(of_ligand)[:, 0]

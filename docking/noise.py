@@ -74,7 +74,7 @@ def _angles(eps, count=1000):
 
 def so3_norm(eps):
     """Root mean square of a component of the score at noise eps (...): sqrt(E |score|^2 / 3)."""
-    omega, p = _angles(eps)
+    omega, p = _angles(eps, 200)
     return ((p * so3_score(omega, eps.double()[..., None].expand_as(omega)) ** 2).sum(-1) / 3).sqrt().to(eps)
 
 
@@ -113,7 +113,7 @@ def torus_score(x, sigma):
 def torus_norm(sigma):
     """Root mean square of the score at noise sigma (...)."""
     sigma = sigma.double()[..., None]
-    x = (torch.arange(1000, device=sigma.device, dtype=torch.float64) + 0.5) / 1000 * (10 * sigma).clamp_max(math.pi)
+    x = (torch.arange(200, device=sigma.device, dtype=torch.float64) + 0.5) / 200 * (10 * sigma).clamp_max(math.pi)
     images = x[..., None] + 2 * math.pi * torch.arange(-5, 6, device=x.device, dtype=x.dtype)
     p = torch.exp(-images ** 2 / (2 * sigma[..., None] ** 2)).sum(-1)
     return ((p * torus_score(x, sigma.expand_as(x)) ** 2).sum(-1) / p.sum(-1)).sqrt()

@@ -65,7 +65,8 @@ log_every = 2_000  # poses
 save_every = 10_000
 
 FREE = ("out_dir", "overwrite", "change", "device", "total_poses", "total_images", "log_every", "save_every")
-CHANGEABLE = ("lr", "encoder_lr", "warmup_poses", "ema_decay", "grad_clip", "null_prob", "tau", "precision", "loss_scale")
+CHANGEABLE = ("lr", "encoder_lr", "warmup_poses", "ema_decay", "grad_clip", "null_prob", "tau", "precision",
+              "loss_scale")
 
 
 def gradients(run, step):
@@ -82,7 +83,7 @@ def gradients(run, step):
     torch.manual_seed(step)  # dropout
     with run.autocast:
         true = torch.cat([c.pos for c in chosen]).to(run.device)
-        *scores, logits = run.forward(batch, noisy.to(run.device), draws.t, true, draws.gumbel[:, :, :batch.most],
+        *scores, logits = run.forward(batch, noisy.to(run.device), draws.t, true, draws.gumbel[..., :batch.most],
                                       draws.drop, tau)
     errors = losses(scores, targets, draws, batch)
     # parameters without a part in this batch, as of ligands that can't turn, get zeros: DDP waits for all
@@ -116,7 +117,8 @@ def setup(config):
     require_numbers(config, or_zero=("seed", "num_latents", "dropout", "null_prob", "warmup_poses", "ema_decay",
                                      "encoder_lr"))
     require(dropout < 1 and null_prob <= 1 and ema_decay < 1, "dropout, null_prob and ema_decay are shares of 1")
-    require(layers >= 3 and encoder_layers >= 3, "layers and encoder_layers are 3 or more: then all kinds of features exist")
+    require(min(layers, encoder_layers) >= 3,
+            "layers and encoder_layers are 3 or more: only then all kinds of features exist")
     run = begin(config, "stage1", "docking/train", total_poses)
     _checkpoint_path, run.lower = run.path, "--lr"
     run.names, run.complexes = data.load(dataset)
@@ -156,7 +158,7 @@ def train(run, signals):
     """Alg. 1, over and over, until total_poses are seen or a signal comes."""
     stopped, seen = 0, run.step * batch_size
     if run.master:
-        print(f"{dataset}: {len(run.complexes)} complexes; {sum(p.numel() for p in run.model.parameters()):,} parameters "
+        print(f"{dataset}: {len(run.complexes)} complexes; {sum(p.numel() for p in run.parameters):,} parameters "
               f"on {run.device}")
         training.open_log(run, "poses")
     bar = progress(total=total_poses, initial=seen, unit="pose", disable=not run.master, mininterval=1)

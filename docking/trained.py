@@ -6,7 +6,7 @@ import training
 from checkpoint import CHECKPOINT, load_checkpoint, weights_checksum
 from configurator import UserError, require
 from docking import data
-from docking.model import DisCoDock, Prior
+from docking.model import DisCoDock
 
 KEYS = {"config", "model_args", "step", "ema", "features"}
 CHECKPOINT |= {"docking/train": KEYS, "docking/train_prior": KEYS | {"stage1"},
@@ -30,6 +30,8 @@ def like_model(run):
         require_features(checkpoint, run.path)
         require(checkpoint["names"] == run.names, f"{run.path} was trained on other complexes than "
                                                   f"{run.config['dataset']} has now: choose another --out_dir")
+        require(checkpoint.get("stage1") == run.carries.get("stage1"),
+                f"{run.path} belongs to another stage 1: start anew with --overwrite=True")
     return check
 
 
@@ -47,10 +49,6 @@ def load_second(network, folder, name, device, stage1):
     require(checkpoint["stage1"] == weights_checksum(stage1["ema"]),
             f"{folder}/{name}.pt belongs to another stage 1: run docking/{script}.py --overwrite=True")
     return build(network, checkpoint, device)
-
-
-def load_prior(folder, device, stage1):
-    return load_second(Prior, folder, "prior", device, stage1)
 
 
 def build(network, checkpoint, device):

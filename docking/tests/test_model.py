@@ -102,7 +102,8 @@ def test_encoder_and_prior_of_the_release(model):
     batch, pos = published_batch()
     assert sum(p.numel() for p in model.encoder.parameters()) == 821_128
     logits = model.encoder(batch, torch.cat([REF["0_lig_pos_crystal"], REF["2_lig_pos_crystal"]]))
-    torch.testing.assert_close(logits, torch.stack([REF["0_encoder_logits"], REF["2_encoder_logits"]]), rtol=0, atol=1e-5)
+    expected = torch.stack([REF["0_encoder_logits"], REF["2_encoder_logits"]])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     prior = filled(Prior(), "ar.")
     prefix = torch.tensor([[REF[f"{i}_prior_prefix"].item(), -1] for i in (0, 2)])
     centred = (pos.view(2, -1, 3) - pos.view(2, -1, 3).mean(1, keepdim=True)).flatten(0, 1)

@@ -63,7 +63,8 @@ def test_moves_of_the_authors():
     pos, tr, rot, tor = (REF[f"moves_{part}"].double() for part in ("pos", "tr", "rot", "tor"))
     pos = pos.expand(3, -1, -1)
     bonds, turns = REF["moves_bond_index"].T[REF["moves_edge_mask"]], REF["moves_mask_rotate"]
-    for ours, name in ((move(pos, tr, rot, tor, bonds, turns), "moved"), (turn(pos, tor, bonds, turns), "torsions_only"),
+    for ours, name in ((move(pos, tr, rot, tor, bonds, turns), "moved"),
+                       (turn(pos, tor, bonds, turns), "torsions_only"),
                        (move(pos, tr, rot, tor[:, :0], bonds[:0], turns[:0]), "moved_rigid")):
         torch.testing.assert_close(ours, REF[f"moves_{name}"].double(), rtol=0, atol=1e-4)
 
@@ -78,14 +79,16 @@ def test_steps_of_the_authors(run):
     trace = []
     for i in range(len(times) - 1):
         changes = []
-        for kind, level, name, *low in zip((TRANSLATION, ROTATION, TORSION), z["sigma"][i].tolist(), ("tr", "rot", "tor"),
-                                           *(z[f"temp_{part}"].tolist() for part in ("sampling", "psi", "sigma_data"))):
+        low = [z[f"temp_{part}"].tolist() for part in ("sampling", "psi", "sigma_data")]
+        for j, (kind, name) in enumerate(((TRANSLATION, "tr"), (ROTATION, "rot"), (TORSION, "tor"))):
             noise = z[f"{name}_z"][i].double() if i < len(z[f"{name}_z"]) else 0.0
-            changes.append(reverse_step(kind, z[f"{name}_score"][i].double(), noise, level, times[i] - times[i + 1], *low))
+            score, level = z[f"{name}_score"][i].double(), z["sigma"][i, j].item()
+            changes.append(reverse_step(kind, score, noise, level, times[i] - times[i + 1], *(row[j] for row in low)))
         pos = move(pos, *changes, z["bond_index"].T[z["edge_mask"]], z["mask_rotate"])
         trace.append(pos)
     n = len(trace)
-    torch.testing.assert_close(torch.stack([trace[i] for i in (0, n // 2, n - 1)]), z["trace"].double(), rtol=0, atol=1e-3)
+    ours = torch.stack([trace[i] for i in (0, n // 2, n - 1)])
+    torch.testing.assert_close(ours, z["trace"].double(), rtol=0, atol=1e-3)
 
 
 def test_align_never_reflects():
