@@ -11,6 +11,7 @@ Positions are in Angstrom. Those of a Complex are relative to the mean of the pr
 Files are read as text, by RDKit or here; a file that makes no sense raises UserError.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,9 @@ try:
     from rdkit import Chem, RDLogger
     from rdkit.Chem import AllChem
     RDLogger.DisableLog("rdApp.*")  # what it would say, our errors say
-except ImportError:
-    raise UserError("docking needs RDKit: pip install -r docking/requirements.txt") from None
+except ImportError:  # before any script could turn an exception into one line
+    print("error: docking needs RDKit: pip install -r docking/requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 # ----------------------------------------------------------------------------------------------------
 # proteins

@@ -79,7 +79,7 @@ def gradients(run, step):
     pairs = [run.pairs[i] for i in run.batches.take(step * batch_size + start, run.local_batch)]
     batch = gather([run.complexes[i] for i, _ in pairs], run.device)
     pos = torch.cat([run.poses[i][j] for i, j in pairs]).to(run.device)
-    target = torch.stack([run.good[i][j] for i, j in pairs]).to(run.device)
+    target = torch.stack([run.success[i][j] for i, j in pairs]).to(run.device)
     torch.manual_seed(step)  # dropout
     with run.autocast:
         logits = run.forward(batch, pos)
@@ -107,7 +107,7 @@ def setup(config):
     config["dataset"] = stage1["config"]["dataset"]
     run.carries = dict(features=data.FEATURES, names=run.names, stage1=weights_checksum(stage1["ema"]))
     run.poses = dock_all(run, run.carries["stage1"])
-    run.good = [(rmsd(poses, c.pos, c.symmetries) < close).float() for poses, c in zip(run.poses, run.complexes)]
+    run.success = [(rmsd(poses, c.pos, c.symmetries) < close).float() for poses, c in zip(run.poses, run.complexes)]
     run.pairs = [(i, j) for i, poses in enumerate(run.poses) for j in range(len(poses))]
     run.batches = Shuffle(list(range(len(run.pairs))), seed)
     run.model_args = arguments_of(config, Confidence)
@@ -136,7 +136,7 @@ def train(run, signals):
     """Cross-entropy, over and over, until total_poses are seen or a signal comes."""
     stopped, seen = 0, run.step * batch_size
     if run.master:
-        print(f"{torch.cat(run.good).mean():.0%} of {len(run.pairs)} poses are within {close:g} Angstrom")
+        print(f"{torch.cat(run.success).mean():.0%} of {len(run.pairs)} poses are within {close:g} Angstrom")
         training.open_log(run, "poses")
     bar = progress(total=total_poses, initial=seen, unit="pose", disable=not run.master, mininterval=1)
     run.model.train()

@@ -217,8 +217,8 @@ class Network(nn.Module):
         direction, distance = along(every, torch.cat([ligand, cross, batch.rec_edges + n, cross], 1))
         of_ligand, of_cross, of_protein, _ = (
             torch.cat([time[a], smear(d, stop), labels[a] * inside, labels[b] * inside], 1)
-            for a, b, d, stop, inside in zip(*(x.split(parts) for x in (*edges, distance)), (5, self.reach, 30, self.reach),
-                                             (1, 0, 1, 0)))  # cross edges carry no labels
+            for a, b, d, stop, inside in zip(*(x.split(parts) for x in (*edges, distance)),
+                                             (5, self.reach, 30, self.reach), (1, 0, 1, 0)))  # none on cross edges
         of_cross = self.cross_edge(of_cross) + null[4, cross[0]]
         features = [self.ligand_edge(torch.cat([bond, of_ligand], 1)) + null[2, ligand[0]], of_cross,
                     self.protein_edge(of_protein) + null[3, edges[0].split(parts)[2]], of_cross]

@@ -32,16 +32,16 @@ def draw_ligand(axes, complex_, pos, plane, carbon=CARBON, width=2.0):
 def draw_poses(path, complex_, panels, reach=9.0):
     """One panel for each (title, poses (N, L, 3), codes (m,) or ()); all in the same view, in Angstrom.
 
-    The first pose of a panel is drawn in full, others thinly. Where the true pose is known it is green, in
-    every panel. Codes are rings in the colours of their latents.
+    The first pose of a panel is drawn in full, others thinly; what lies farther from the true pose is cut
+    off. Where the true pose is known it is green, in every panel; else the first pose of all is the middle.
+    Codes are rings in the colours of their latents.
     """
     known = complex_.pos.isfinite().all().item()
     middle = complex_.pos if known else panels[0][1][0]
     plane = view(middle)
-    shown = torch.cat([torch.as_tensor(poses[:1]).float().flatten(0, 1) for _, poses, _ in panels] + [middle.float()])
-    near = torch.cdist(complex_.rec_pos.float(), shown).min(1).values < reach
-    flat = np.concatenate([complex_.rec_pos[near].numpy(), shown.numpy()]) @ plane
-    (left, low), (right, high) = flat.min(0) - 2, flat.max(0) + 2
+    near = torch.cdist(complex_.rec_pos, middle).min(1).values < reach
+    flat = torch.cat([complex_.rec_pos[near], middle]).numpy() @ plane
+    (left, low), (right, high) = flat.min(0) - 4, flat.max(0) + 4
     size = (380, round(min(max(380 * (high - low) / (right - left), 200), 600)))
     row = []
     for title, poses, codes in panels:
@@ -52,7 +52,7 @@ def draw_poses(path, complex_, panels, reach=9.0):
         for pose in poses[1:]:
             draw_ligand(axes, complex_, pose, plane, (150, 150, 150), 0.8)
         draw_ligand(axes, complex_, poses[0], plane)
-        nodes = torch.cat([torch.as_tensor(poses[0]).float(), complex_.rec_pos.float()])
+        nodes = torch.cat([poses[0], complex_.rec_pos.float()])
         for i, code in enumerate(codes):
             (x, y), = axes.at(nodes[code:code + 1].numpy() @ plane)
             axes.draw.ellipse((x - 18, y - 18, x + 18, y + 18), outline=tuple(COLOURS[i % 8].tolist()), width=5)

@@ -77,8 +77,9 @@ def pockets(count):
     rec_pos = rec_pos - centre
     same = symmetries([a.GetAtomicNum() for a in mol.GetAtoms()], bonds)
     poses = [(pose + away) @ R.T - centre for R in turned]
-    return [Complex(kinds, rec_pos, neighbours(rec_pos, most=10), atom_features(mol), bonds, types, turning, turns, same,
-                    centre, made_up, pos, pos) for pos in poses]
+    edges, atoms = neighbours(rec_pos, most=10), atom_features(mol)
+    return [Complex(kinds, rec_pos, edges, atoms, bonds, types, turning, turns, same, centre, made_up, pos, pos)
+            for pos in poses]
 
 
 def train(complexes, num_latents, s):
@@ -197,7 +198,7 @@ def panel(complexes, poses, codes, title):
 
 
 def curves(rows, count):
-    axes = Axes((0, 1), (0, 1.2), f"{count} copies: loss", "time t")
+    axes = Axes((0, 1), (0, 1.5), f"{count} copies: loss", "time t")
     for row in rows:
         points = [(float(t), value) for t, value in row["loss"].items()]
         label = "one latent" if row["latents"] else "no latents"

@@ -43,12 +43,11 @@ def test_small_rotations_are_a_normal_in_space():
 
 @pytest.mark.parametrize("eps", (0.05, 0.5, 1.5))
 def test_draws_follow_the_density(eps, g=torch.Generator().manual_seed(0)):
-    n, level = 20_000, torch.full((20_000,), eps, dtype=torch.float64)
+    n, level = 2_000, torch.full((2_000,), eps, dtype=torch.float64)
     drawn = so3_draw(torch.randn(n, 3, generator=g, dtype=torch.float64), torch.rand(n, generator=g), level)
     score = so3_score_vector(drawn, level)
-    # Stein's identity: for small eps, E score . vector = -3; for any, E |score|^2 = 3 norm^2
-    assert score.square().sum(1).mean().sqrt().item() == pytest.approx(3 ** 0.5 * so3_norm(level[:1]).item(), rel=0.02)
-    assert drawn.mean(0).abs().max() < 4 * eps / n ** 0.5 * 2
+    assert score.square().mean().sqrt().item() == pytest.approx(so3_norm(level[:1]).item(), rel=0.05)
+    assert drawn.mean(0).abs().max() < 5 * eps / n ** 0.5
 
 
 def test_torsions_against_the_authors():
