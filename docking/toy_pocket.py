@@ -29,10 +29,10 @@ from docking.complexes import (
     RESIDUES, Complex, atom_features, bonds_of, conformer, gather, neighbours, read_ligand, rmsd, rotatable,
     symmetries)
 from docking.diffusion import disturb, draw, losses, sample, total
-from docking.model import DisCoDock, labels_of
+from docking.model import DisCoDock, labels_of, straight_through
 from docking.noise import rotation_matrix, turn
 from docking.picture import draw_ligand
-from model import draw_codes
+from model import draw_codes, gumbel_softmax
 from noise import SeededNoise, seeded_generator
 from plot import COLOURS, Axes, figure
 from run import alone, progress
@@ -93,11 +93,16 @@ def train(complexes, num_latents, s):
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in progress(range(steps), desc=f"{len(complexes)} copies, m = {num_latents}", leave=False):
-        chosen = [complexes[i] for i in torch.randint(len(complexes), (batch_size,), generator=g)]
+        which = torch.randint(len(complexes), (batch_size,), generator=g)
+        chosen = [complexes[i] for i in which]
         draws = draw(batch_size, len(chosen[0].rotatable), num_latents, len(chosen[0]), null_prob, g)
         noisy, targets = disturb(chosen, [c.pos for c in chosen], draws)
-        batch = gather(chosen)
-        *scores, _ = model(batch, noisy, draws.t, torch.cat([c.pos for c in chosen]), draws.gumbel, draws.drop, tau)
+        batch, given = gather(chosen), ()
+        if num_latents:  # DisCoDock.forward; but the encoder sees each copy once, not once for each noisy pose
+            logits = model.encoder(gather(complexes), torch.cat([c.pos for c in complexes]))[which]
+            labels = labels_of(straight_through(gumbel_softmax(logits, tau, draws.gumbel)), batch)
+            given = torch.where(draws.drop[batch.graph, None], 0, labels), draws.drop
+        scores = model.score(batch, noisy, draws.t, *given)
         loss = total(losses(scores, targets, draws, batch))
         optimizer.zero_grad()
         loss.backward()
