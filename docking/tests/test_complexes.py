@@ -61,8 +61,8 @@ def test_matching_a_conformer():
     pos, (bonds, _) = positions(mol), bonds_of(mol)
     turning, turns = rotatable(bonds, len(pos))
     made_up = conformer(mol, 3)
-    first, last = (rmsd(match(made_up, pos, turning, turns, bonds, steps)[None], pos, torch.arange(len(pos))[None]).item()
-                   for steps in (1, 40))
+    same = torch.arange(len(pos))[None]
+    first, last = (rmsd(match(made_up, pos, turning, turns, bonds, steps)[None], pos, same).item() for steps in (1, 40))
     assert last < first < 2 and last < 1
 
 

@@ -111,7 +111,7 @@ def test_the_toy(tmp_path, capsys):
 @pytest.mark.parametrize("arguments, error", [
     (["--ligand=CC"], "give --protein and --ligand, or --dataset"), ([f"--protein={PDB}"], "give the ligand too"),
     ([f"--protein={SDF}", "--ligand=CC"], "has no protein"), ([f"--protein={PDB}", "--ligand=C"], "two heavy atoms"),
-    ([f"--protein={PDB}", "--ligand=C1CC"], "RDKit can't read"), (["--dataset=unknown"], "there is no data set unknown"),
+    ([f"--protein={PDB}", "--ligand=C1CC"], "RDKit can't read"), (["--dataset=unknown"], "no data set unknown"),
     ([f"--protein={PDB}", "--ligand=CC", f"--truth={SDF}"], "different molecules"),
     (["--dataset=tiny", "--tau=(0.0,1.0,1.0)"], "tau must be positive")])
 def test_one_line_says_what_is_wrong(folder, arguments, error):
