@@ -41,11 +41,12 @@ out_dir = "out/toy_pocket"
 seed = 0
 seeds = 1  # that many, from this one on
 copies = (2, 4)  # of the pocket
-steps = 600
+steps = 1000
 batch_size = 16
 lr = 3e-3  # of the denoiser; it falls to 0 as a cosine, like the encoder's
 encoder_lr = 3e-3
 tau = 1.0  # Gumbel-Softmax temperature
+label_size = 5.0  # of a label; the paper has 1, and its denoiser finds out too late what labels say
 null_prob = 0.1
 num_samples = 32
 num_steps = 20  # of the sampler
@@ -100,7 +101,7 @@ def train(complexes, num_latents, s):
         batch, given = gather(chosen), ()
         if num_latents:  # DisCoDock.forward; but the encoder sees each copy once, not once for each noisy pose
             logits = model.encoder(gather(complexes), torch.cat([c.pos for c in complexes]))[which]
-            labels = labels_of(straight_through(gumbel_softmax(logits, tau, draws.gumbel)), batch)
+            labels = label_size * labels_of(straight_through(gumbel_softmax(logits, tau, draws.gumbel)), batch)
             given = torch.where(draws.drop[batch.graph, None], 0, labels), draws.drop
         scores = model.score(batch, noisy, draws.t, *given)
         loss = total(losses(scores, targets, draws, batch))
@@ -122,12 +123,13 @@ def denoiser(model, codes):
     """-> score(batch, pos, t, rows) with these codes (N, m)"""
     if not model.num_latents:
         return lambda batch, pos, t, rows: model.score(batch, pos, t)
-    return lambda batch, pos, t, rows: model.score(batch, pos, t, labels_of(codes[rows], batch),
+    return lambda batch, pos, t, rows: model.score(batch, pos, t, label_size * labels_of(codes[rows], batch),
                                                    torch.zeros(batch.size, dtype=torch.bool))
 
 
-def loss_by_time(model, complexes, s, count=64):
-    """Loss (all three kinds) at each of TIMES, with codes of the encoder."""
+def loss_by_time(model, complexes, s, shift=0, count=64):
+    """Loss (all three kinds) at each of TIMES, with codes that the encoder gives the true copy, or with those of
+    the copy `shift` places on: wrong ones."""
     found = []
     for t in TIMES:
         chosen = [complexes[i % len(complexes)] for i in range(count)]
@@ -137,7 +139,7 @@ def loss_by_time(model, complexes, s, count=64):
         noisy, targets = disturb(chosen, [c.pos for c in chosen], draws)
         codes = None
         if model.num_latents:
-            codes = draw_from_encoder(model, complexes, SeededNoise("codes", range(count)))
+            codes = draw_from_encoder(model, complexes, SeededNoise("codes", range(count))).roll(-shift, 0)
         batch = gather(chosen)
         scores = denoiser(model, codes)(batch, noisy, draws.t, slice(0, count))
         found.append(total(losses(scores, targets, draws, batch)).item())
@@ -162,6 +164,7 @@ def measure(model, complexes, s):
         entropy = torch.special.entr
         results |= dict(points_at=p.argmax(-1).tolist(), probability=p.max(-1).values.tolist(),
                         bits=((entropy(p.mean(0)).sum() - entropy(p).sum(-1).mean()) / math.log(2)).item(),
+                        loss_of_wrong_codes=dict(zip(map(str, TIMES), loss_by_time(model, complexes, s, shift=1))),
                         told=(good & (copy == torch.arange(num_samples) % n)).float().mean().item())
     return results, poses, codes
 
@@ -208,6 +211,9 @@ def curves(rows, count):
         points = [(float(t), value) for t, value in row["loss"].items()]
         label = "one latent" if row["latents"] else "no latents"
         axes.line(points, COLOURS[4 if row["latents"] else 0], 2, True, label)
+        if row["latents"]:
+            wrong = [(float(t), value) for t, value in row["loss_of_wrong_codes"].items()]
+            axes.line(wrong, COLOURS[7], 1.5, False, "one latent, wrong codes")
     return axes
 
 
