@@ -148,7 +148,8 @@ def rotatable(bonds, count):
                 u, v, side = v, u, {*range(count)} - side
             found.append((u, v))
             sides.append([i in side for i in range(count)])
-    return torch.tensor(found, dtype=torch.int64).reshape(-1, 2), torch.tensor(sides, dtype=torch.bool).reshape(-1, count)
+    found = torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
+    return found, torch.tensor(sides, dtype=torch.bool).reshape(-1, count)
 
 
 def symmetries(numbers, bonds, most=1000):

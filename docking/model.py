@@ -169,11 +169,12 @@ class Network(nn.Module):
     """Node features of ligand and protein, from a pose, its time and labels of nodes.
 
     scalars, vectors: channels of s and p, of v and w; layers: of convolutions; timed: whether there is a
-    time; num_latents: labels of a node.
+    time; num_latents: labels of a node; label_size: what a label is multiplied by.
     """
 
-    def __init__(self, scalars, vectors, layers, timed, num_latents, channelwise, dropout):
+    def __init__(self, scalars, vectors, layers, timed, num_latents, channelwise, dropout, label_size=1.0):
         super().__init__()
+        self.label_size = label_size
         S, V, m, time = scalars, vectors, num_latents, 32 * timed
         self.scalars, self.timed, self.reach = S, timed, 80 if timed else 30
         self.atom = nn.ModuleList(nn.Embedding(size, S) for size in ATOM_FEATURES)
@@ -194,7 +195,7 @@ class Network(nn.Module):
         -> s (N, S), v, w (N, V, 3), p (N, S)
         """
         n, graph = len(pos), batch.graph
-        labels = pos.new_zeros(len(graph), 0) if labels is None else labels
+        labels = pos.new_zeros(len(graph), 0) if labels is None else self.label_size * labels
         time = time_embedding(t)[graph] if self.timed else pos.new_zeros(len(graph), 0)
         null = pos.new_zeros(5, len(graph), 1) if null is None else self.null[:, None] * null[graph, None]
 
@@ -239,10 +240,10 @@ class Network(nn.Module):
 class Score(nn.Module):
     """Scores of a pose: translation (B, 3), rotation (B, 3), and torsions of all bonds (T,)."""
 
-    def __init__(self, scalars, vectors, layers, num_latents, channelwise, dropout):
+    def __init__(self, scalars, vectors, layers, num_latents, channelwise, dropout, label_size):
         super().__init__()
         S = scalars
-        self.net = Network(S, vectors, layers, True, num_latents, channelwise, dropout)
+        self.net = Network(S, vectors, layers, True, num_latents, channelwise, dropout, label_size)
         self.centre_edge = mlp(32 + 32, S, S, dropout)
         self.centre = Convolution(self.net.widths, (0, 2, 2, 0), 2 * S, 1, False, dropout)
         self.translation_length, self.rotation_length = (mlp(1 + 32, S, 1, dropout) for _ in range(2))
@@ -333,13 +334,17 @@ def labels_of(z, batch):
 
 
 class DisCoDock(nn.Module):
-    """Denoiser and encoder. num_latents = 0 leaves DiffDock-S."""
+    """Denoiser and encoder. num_latents = 0 leaves DiffDock-S.
+
+    label_size: 1 in the paper. A label is one input of many, at one node of many: a larger one is learned
+    from sooner, since Adam moves all weights alike (toy_pocket.py).
+    """
 
     def __init__(self, num_latents=2, scalars=24, vectors=6, layers=5, encoder_vectors=4, encoder_layers=3,
-                 channelwise=False, dropout=0.1):
+                 channelwise=False, dropout=0.1, label_size=1.0):
         super().__init__()
         self.num_latents = num_latents
-        self.score = Score(scalars, vectors, layers, num_latents, channelwise, dropout)
+        self.score = Score(scalars, vectors, layers, num_latents, channelwise, dropout, label_size)
         if num_latents:
             self.encoder = Encoder(scalars, encoder_vectors, encoder_layers, num_latents, channelwise, dropout)
 
@@ -359,9 +364,9 @@ class DisCoDock(nn.Module):
 class Prior(nn.Module):
     """Logits of the next code, given a prefix. The layers start as the trained denoiser's (App. E.4)."""
 
-    def __init__(self, num_latents=2, scalars=24, vectors=6, layers=5, channelwise=False, dropout=0.1):
+    def __init__(self, num_latents=2, scalars=24, vectors=6, layers=5, channelwise=False, dropout=0.1, label_size=1.0):
         super().__init__()
-        self.net = Network(scalars, vectors, layers, True, num_latents, channelwise, dropout)
+        self.net = Network(scalars, vectors, layers, True, num_latents, channelwise, dropout, label_size)
         self.pointer = Pointer(self.net.widths, 1, dropout)
 
     def forward(self, batch, pos, prefix):

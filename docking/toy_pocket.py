@@ -87,7 +87,7 @@ def train(complexes, num_latents, s):
     """Alg. 1 on the copies, with the seed s. -> DisCoDock, in eval mode"""
     torch.manual_seed(s)
     g = seeded_generator("cpu", "pockets", s)
-    model = DisCoDock(num_latents, **SHAPE)
+    model = DisCoDock(num_latents, label_size=label_size, **SHAPE)
     groups = [dict(params=model.score.parameters(), lr=lr)]
     if num_latents:
         groups.append(dict(params=model.encoder.parameters(), lr=encoder_lr))
@@ -101,7 +101,7 @@ def train(complexes, num_latents, s):
         batch, given = gather(chosen), ()
         if num_latents:  # DisCoDock.forward; but the encoder sees each copy once, not once for each noisy pose
             logits = model.encoder(gather(complexes), torch.cat([c.pos for c in complexes]))[which]
-            labels = label_size * labels_of(straight_through(gumbel_softmax(logits, tau, draws.gumbel)), batch)
+            labels = labels_of(straight_through(gumbel_softmax(logits, tau, draws.gumbel)), batch)
             given = torch.where(draws.drop[batch.graph, None], 0, labels), draws.drop
         scores = model.score(batch, noisy, draws.t, *given)
         loss = total(losses(scores, targets, draws, batch))
@@ -123,7 +123,7 @@ def denoiser(model, codes):
     """-> score(batch, pos, t, rows) with these codes (N, m)"""
     if not model.num_latents:
         return lambda batch, pos, t, rows: model.score(batch, pos, t)
-    return lambda batch, pos, t, rows: model.score(batch, pos, t, label_size * labels_of(codes[rows], batch),
+    return lambda batch, pos, t, rows: model.score(batch, pos, t, labels_of(codes[rows], batch),
                                                    torch.zeros(batch.size, dtype=torch.bool))
 
 

@@ -50,6 +50,7 @@ encoder_vectors = 4
 encoder_layers = 3
 channelwise = True  # one weight for each edge and channel; the paper has False
 dropout = 0.0
+label_size = 5.0  # of the label at the node that a code points at; the paper has 1
 tau = 1.0  # Gumbel-Softmax temperature
 null_prob = 0.1  # probability that a complex goes without its codes
 # optimisation

@@ -121,7 +121,7 @@ def setup(config):
     run.most_nodes = max(map(len, run.complexes))
     run.batches = Shuffle(list(range(len(run.complexes))), seed)
     run.carries = dict(features=data.FEATURES, names=run.names, stage1=weights_checksum(stage1["ema"]))
-    sizes = ("num_latents", "scalars", "vectors", "layers", "channelwise")
+    sizes = ("num_latents", "scalars", "vectors", "layers", "channelwise", "label_size")
     run.model_args = {name: stage1["model_args"][name] for name in sizes} | dict(dropout=dropout)
     torch.manual_seed(seed)
     run.model = Prior(**run.model_args).to(run.device)

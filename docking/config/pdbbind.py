@@ -18,6 +18,7 @@ encoder_vectors = 4
 encoder_layers = 3
 channelwise = False
 dropout = 0.1
+label_size = 1.0
 tau = 1.0
 null_prob = 0.1
 total_poses = 14_000_000
