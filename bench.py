@@ -1,7 +1,7 @@
 """
 How fast? Times training steps and sampler evaluations of every configuration, and the data loader.
 
-    python bench.py                                                   # the default and all of config/
+    python bench.py                                                   # the default and config/, without DLC's
     python bench.py --config=config/imagenet64.py --batch_size=128    # one configuration
     python bench.py --config=default --profile=True                   # also the most expensive operations
 
@@ -62,7 +62,8 @@ rounds = 3  # each times everything in turns; the table has medians
 profile = False  # also the ten most expensive operations of a training step
 
 LINE = "{:24}{:>6}{:>10}{:>9}{:>6}{:>7}{:>8}{:>12}{:>10}{:>6}{:>7}{:>8}"  # a line of the table
-SHAPES = {"cifar10": (32, 32, 3, 10), "imagenet64": (64, 64, 3, 1000)}  # random images replace these data sets
+# random images replace these data sets
+SHAPES = {"cifar10": (32, 32, 3, 10), "imagenet64": (64, 64, 3, 1000), "imagenet128": (128, 128, 3, 1000)}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def stage1(config, batch, folder, device, *settings):
     batches = (f"--batch_size={batch}", f"--batch_gpu={batch}")
     scope, run = prepared("train_stage1.py", config, folder, device, "--init_from=", *batches, *settings)
     denoise = of_denoiser(run, batch)
-    x, sigma = torch.randn(batch, *run.ema.img_shape, device=run.device), torch.tensor(1.0, device=run.device)
+    x, sigma = torch.randn(batch, *run.ema.x_shape, device=run.device), torch.tensor(1.0, device=run.device)
     return training(scope, run, batch, lambda: denoise(x, sigma))
 
 
@@ -166,7 +167,7 @@ def sampler(config, batch, folder, device):
     settings = {key: settings[key] for key in ("num_steps", "restarts", "gamma", "S_min", "S_max", "S_noise")}
     _, run = prepared("train_stage1.py", "default", folder, device)
     denoise = of_denoiser(run, batch)
-    noise, evaluations = torch.randn(batch, *run.model.img_shape, device=run.device), []
+    noise, evaluations = torch.randn(batch, *run.model.x_shape, device=run.device), []
 
     def sampled(denoise):
         restart(denoise, noise, **settings)
@@ -301,7 +302,9 @@ def main(argv=()):
             f"there is no file {config}; --config=default is the default")
     _, world, place = start_processes(device)
     require(world == 1, "bench.py measures one process: run it without torchrun")
-    configs = [config] if config else ["default", *sorted(map(str, (data.HERE / "config").glob("*.py")))]
+    of_repository = sorted(str(path) for path in (data.HERE / "config").glob("*.py")
+                           if "_encoder" not in path.stem and "dlc" not in path.stem)
+    configs = [config] if config else ["default", *of_repository]
     on = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{on}, torch {torch.__version__}; GFLOP per image; medians of {rounds} rounds")
     print(f"{'':30}{'training: images a second':>40}{'evaluation: images a second':>35}{'peak':>8}")

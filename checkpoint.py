@@ -56,12 +56,17 @@ class atomic:
             raise UserError(f"can't write {self.path}: {cause.strerror}{kept}") from None
 
 
-CHECKPOINT = {"train_stage1": {"config", "model_args", "step", "ema"},
+CHECKPOINT = {"train_encoder": {"config", "model_args", "step", "ema"},
+              "train_stage1": {"config", "model_args", "step", "ema"},
               "train_prior": {"config", "model_args", "step", "ema", "encoder"},
+              "train_text": {"config", "model_args", "step", "ema", "encoder", "tokenizer"},
               "eval_fid": {"model", "accuracy"}}
 TO_TRAIN_ON = {"model", "optimizer"}
 RENAMED = {"ema": "ema_decay"}  # settings in older checkpoints, and what they are called now
-OLDER = {"latents_to_emb": False, "coarse_images": 0}  # settings of codes that older checkpoints lack
+# settings that older checkpoints lack, and such settings of codes
+OLDER = {"denoiser": "unet", "space": "pixels", "process": "edm", "weighting": "edm", "shift": 1.0}
+OLDER_CODES = {"latents_to_emb": False, "coarse_images": 0, "conditioning": "attention", "encoder_identity": 0,
+               "null_token": False, "groups": 0, "continuous": False, "kld_weight": 0.0, "prior": ""}
 
 
 def save_checkpoint(path, state):
@@ -148,8 +153,9 @@ def resume(path, config, model_args, free, changeable, made_by, **others):
 
     config, model_args: this run's settings, as the checkpoint carries them.
     free: settings that may always change. changeable: settings that may change if --change names them.
-    Settings that an older checkpoint lacks are compared if `OLDER` has them. With --overwrite=True, only an unfinished
-    run of the same command continues: its settings, and `others` in its checkpoint, must be the same.
+    Settings that an older checkpoint lacks are compared if `OLDER` or `OLDER_CODES` has them. With --overwrite=True,
+    only an unfinished run of the same command continues: its settings, and `others` in its checkpoint, must be
+    the same.
     Raises UserError, which names the differences.
     """
     change = [name.strip() for name in config["change"].split(",") if name.strip()]
@@ -166,7 +172,8 @@ def resume(path, config, model_args, free, changeable, made_by, **others):
 
     def different(state, *but):
         """-> {setting: (its value there, here)}"""
-        had = {**(OLDER if state["model_args"].get("num_latents") else {}), **state["model_args"], **state["config"]}
+        older = OLDER | OLDER_CODES if state["model_args"].get("num_latents") else OLDER
+        had = {**older, **state["model_args"], **state["config"]}
         old = {RENAMED.get(name, name): value for name, value in had.items()}
         return {k: (old[k], new[k]) for k in sorted((old.keys() & new.keys()) - {*but}) if old[k] != new[k]}
 

@@ -2,7 +2,7 @@
 Warms the encoder up, before stage 1: Alg. 1 on a coarse grid. (Ours, not the papers'.)
 
 A small batch has few images at whose noise level a code can help, so that the encoder's gradient is
-mostly noise, and beside an untrained denoiser the encoder collapses to one code. The paper has 4,096
+mostly noise, and beside an untrained denoiser the encoder can collapse to one code. The paper has 4,096
 images per step instead. Here the encoder first learns beside a small denoiser of averaged images, 7 x 7
 pixels of 28 x 28, at high noise alone. There every image needs its code, and a step costs little. The
 encoder reads whole images, as ever. A small bonus on the entropy of each latent's codes, averaged over
@@ -21,8 +21,9 @@ import torch.nn.functional as F
 import training
 from checkpoint import read_log, write_log
 from configurator import arguments_of
+from continuous import kl_divergence
 from diffusion import loss_weight
-from model import gumbel_softmax
+from model import draw_codes, gumbel_softmax
 from noise import gumbel_noise, seeded_generator
 from processes import max_over_processes, mean_over_processes
 from run import progress
@@ -58,10 +59,12 @@ class CoarseDenoiser(nn.Module):
         """y: (B, C, H, W) clean images; noise: (B, pixels), scaled by sigma (B, 1); labels: (B,), -1 for none,
         or None if label_dim is 0; gumbel: (B, m, k); drop: (B,) bool, True for the null embedding
 
-        -> D (B, pixels) and the encoder's logits (B, m, k)
+        -> D (B, pixels) and the encoder's logits (B, m, k), or (B, m, k, 2)
         """
         logits = self.encoder(y)
-        z = torch.einsum("bmk,mkd->bd", gumbel_softmax(logits, tau, gumbel), self.codebook)
+        continuous = logits.ndim == 4  # as in DisCoDiff
+        z = draw_codes(logits, gumbel) / gumbel.shape[2] ** 0.5 if continuous else gumbel_softmax(logits, tau, gumbel)
+        z = torch.einsum("bmk,mkd->bd", z, self.codebook)
         z = torch.where(drop[:, None], self.null, z)
         if self.classes is not None:
             z = z + torch.where(labels[:, None] < 0, 0, self.classes[labels])
@@ -106,18 +109,25 @@ def draw_step(phase):
 
 
 def gradients(phase, y, c):
-    """Alg. 1, lines 4 to 7, on averaged images. -> mean loss per pixel; sum of code distributions; of entropies"""
+    """Alg. 1, lines 4 to 7, on averaged images. -> mean loss per pixel; sum of code distributions; of entropies; or,
+    of continuous latents, sum of KL divergences (m,)"""
     noise, sigma, gumbel, drop, flip = draw_step(phase)
     y = torch.where(flip[:, None, None, None], y.flip(3), y)
     with phase.autocast:
         D, logits = phase.forward(y, noise, sigma, c, gumbel, drop, phase.config["tau"])
         loss = (loss_weight(sigma, phase.model.sigma_data) * (D - phase.model.averaged(y)) ** 2).mean()
-    p = logits.softmax(-1).mean(0)  # (m, k)
+    if phase.config["continuous"]:
+        divergence = kl_divergence(logits)  # (B, m), to a pixel of the whole image as in stage 1
+        training.backward(phase, loss + phase.config["kld_weight"] * divergence.sum(1).mean() / y[0].numel())
+        training.unscale(phase)
+        return loss.detach(), divergence.detach().sum(0)
+    of_images = logits.softmax(-1)  # (B, m, k)
+    p = of_images.mean(0)
     used = mean_over_processes(p.detach()).to(p.device).clamp(min=1e-9)
     bonus = -(p * used.log()).sum()  # has the gradient of the entropy
     training.backward(phase, loss - phase.config["coarse_spread"] * bonus)
     training.unscale(phase)
-    return loss.detach(), *training.usage(logits)
+    return loss.detach(), *training.usage(of_images)
 
 
 def warm_up(run, fetch, signals):
@@ -130,14 +140,15 @@ def warm_up(run, fetch, signals):
     total, count = run.config["coarse_images"], run.config["coarse_batch"]
     if state["step"] * count >= total:
         return
-    phase, stopped = prepare(run, state), 0
+    phase, stopped, lower = prepare(run, state), 0, run.lower
+    run.lower = "--coarse_lr or --coarse_spread"
     seen = phase.step * count
     if run.master:
         write_log(phase.log, read_log(phase.log, seen), mode="w")
     bar = progress(total=total, initial=seen, unit="img", desc="encoder", disable=not run.master, mininterval=1)
     while seen < total and not stopped:
-        y, c = fetch(run, seen + phase.rank * phase.local_batch, phase.local_batch)
-        measured = gradients(phase, y, c)
+        _, c, images = fetch(run, seen + phase.rank * phase.local_batch, phase.local_batch)
+        measured = gradients(phase, images, c)
         phase.optimizer.param_groups[0]["lr"] = phase.config["coarse_lr"] * min(20 * seen / total, 1)
         norm = training.gradient_norm(phase)
         training.guarded_step(phase.optimizer, norm, phase.skipped)
@@ -145,8 +156,9 @@ def warm_up(run, fetch, signals):
         phase.step, seen = phase.step + 1, seen + count
         bar.update(count)
         if training.due(phase.config["log_every"], seen, phase.config):
-            steps, (norm, loss, code_sum, entropy_sum) = training.totals(phase, "--coarse_lr")
-            line, shown = training.of_usage(code_sum, entropy_sum, steps * phase.local_batch)
+            steps, (norm, loss, *sums) = training.totals(phase, run.lower)
+            told = training.of_divergence if phase.config["continuous"] else training.of_usage
+            line, shown = told(*sums, steps * phase.local_batch)
             line |= dict(images=seen, loss=loss.item() / steps, grad_norm=norm.item() / steps)
             training.write_line(phase, line, bar, {"loss": f"{line['loss']:.4f}"} | shown)
         stopped = max_over_processes(max(signals, default=0))
@@ -162,4 +174,5 @@ def warm_up(run, fetch, signals):
         training.finish(phase, stopped, "images of the encoder's first phase")
     training.draw_curves(phase)
     run.model.encoder.requires_grad_(run.config["encoder_lr"] > 0)
+    run.lower = lower
     training.reset(run)

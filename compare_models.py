@@ -118,9 +118,10 @@ def table(measured, columns):
 def main(argv=()):
     configure(globals(), argv)
     require(seeds and min(seeds) >= 0 and len(set(seeds)) == len(seeds),
-            f"seeds takes different whole numbers, not {seeds}")
-    require(base_images >= 0 and total_images > 0 and num_images >= 10, f"base_images {base_images} can't be negative, "
-            f"total_images {total_images} must be positive, num_images {num_images} 10 or more")
+            f"seeds must be different and not negative, not {seeds}")
+    require(base_images >= 0, f"base_images can't be negative: it is {base_images}")
+    require(total_images > 0, f"total_images must be positive, not {total_images}")
+    require(num_images >= 10, f"num_images must be 10 or more, not {num_images}")
     require(features in ("classifier", "inception"), f"--features is classifier or inception, not {features}")
     measured = []
     for seed in seeds:

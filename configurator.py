@@ -29,8 +29,8 @@ def configure(scope, argv):
     """Overrides the settings in `scope`, a script's globals(), by the command line. -> them, as a dict
 
     Settings are the bool, int, float, str and tuple variables, except _private names and CONSTANTS. A
-    new value must have the default's type. ~ at the start of a string is the home folder. Defaults
-    replace what an earlier call set. Raises UserError for an unknown name (with the nearest valid one),
+    new value must have the default's type; a number makes a tuple of one. ~ at the start of a string is the home
+    folder. Defaults replace what an earlier call set. Raises UserError for an unknown name (with the nearest valid one),
     for a wrong type, and for anything that can't be parsed. --help prints the script's docstring and
     settings, and exits.
     """
@@ -55,7 +55,7 @@ def configure(scope, argv):
                 raise UserError(f"{argument}: settings are written --name=value")
             new = [(name, text if isinstance(settings.get(name), str) else _literal(text), argument)]
         else:
-            new = _read_config_file(_at_home(argument, argument))
+            new = read_config_file(_at_home(argument, argument))
         for name, value, where in new:
             if name not in settings:
                 containing = [known for known in settings if name in known]
@@ -66,6 +66,12 @@ def configure(scope, argv):
     require(settings.get("out_dir") != "", "--out_dir= names no folder: --out_dir=. is the current one")
     scope.update(settings, _given={name: (default, settings[name]) for name, default in defaults.items()})
     return settings
+
+
+def is_default(scope, name):
+    """Whether a setting in `scope`, which `configure` has set, has its default value."""
+    default, value = scope["_given"][name]
+    return value == default
 
 
 def require(condition, message):
@@ -112,8 +118,8 @@ def _literal(text):
         return text  # a bare word; `_checked` refuses it unless the setting is a string
 
 
-def _read_config_file(path):
-    """-> [(name, value, where)] of the file's `name = literal` lines."""
+def read_config_file(path):
+    """-> [(name, value, where)] of the file's `name = literal` lines. Raises UserError if there are others."""
     try:
         with open(path, encoding="utf-8-sig") as f:  # editors on Windows may put a byte-order mark first
             tree = ast.parse(f.read())
@@ -141,15 +147,16 @@ def _checked(name, value, default, where):
             f"{where}: a whole number can't be 2^62 or more")
     if kind is float and (type(value) is int or value in ("inf", "-inf")):
         value = float(value)
-    if kind is tuple and type(value) is list:
-        value = tuple(value)
+    if kind is tuple and type(value) in (int, float, list):
+        value = tuple(numbers)
     if kind is tuple and type(value) is tuple and default and type(default[0]) is float:
         value = tuple(float(item) if type(item) is int else item for item in value)
     fits = type(value) is kind
     if fits and kind is tuple and default:
         fits = all(type(item) is type(default[0]) for item in value)
     if not fits:
-        raise UserError(f"{where}: {name} takes a {kind.__name__} such as {default!r}, not {value!r}")
+        article = "an" if kind is int else "a"
+        raise UserError(f"{where}: {name} takes {article} {kind.__name__} such as {default!r}, not {value!r}")
     return _at_home(value, where) if kind is str else value
 
 

@@ -14,6 +14,10 @@ Each command writes datasets/NAME/:
     classes.json    their names
     made.json       how the images were made
 
+and, with --vae=FILE, latents of the images for the denoiser (see latents.py), which a prepared set can also get later:
+
+    python data.py imagenet256 --source=ILSVRC/train --resolution=256 --vae=sd-vae-ft-ema.safetensors
+
 `train_stage1.py --dataset=NAME` reads the images through a memory map. The repository includes the
 10,000 images of Fashion-MNIST's test split: fashion-mnist-10k.
 """
@@ -45,6 +49,9 @@ transform = "center-crop"  # how to resize: EDM's way (crop, then Lanczos); "cen
 exif = False  # turn photographs upright by their EXIF tag; EDM and ADM don't, so leave it off for ImageNet
 workers = os.cpu_count() or 1  # processes that decode images
 overwrite = False  # replace an existing datasets/NAME
+vae = ""  # file with Stable Diffusion's autoencoder: adds its latents of the images
+xflip = False  # and latents of the mirrored images, for train_stage1.py --xflip=True
+device = "auto"  # for the autoencoder
 
 HERE = Path(__file__).resolve().parent
 EMBEDDED = "fashion-mnist-10k"
@@ -165,8 +172,12 @@ def to_float(images, device="cpu"):
     return x.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_uint8(x):
-    """Inverse of `to_float`: float (B, C, H, W) in [-1, 1], clipped -> uint8 array (B, H, W, C)"""
+def to_uint8(x, vae=None):
+    """Inverse of `to_float`: float (B, C, H, W) in [-1, 1], clipped -> uint8 array (B, H, W, C)
+
+    vae: the VAE whose latents x is instead
+    """
+    x = vae.decode(x) if vae else x
     return (x * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -236,7 +247,7 @@ PUBLIC = {  # name -> address, {file: MD5}
     "cifar10": ("https://www.cs.toronto.edu/~kriz/", {
         "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
 }
-OURS = {"images.npy", "labels.npy", "classes.json", "made.json"}  # the files of a prepared data set
+OURS = {"images.npy", "labels.npy", "classes.json", "made.json", "latents.npy", "vae.pt"}  # files of a prepared set
 
 
 def download(name, root):
@@ -276,7 +287,7 @@ def overlap(a, b):
 
 def is_ours(folder, complete=True):
     """Whether this folder has only files that `prepare` writes; complete=False: some may be missing."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {None}
+    names = {path.name.removesuffix(".partial") for path in folder.iterdir()} if folder.is_dir() else {None}
     return names <= OURS and (not complete or not names or "classes.json" in names)
 
 
@@ -360,7 +371,14 @@ def main(argv=()):
     configure(globals(), [a if a.startswith("-") else f"--name={a}" for a in argv])
     require(sum(not a.startswith("-") for a in argv) < 2,
             "one name is wanted: `python data.py NAME --source=...`")
-    prepare(name, source, resolution, transform, exif, workers, overwrite)
+    if vae:
+        from vae_file import read_vae
+        read_vae(vae)  # a wrong file is told before the images are prepared
+    if source or overwrite or not (vae and is_prepared(name)):
+        prepare(name, source, resolution, transform, exif, workers, overwrite)
+    if vae:
+        from latents import encode  # it imports this file
+        encode(name, vae, xflip, device)
 
 
 if __name__ == "__main__":

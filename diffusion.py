@@ -1,18 +1,69 @@
 """
-The continuous process: noise levels, loss, guidance, samplers, trajectories (EDM: Karras et al. 2022).
+The continuous process: how noise is added and removed again.
 
-Everything here calls only `denoise(x, sigma)`, and knows nothing of networks or images: the toy and the
-image model share the samplers. x is float64 of any shape (B, ...), with noise of standard deviation
-sigma, a float64 scalar tensor. denoise returns D, the expected clean data, and (x - D) / sigma is the
-ODE's dx/dsigma.
+`PROCESSES` is the table of processes that training knows: EDM (Karras et al. 2022), PFGM++ (Xu et al. 2023b) and
+flow matching (Lipman et al. 2023), of which each makes a denoiser. All else here calls only `denoise(x, sigma)`,
+and knows nothing of networks or images: loss, guidance, samplers and trajectories are the same for all processes,
+and the toy and the image model share them. x is float64 of any shape (B, ...), with noise of scale sigma, a float64
+scalar tensor. denoise returns D, the expected clean data, and (x - D) / sigma is the ODE's dx/dsigma.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import normalize
 
 from configurator import require
+
+# ----------------------------------------------------------------------------------------------------
+# processes: x = y + sigma noise, and what a network F learns of it
+
+
+class Process(NamedTuple):
+    """A row of the table.
+
+    kernel(noise, shape, D): noise of scale 1 for images of this shape, (B, *shape), which `noise` draws, one of
+    noise.py's classes. levels(normal, P_mean, P_std): a noise level sigma from each draw of N(0, 1). weight(sigma,
+    sigma_data): of (D - y)^2 in the loss. constants(sigma, sigma_data): c_skip, c_out, c_in and c_noise in
+    D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM Eq. 7).
+    """
+
+    kernel: Callable
+    levels: Callable
+    weight: Callable
+    constants: Callable
+
+
+def gaussian(noise, shape, D):
+    """N(0, 1)"""
+    return noise.randn(*shape)
+
+
+def student(noise, shape, D):
+    """n sqrt(D / chi^2), Student's t with D degrees of freedom: PFGM++'s kernel, (|x - y|^2 + D sigma^2)^(-(N + D) / 2)
+
+    n is N(0, 1) in the N dimensions of an image, chi^2 the squared length of such a vector m in D additional ones. Of a
+    single charge at y, where these are 0, the field line in the direction (n, m) reaches the height r = sigma sqrt(D)
+    at x = y + n r / |m| (Xu et al. 2023b). As D grows, chi^2 / D goes to 1. D > 0, or inf, which is EDM.
+    """
+    n = noise.randn(*shape)
+    if D == math.inf:
+        return n
+    stretch = (D / noise.chi_square(D)).sqrt().to(n.dtype)  # one number for each image
+    return n * stretch.view(-1, *(1 for _ in shape))
+
+
+def log_normal(normal, P_mean, P_std):
+    """ln(sigma) ~ N(P_mean, P_std^2) (EDM Table 1)"""
+    return (P_mean + P_std * normal).exp()
+
+
+def uniform_time(normal, P_mean, P_std):
+    """sigma = (1 - t) / t with t uniform in 0 ... 1, but for 3e-5 at both ends, where float32 gets coarse"""
+    normal = normal.clamp(-4, 4)
+    return torch.special.ndtr(normal) / torch.special.ndtr(-normal)
 
 
 def loss_weight(sigma, sigma_data):
@@ -20,10 +71,88 @@ def loss_weight(sigma, sigma_data):
     return (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
 
 
+def velocity_weight(sigma, sigma_data):
+    """1 / c_out^2, with which the loss is |v - (y - n)|^2."""
+    return ((1 + sigma) / sigma) ** 2
+
+
+def edm_constants(sigma, sigma_data):
+    """EDM, Table 1: input and target of F have unit variance."""
+    variance = sigma ** 2 + sigma_data ** 2
+    return sigma_data ** 2 / variance, sigma * sigma_data / variance.sqrt(), 1 / variance.sqrt(), sigma.log() / 4
+
+
+def flow_constants(sigma, sigma_data):
+    """F is flow matching's velocity v(x_t, t), from noise n at t = 0 to data y at t = 1 (later papers turn t round).
+
+    With t = 1 / (1 + sigma), F reads x_t = t y + (1 - t) n = t x, and D = x_t + (1 - t) v. sigma_data has no part.
+    """
+    t = 1 / (1 + sigma)
+    return t, sigma * t, t, t
+
+
+PROCESSES = {
+    "edm": Process(gaussian, log_normal, loss_weight, edm_constants),
+    "pfgm++": Process(student, log_normal, loss_weight, edm_constants),
+    "flow": Process(gaussian, uniform_time, velocity_weight, flow_constants)}
+
+
+def peak(sigma_data):
+    """Where EDM's w(s), below, has its peak: ln s = -1.2 + 2 1.2^2 s^2 / (s^2 + sigma_data^2). -> a float"""
+    s = math.exp(-1.2 + 2 * 1.2 ** 2)
+    for _ in range(100):
+        s = math.exp(-1.2 + 2 * 1.2 ** 2 * s ** 2 / (s ** 2 + sigma_data ** 2))
+    return s
+
+
+def monotonic_weight(sigma, P_mean, P_std, shift=1.0, sigma_data=0.5):
+    """VDM++'s "EDM-monotonic" weight of (D - y)^2, for sigma = shift exp(P_mean + P_std n) (Kingma & Gao 2023).
+
+    The objective is a weight w of the noise's squared error, |D - y|^2 / sigma^2. The distribution p of noise levels
+    only changes the variance, since the loss is divided by it. EDM's w is N(ln sigma; -1.2, 1.2^2) (sigma^2 +
+    sigma_data^2); "monotonic" keeps it at its peak for all sigma above. With EDM's P_mean and P_std, -1.2 and 1.2, the
+    weight is EDM's below the peak.
+
+    shift: the factor from noise levels of images of 64 pixels to those of others (simple diffusion, Eq. 5: 2 for 128).
+    Here it shifts both w and p, which the papers leave open. Below the peak, the weight is EDM's for shift sigma_data.
+    """
+    s = sigma / shift
+    low = s.clamp(max=peak(sigma_data))
+    log_w = -((low.log() + 1.2) / 1.2) ** 2 / 2 - math.log(1.2)
+    log_p = -((s.log() - P_mean) / P_std) ** 2 / 2 - math.log(P_std)
+    return (log_w - log_p).exp() * (low ** 2 + sigma_data ** 2) / (sigma_data * sigma) ** 2
+
+
+def noise_schedule(process, weighting, P_mean, P_std, shift, pfgm_D, sigma_data):
+    """How stage 1 draws noise levels and weights them, from its settings. -> levels(normal), weight(sigma)
+
+    weighting: "edm" is the process's own weight, "edm-monotonic" VDM++'s. Raises UserError for settings that don't fit
+    each other.
+    """
+    require(process in PROCESSES, f"--process is one of {', '.join(PROCESSES)}, not {process}")
+    require(pfgm_D > 0, f"pfgm_D counts the additional dimensions of PFGM++: it is above 0, or inf, not {pfgm_D}")
+    require(weighting in ("edm", "edm-monotonic"), f"--weighting is edm or edm-monotonic, not {weighting}")
+    require(weighting == "edm" or process != "flow" and P_std > 0,
+            "--weighting=edm-monotonic divides by the density of EDM's noise levels: it needs a P_std above 0, and "
+            "another --process than flow")
+    row = PROCESSES[process]
+
+    def weight(sigma):
+        if weighting == "edm-monotonic":
+            return monotonic_weight(sigma, P_mean, P_std, shift, sigma_data)
+        return row.weight(sigma, sigma_data)
+
+    return lambda normal: shift * row.levels(normal, P_mean, P_std), weight
+
+
+# ----------------------------------------------------------------------------------------------------
+# loss and guidance
+
+
 def loss_at(denoise, y, n, sigma, sigma_data):
     """lambda(sigma) (D(y + sigma n) - y)^2 of each image, a mean over its pixels (Eq. 3). -> (B,)
 
-    y: clean images (B, ...); n: N(0, 1), shaped like y; sigma: a scalar tensor.
+    y: clean images (B, ...); n: noise of scale 1, shaped like y; sigma: a scalar tensor.
     """
     return loss_weight(sigma, sigma_data) * (denoise(y + sigma * n, sigma) - y).square().flatten(1).mean(1)
 
@@ -39,6 +168,15 @@ def guided(denoise, w):
         return w * D + (1 - w) * D_null
 
     return denoise_guided
+
+
+def within(interval, inside, outside):
+    """-> denoise(x, sigma): `inside` at noise levels of the interval (low, high), ends included, `outside` at others
+
+    Guidance helps at medium noise levels, and harms at others (Kynkaanniemi et al. 2024).
+    """
+    low, high = interval
+    return lambda x, sigma: (inside if low <= sigma <= high else outside)(x, sigma)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -70,9 +208,10 @@ def heun(denoise, noise, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7,
     """EDM's sampler with stochastic churn (EDM, Alg. 2); S_churn = 0 is Heun's method (Alg. 1).
 
     denoise(x, sigma): D; x is float64 and shaped like noise, sigma a float64 scalar tensor.
-    noise: N(0, 1), of any shape. num_steps: N >= 1; 2 N - 1 evaluations.
+    noise: of scale 1, of any shape: N(0, 1), or PFGM++'s. num_steps: N >= 1; 2 N - 1 evaluations.
     S_churn, S_min, S_max, S_noise: amount of churn, its range of sigma, and the scale of its noise,
-    which randn_like(x) draws. steps: a list, gets (t, x) at the start of each step and at t = 0.
+    which randn_like(x) draws: N(0, 1), for Gaussian kernels alone. steps: a list, gets (t, x) at the start of each
+    step and at t = 0.
     -> the sample, float64, shaped like noise
     """
     t = torch.cat([noise_levels(num_steps, sigma_min, sigma_max, rho), torch.zeros(1)]).to(noise.device)  # t_N = 0
@@ -130,6 +269,53 @@ def restart(denoise, noise, num_steps, restarts, sigma_min=0.002, sigma_max=80, 
             x = x + S_noise * randn_like(x) * (s[0] ** 2 - s[-1] ** 2).sqrt()  # up
             for s_i, s_next in zip(s, s[1:]):
                 x = heun_step(denoise, x, s_i, s_next, gamma if S_min <= s_i <= S_max else 0, S_noise, randn_like)
+    return x
+
+
+def corrected(denoise, correct, noise, below, correct_steps, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7,
+              randn_like=torch.randn_like):
+    """DisCo-Diff's correction: Heun's method down to the noise level `below`, DDPM's from there (sec. 4.1, App. G.3).
+
+    correct: the denoiser at noise levels from `below` down, on correct_steps of them. A step from t to s draws from
+    N(D + (s^2 / t^2) (x - D), s^2 (1 - s^2 / t^2)), which is the distribution of x at s given x at t and the clean
+    data D (Ho et al. 2020, Eq. 6, in EDM's terms), where the kernel is Gaussian. All else is as in `heun`.
+    Two evaluations for each of the num_steps above `below`, and correct_steps. The paper has 414 in all, and leaves
+    open DDPM's noise levels and its variance, of which there is a larger choice, too.
+    """
+    below = min(below, sigma_max)
+    t = noise_levels(num_steps, sigma_min, sigma_max, rho)
+    t = torch.cat([t[t > below], t.new_tensor([below])]).to(noise.device)
+    x = noise.double() * t[0]
+    for t_i, t_next in zip(t, t[1:]):
+        x = heun_step(denoise, x, t_i, t_next)
+    s = torch.cat([noise_levels(correct_steps, sigma_min, below, rho), torch.zeros(1)]).to(noise.device)
+    for s_i, s_next in zip(s, s[1:]):
+        D, kept = correct(x, s_i), (s_next / s_i) ** 2
+        x = D + kept * (x - D) + s_next * (1 - kept).sqrt() * randn_like(x)
+    return x
+
+
+def flow(denoise, noise, t, second_order=True, steps=None):
+    """Flow matching's ODE, dx_t/dt = v = (D - x_t) / (1 - t), by Heun's or Euler's method. -> the sample, float64
+
+    t: increasing times (N + 1,), float64, above 0, the last one 1; `flow_constants` has their relation to sigma.
+    noise: of scale 1. Euler's steps are the same as in EDM's terms, Heun's are not. The last one is Euler's, since D
+    does not determine v at t = 1. steps: a list, gets x_t at the start of each step.
+    2 N - 1 evaluations, or N.
+    """
+    def velocity(x_t, t):
+        return (denoise(x_t / t, (1 - t) / t) - x_t) / (1 - t)
+
+    t = t.to(noise.device)
+    x = (1 - t[0]) * noise.double()
+    for t_i, t_next in zip(t, t[1:]):
+        if steps is not None:
+            steps.append(x)
+        v = velocity(x, t_i)
+        x_next = x + (t_next - t_i) * v
+        if second_order and t_next < 1:
+            x_next = x + (t_next - t_i) * (v + velocity(x_next, t_next)) / 2
+        x = x_next
     return x
 
 

@@ -12,7 +12,8 @@ How good are samples? The field's image metrics, against a data set.
 
 --features=inception: FID, sFID and KID (lower is better), Inception Score (higher), precision and
 recall (0 ... 1, higher). Precision and recall follow ADM's protocol: 10,000 reference images
-against all samples (at most 100,000).
+against all samples (at most 100,000). The Vendi score counts how many different samples there are, whatever
+the reference.
 
 --features=classifier: a small classifier is trained here on the data set's labels, and its features
 are compared. This gives FD-classifier (FID's formula), KID, precision and recall (of equally many
@@ -55,6 +56,7 @@ from metrics import (
     inception_score,
     kernel_distance,
     precision_recall,
+    vendi_score,
 )
 from npz import open_npz
 from processes import barrier, leave_processes, start_processes, sum_over_processes
@@ -203,6 +205,8 @@ def compare(real, generated, device, classes=()):
 def compare_rows(real, generated, device):
     """-> {name: value} of the metrics that need single rows of features, arrays (N, D), (M, D)."""
     real, generated = (torch.from_numpy(x).to(device) for x in (real, generated))
+    vendi = {"Vendi score": vendi_score(generated),
+             "Vendi protocol": f"Vendi score of {len(generated):,} samples, by cosines: compare equal numbers only"}
     if features == "inception":
         protocol = (f"precision and recall as in ADM's program: {len(real):,} reference images, "
                     f"{len(generated):,} samples")
@@ -211,7 +215,7 @@ def compare_rows(real, generated, device):
         protocol = f"precision and recall of equally many: {len(real):,} of each side"
     precision, recall = precision_recall(real, generated)
     distance, error = kernel_distance(real, generated)
-    return {"precision": precision, "recall": recall, "KID": distance, "KID se": error, "protocol": protocol}
+    return {"precision": precision, "recall": recall, "KID": distance, "KID se": error, "protocol": protocol} | vendi
 
 
 def too_few(dim, *sides):

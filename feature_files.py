@@ -95,7 +95,7 @@ def read_features(path):
         require(x.dtype.kind in "iuf" and x.ndim == 2 and x.shape[1],
                 f"{path} has {key} {x.dtype} {x.shape}: numbers (rows, dimensions) are wanted, a row for each image")
         require(len(x) > NEIGHBOURS, f"{path} has {len(x)} rows of {key}: {NEIGHBOURS + 1} or more are wanted")
-        arrays[key] = x.astype(np.float64)
+        arrays[key] = x.astype(np.float64, order="C")
         require((np.abs(arrays[key]) < 1e50).all(), f"{path} has NaN, infinity or numbers beyond 1e50 in {key}")
     real, generated = arrays.values()
     require(real.shape[1] == generated.shape[1], f"{path} has {real.shape[1]} dimensions in real, {generated.shape[1]} "

@@ -1,6 +1,6 @@
 """
 Metrics of images, from their features: Frechet distance (FID), kernel distance (KID), precision and
-recall, Inception Score.
+recall, Inception Score, Vendi score.
 
     from metrics import frechet_distance
 
@@ -125,3 +125,15 @@ def inception_score(prob_sums, log_sums, counts):
     marginal = prob_sums / counts[:, None]  # p(y)
     scores = (log_sums / counts + torch.special.entr(marginal).sum(1)).exp()
     return scores.mean().item(), scores.std(correction=0).item()
+
+
+def vendi_score(x):
+    """How many different rows x (N, D) has: 1, all alike, ... min(N, D) (Friedman & Dieng 2023, Eq. 2).
+
+    exp of the entropy of the eigenvalues of K / N, K the cosines between rows. Rows are not centred: a common
+    offset takes the score towards 1. Few rows can't differ much: compare sets of equal size only. For another
+    kernel with K(x, x) = 1, such as a Gaussian one, x is `factor(K)`.
+    """
+    x = torch.nn.functional.normalize(x.double(), dim=1)
+    K = x @ x.T if len(x) < x.shape[1] else x.T @ x  # both have the same eigenvalues, but for zeros
+    return torch.special.entr(torch.linalg.eigvalsh(K / len(x)).clamp(min=0)).sum().exp().item()

@@ -25,6 +25,27 @@ def gumbel_noise(shape, generator):
     return -torch.empty(shape, device=generator.device).exponential_(generator=generator).log()
 
 
+class BatchNoise:
+    """Noise for a batch of `count` images, all from one torch generator, on its device and in this precision."""
+
+    def __init__(self, count, generator, dtype=None):
+        self.count, self.how = count, dict(generator=generator, device=generator.device, dtype=dtype)
+
+    def randn(self, *shape):
+        """N(0, 1), (count, *shape)"""
+        return torch.randn(self.count, *shape, **self.how)
+
+    def chi_square(self, D):
+        """Chi-square with D degrees of freedom, float64 (count,)"""
+        half = torch.full((self.count,), D / 2, device=self.how["device"], dtype=torch.float64)
+        return 2 * torch._standard_gamma(half, generator=self.how["generator"])  # Chi2 of PyTorch takes no generator
+
+
+def normal_of(u):
+    """Uniform draws on [0, 1] -> N(0, 1), by the inverse of its distribution function; none is beyond 5.5."""
+    return torch.special.ndtri(u.clamp(2 ** -25, 1 - 2 ** -24))
+
+
 def has_float64(device):
     """Whether this device has float64 tensors: Apple's GPUs don't."""
     return torch.device(device).type != "mps"
@@ -57,6 +78,10 @@ class SeededNoise:
     def rand(self, *shape):
         """Uniform on (0, 1]"""
         return 1 - self.stacked(g.random(shape) for g in self.generators)
+
+    def chi_square(self, D):
+        """Chi-square with D degrees of freedom, one number for each row"""
+        return self.stacked(g.chisquare(D) for g in self.generators)
 
     def gumbel(self, *shape):
         """Gumbel(0, 1)"""

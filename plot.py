@@ -122,7 +122,9 @@ def figure(rows):
 
 
 CURVES = {  # panel: keys of the training log
-    "loss": ("loss",), "bits": ("bits", "held_out_bits"), "codes in use, of each latent": ("perplexity",),
+    "loss": ("loss", "held_out_loss"), "bits": ("bits", "held_out_bits"),
+    "codes in use, of each latent": ("perplexity",), "KL divergence of each latent, bits": ("kld",),
+    "entropy of the teacher's answers": ("teacher_entropy", "mean_entropy"), "share of distinct codes": ("distinct",),
     "norm of the gradients": ("grad_norm",), "learning rate": ("lr",)}
 
 
@@ -165,7 +167,7 @@ def save_grid(images, path, columns, titles=()):
     if titles:
         font = ImageFont.load_default(14)
         # class names come from folders, which may have any name
-        titles = [" ".join(title.encode(errors="replace").decode().split())[:24] for title in titles]
+        titles = [" ".join(title.encode(errors="replace").decode().split())[:32] for title in titles]
         margin = 8 + max(math.ceil(font.getlength(title)) for title in titles)
         titled = Image.new(picture.mode, (margin + picture.width, picture.height), "white")
         titled.paste(picture, (margin, 0))

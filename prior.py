@@ -3,9 +3,10 @@ The autoregressive prior over codes, p(z | c) = prod_i p(z_i | z_<i, c), of DisC
 
 Every prior is an nn.Module over codes int64 (B, m) with k values each, and class labels int64 (B,), -1
 for "no class". It has three methods: `loss`, which training minimises; `nats`, -ln p(z | c) or a bound
-on it (`nats_is_a_bound` says which); and `sample`. The settings of train_prior.py that its constructor
-names, and those of sample.py that `sample` names, reach it. The other prior is in sedd.py; trained.py
-lists both. A third prior needs one new file, and its name in that list.
+on it (`nats_is_a_bound` says which; `unit` is "bits"); and `sample`. The settings of train_prior.py that
+its constructor names, and those of sample.py that `sample` names, reach it. The other prior of codes is
+in sedd.py; rdm.py draws embeddings, diffusion_prior.py continuous latents; trained.py lists all. Another needs
+one new file, and its name in that list.
 """
 
 import math
@@ -14,9 +15,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from configurator import require
 from model import draw_codes
 from noise import gumbel_noise, has_float64
 from transformer import float32, transformer, zero
+
+UNITS = {"bits": math.log(2), "loss": 1.0}  # of what training reports: how much of what `nats` gives
 
 
 def class_rows(table, labels, batch):
@@ -29,18 +33,38 @@ def class_rows(table, labels, batch):
     return table[labels]
 
 
+def with_given(x, given, codebook_size):
+    """x, int64 (B, m), with the codes that are given in their places: int64 (B, m), -1 where x stays; or None.
+
+    Raises UserError for codes of another prior.
+    """
+    if given is None:
+        return x
+    require(given.shape == x.shape and given.max() < codebook_size,
+            f"this prior's codes are {x.shape[1]} numbers in 0 ... {codebook_size - 1}, or -1 where they are to be "
+            f"drawn: {given.shape[1]} are given, up to {given.max()}")
+    return torch.where(given < 0, x, given.to(x.device))
+
+
+def require_prefix(fixed):
+    """Raises UserError unless what is fixed, bool (B, m), comes first in each row."""
+    require((fixed[:, 1:] <= fixed[:, :-1]).all(), "the autoregressive prior goes on from the first positions of a "
+            "code: those that it is to draw come last. --prior=sedd fills in any")
+
+
 def mean_bits(prior, logits, labels, draws, g_codes, g_noise):
-    """`prior.nats` in bits, (B,): the mean over draws of codes from the encoder's logits (B, m, k)."""
+    """`prior.nats` in bits, (B,): the mean over draws of codes from the encoder's logits (B, m, k). (Without bits: the
+    loss.)"""
     nats = 0
     for _ in range(draws):
-        nats += prior.nats(draw_codes(logits, gumbel_noise(logits.shape, g_codes)), labels, g_noise)
-    return nats / draws / math.log(2)
+        nats += prior.nats(draw_codes(logits, gumbel_noise(logits.shape[:3], g_codes)), labels, g_noise)
+    return nats / draws / UNITS[prior.unit]
 
 
 class Prior(nn.Module):
     """Causal Transformer (App. D.1) whose first token is the class. label_dim = 0: no classes."""
 
-    nats_is_a_bound = False
+    unit, nats_is_a_bound = "bits", False
 
     def __init__(self, num_latents, codebook_size, label_dim=0, layers=12, dim=512, heads=8):
         super().__init__()
@@ -55,9 +79,13 @@ class Prior(nn.Module):
     def first_token(self, labels, batch):
         return class_rows(self.class_token, labels, batch)[:, None]  # (B, 1, dim)
 
+    def embed(self, codes):
+        """Codes (B, n), or relaxed or one-hot ones, float (B, n, k) -> their embeddings (B, n, dim)"""
+        return codes @ self.codebook if codes.is_floating_point() else self.codebook[codes]
+
     def forward(self, codes, labels=None):
         """-> logits (B, m, k); row i sees only the codes before i"""
-        x = torch.cat([self.first_token(labels, len(codes)), self.codebook[codes[:, :-1]]], dim=1) + self.position
+        x = torch.cat([self.first_token(labels, len(codes)), self.embed(codes[:, :-1])], dim=1) + self.position
         for block in self.blocks:
             x = block(x)
         return float32(self.head, self.norm(x))
@@ -76,11 +104,13 @@ class Prior(nn.Module):
         return self.loss(codes, labels)
 
     @torch.no_grad()
-    def sample(self, noise, labels=None, temperature=1.0):
+    def sample(self, noise, labels=None, temperature=1.0, given=None):
         """Ancestral sampling (Alg. 3, lines 3-5). -> codes int64 (B, m), on the noise's device
 
         noise: a `SeededNoise`, or another object with gumbel(m, k) -> (B, m, k), which decides the
-        draws. temperature: divides the logits; 0 takes the mode. With a key-value cache, this equals
+        draws. temperature: divides the logits; 0 takes the mode. given: int64 (B, m), codes to go on
+        from, -1 where they are to be drawn, else None; raises UserError unless these come last in each
+        row. With a key-value cache, this equals
         the plain loop
 
             codes = zeros(B, m)
@@ -90,6 +120,8 @@ class Prior(nn.Module):
         place = self.position.device
         gumbel = noise.gumbel(self.num_latents, self.codebook_size)
         home, gumbel = gumbel.device, gumbel.to(place, torch.float64 if has_float64(place) else torch.float32)
+        given = with_given(torch.full(gumbel.shape[:2], -1, device=place), given, self.codebook_size)
+        require_prefix(given >= 0)
         caches = [[] for _ in self.blocks]
         x, codes = self.first_token(labels if labels is None else labels.to(place), len(gumbel)), []
         for i in range(self.num_latents):
@@ -97,6 +129,7 @@ class Prior(nn.Module):
             for block, cache in zip(self.blocks, caches):
                 x = block(x, cache)
             logits = float32(self.head, self.norm(x))[:, 0]  # (B, k)
-            codes.append(draw_codes(logits, temperature * gumbel[:, i]))  # = logits / T + gumbel
+            drawn = draw_codes(logits, temperature * gumbel[:, i])  # = logits / T + gumbel
+            codes.append(torch.where(given[:, i] < 0, drawn, given[:, i]))
             x = self.codebook[codes[-1]][:, None]
         return torch.stack(codes, dim=1).to(home)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from model import draw_codes
 from noise import has_float64
-from prior import class_rows
+from prior import class_rows, with_given
 from transformer import AdaLNBlock, float32, sinusoids, transformer, zero
 
 EPS = 1e-3
@@ -63,7 +63,8 @@ def sedd_loss(log_score, t, x, x0):
 
 # ----------------------------------------------------------------------------------------------------
 # samplers: functions of score(x, t) -> log-scores (B, m, V + 1), for x int64 (B, m) and times t float64
-# (B,). They start from x, all masks. gumbel(*shape) draws Gumbel(0, 1) noise (B, *shape), rand(*shape)
+# (B,). They start from x, all masks, or codes with masks where they are to be filled in: given exact scores, the result
+# is then distributed as it should be, given the rest. gumbel(*shape) draws Gumbel(0, 1) noise (B, *shape), rand(*shape)
 # U(0, 1] noise.
 
 
@@ -103,6 +104,7 @@ def tau_leaping(score, x, num_steps, gumbel, probs=analytic_probs, eta=0.0, t0=0
     def times(t):
         return torch.full((len(x),), t, dtype=torch.float64, device=x.device)
 
+    start = x
     for i in reversed(range(1, num_steps)):
         t, s = (i + 1) / num_steps, i / num_steps
         log_score = score(x, times(t))
@@ -111,7 +113,7 @@ def tau_leaping(score, x, num_steps, gumbel, probs=analytic_probs, eta=0.0, t0=0
         a = min(eta, s / (1 - t)) if t0 < t < t1 else 0
         p = probs(log_score, x, times(t), times(s - a * (1 - t)))
         if a:
-            unmasked = x != p.shape[2] - 1
+            unmasked = (x != p.shape[2] - 1) & (start == p.shape[2] - 1)  # what was given stays
             p[unmasked] *= 1 - a
             p[..., -1] += a * unmasked
         x = draw_codes(p.clamp_min(0).log(), gumbel(*p.shape[1:]))
@@ -132,7 +134,7 @@ def first_hitting(score, x, rand, gumbel):
     times, order = rand(x.shape[1]).sort(dim=1, descending=True)
     for t, i in zip(times.T, order.T):
         log_p = score(x, t)[rows, i, :-1]
-        x[rows, i] = draw_codes(log_p, gumbel(log_p.shape[1]))
+        x[rows, i] = torch.where(x[rows, i] == log_p.shape[1], draw_codes(log_p, gumbel(log_p.shape[1])), x[rows, i])
     return x
 
 
@@ -146,12 +148,12 @@ class SEDD(nn.Module):
     label_dim = 0: no classes. (Lou et al. have rotary positions, and no class.)
     """
 
-    nats_is_a_bound = True
+    unit, nats_is_a_bound = "bits", True
 
     def __init__(self, num_latents, codebook_size, label_dim=0, layers=12, dim=512, heads=8):
         super().__init__()
         if dim % 2:
-            raise ValueError(f"the width of the SEDD prior must be even, for its sines and cosines: {dim} is not")
+            raise ValueError(f"the width of this prior must be even, for its sines and cosines: {dim} is not")
         self.num_latents, self.codebook_size, self.label_dim = num_latents, codebook_size, label_dim
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Parameter(0.02 * torch.randn(label_dim + 1, dim))  # the last row: "no class"
@@ -162,18 +164,22 @@ class SEDD(nn.Module):
         self.modulation = zero(nn.Linear(dim, 2 * dim))
         self.head = zero(nn.Linear(dim, codebook_size))  # starts uniform
 
+    def transformed(self, h, t, labels=None):
+        """The network on embedded tokens (B, m, dim), t: (B,), labels: (B,), -1 for none. -> (B, m, k) float32"""
+        emb = float32(self.time, sinusoids(1000 * t, self.position.shape[1])) + class_rows(self.label, labels, len(h))
+        emb = F.silu(emb)
+        h = h + self.position
+        for block in self.blocks:
+            h = block(h, emb)
+        shift, scale = self.modulation(emb)[:, None].chunk(2, dim=2)
+        return float32(self.head, torch.addcmul(shift, self.norm(h), scale + 1))
+
     def forward(self, x, t, labels=None):
         """-> log-scores (B, m, k + 1)
 
         x: (B, m) int64, mask = k; t: (B,) in (0, 1]; labels: (B,), -1 for none
         """
-        emb = float32(self.time, sinusoids(1000 * t, self.position.shape[1])) + class_rows(self.label, labels, len(x))
-        emb = F.silu(emb)
-        h = self.codebook[x] + self.position
-        for block in self.blocks:
-            h = block(h, emb)
-        shift, scale = self.modulation(emb)[:, None].chunk(2, dim=2)
-        logits = float32(self.head, torch.addcmul(shift, self.norm(h), scale + 1))
+        logits = self.transformed(self.codebook[x], t, labels)
         sigma = log_linear(t.float())[0][:, None, None]
         log_score = F.pad(logits - torch.expm1(sigma).log() - math.log(self.codebook_size), (0, 1))
         return log_score.scatter(2, x[..., None], 0)  # the score of the present token is 1
@@ -201,11 +207,13 @@ class SEDD(nn.Module):
         return nats
 
     @torch.no_grad()
-    def sample(self, noise, labels=None, sedd_sampler="first-hitting", sedd_steps=128, eta=0.0, t0=0.3, t1=0.55):
+    def sample(self, noise, labels=None, sedd_sampler="first-hitting", sedd_steps=128, eta=0.0, t0=0.3, t1=0.55,
+               given=None):
         """-> codes int64 (B, m), on the noise's device
 
         noise: a `SeededNoise` for B codes. sedd_sampler: "first-hitting", in m evaluations;
         "analytic" or "euler", in sedd_steps evaluations, with eta, t0, t1 of `tau_leaping`.
+        given: int64 (B, m), codes that are known, -1 where they are to be drawn.
         """
         place = self.position.device
         wide = torch.float64 if has_float64(place) else torch.float32
@@ -214,8 +222,9 @@ class SEDD(nn.Module):
         def score(x, t):
             return self(x.to(place), t.to(place, wide), labels).to(noise.device)
 
-        masks = torch.full((len(noise), self.num_latents), self.codebook_size, device=noise.device)
+        x = torch.full((len(noise), self.num_latents), self.codebook_size, device=noise.device)
+        x = with_given(x, given, self.codebook_size)
         if sedd_sampler == "first-hitting":
-            return first_hitting(score, masks, noise.rand, noise.gumbel)
+            return first_hitting(score, x, noise.rand, noise.gumbel)
         probs = {"analytic": analytic_probs, "euler": euler_probs}[sedd_sampler]
-        return tau_leaping(score, masks, sedd_steps, noise.gumbel, probs, eta, t0, t1)
+        return tau_leaping(score, x, sedd_steps, noise.gumbel, probs, eta, t0, t1)

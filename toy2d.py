@@ -5,6 +5,7 @@ Latent Codes sec. 3).
     python toy2d.py                         # both parts, one seed: eight minutes on two CPU cores
     python toy2d.py --quick=True            # under a minute: every picture, hardly any training
     python toy2d.py --seeds=5 --modes="()"  # part 1 alone, seeds 0 ... 4; pictures of the first
+    python toy2d.py --modes="()" --process=flow --out_dir=out/toy2d-flow    # the same by flow matching
 
 Part 1, in this file, has eight Gaussians. A denoiser learns them alone, then together with an
 encoder that gives each point one of eight codes. Each code takes one mode, and the trajectories
@@ -32,14 +33,23 @@ from torch.nn.functional import one_hot
 from tqdm import tqdm
 
 from checkpoint import atomic
-from configurator import UserError, configure, require
-from diffusion import curvature, heun
+from configurator import UserError, configure, is_default, require
+from diffusion import PROCESSES, curvature, heun, noise_schedule
 from model import draw_codes, gumbel_softmax
-from noise import gumbel_noise, seeded_generator
+from noise import BatchNoise, gumbel_noise, seeded_generator
 from processes import start_processes
 from run import alone, progress
 from toy_grids import KINDS, gaussian_grid
-from toy_measures import around, even_parts, exact_denoiser, jacobian_norms, purity, stray, wasserstein2
+from toy_measures import (
+    around,
+    even_parts,
+    exact_denoiser,
+    exact_pfgm_denoiser,
+    jacobian_norms,
+    purity,
+    stray,
+    wasserstein2,
+)
 from toy_pictures import (
     draw_curves,
     draw_eight,
@@ -57,6 +67,9 @@ out_dir = "out/toy2d"
 seed = 0
 seeds = 1  # that many seeds, from this one on
 quick = False
+process = "edm"  # of part 1; or "pfgm++", "flow" (matching): noise, its levels and weights, and where curvature is
+# measured. Networks, with EDM's constants, and sampler stay
+pfgm_D = 8.0  # PFGM++'s D: of the order of the plane's two dimensions
 # training, the same for all
 width = 64  # of the networks: denoiser with four layers, encoder with three
 steps = 8000
@@ -152,12 +165,12 @@ def train(points, num_latents, codebook_size, std, seed, codes=None):
     """Alg. 1 in two dimensions. -> Denoiser, and Encoder (or None): both in float64
 
     points: (N, 2); std: of one Gaussian; codes: (N, m) where they are known, else an encoder learns
-    them. ln t is normal, with 95 % of the noise levels between std / 2 and 5 times the data's std.
+    them. EDM's ln t is normal, with 95 % of the noise levels between std / 2 and 5 times the data's std.
     Adam's learning rates fall to 0 as a cosine. Raises UserError where training diverges.
     """
     torch.manual_seed(seed)
     g = seeded_generator("cpu", "train", seed)
-    points = points.float()
+    points, kernel = points.float(), PROCESSES[process].kernel
     scale = points.std().item()
     model = Denoiser(num_latents, codebook_size, std, scale)
     groups = [{"params": model.net.parameters(), "lr": lr}, {"params": [model.codebook], "lr": embedding_lr}]
@@ -168,18 +181,19 @@ def train(points, num_latents, codebook_size, std, seed, codes=None):
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     low, high = math.log(std / 2), math.log(5 * scale)
+    levels, weight = noise_schedule(process, "edm", (low + high) / 2, (high - low) / 4, 1.0, pfgm_D, scale)
     for step in progress(range(steps), desc=f"m = {num_latents}, k = {codebook_size}", leave=False):
         rows = torch.randint(len(points), (batch_size,), generator=g)
         y = points[rows]  # Alg. 1, line 3
-        t = ((low + high) / 2 + (high - low) / 4 * torch.randn(batch_size, 1, generator=g)).exp()  # line 4
+        t = levels(torch.randn(batch_size, 1, generator=g))  # line 4
         if encoder is None:
             z = one_hot(codes[rows], codebook_size).float()
         else:
             logits = encoder(y)
             temperature = tau ** max(0, 1 - 2 * step / steps)
             z = gumbel_softmax(logits, temperature, gumbel_noise(logits.shape, g))  # line 6
-        D = model(y + t * torch.randn(y.shape, generator=g), t, model.embed(z))  # lines 5 and 7
-        loss = ((t ** 2 + scale ** 2) / (t * scale) ** 2 * (D - y) ** 2).mean()  # lambda(t): EDM Table 1
+        D = model(y + t * kernel(BatchNoise(batch_size, g), (2,), pfgm_D), t, model.embed(z))  # lines 5 and 7
+        loss = (weight(t) * (D - y) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -199,7 +213,7 @@ def ring():
 
 
 def trajectories(denoise, noise):
-    """Heun's method on N(0, 1) noise (B, 2), step by step.
+    """Heun's method on noise of scale 1 (B, 2), step by step.
 
     -> noise levels t (num_steps + 1,), from 80 to 0, and x at each of them (num_steps + 1, B, 2)
     """
@@ -207,6 +221,14 @@ def trajectories(denoise, noise):
     heun(denoise, noise, num_steps, steps=visited)
     t, x = zip(*visited)
     return torch.stack(t), torch.stack(x)
+
+
+def bend(denoise, x, t):
+    """`curvature` in the coordinates of the process: x, or for flow matching x_t = (1 - s) x, s = t / (1 + t), in which
+    the ODE is dx_t/ds = (x_t - D) / s."""
+    if process != "flow":
+        return curvature(denoise, x, t)
+    return curvature(lambda x_t, s: denoise(x_t / (1 - s), s / (1 - s)), x / (1 + t), t / (1 + t))
 
 
 def eight_gaussians(seed):
@@ -227,16 +249,19 @@ def eight_gaussians(seed):
     new_codes = codes[torch.randint(len(points), (num_samples,), generator=g)]  # their frequencies are the prior
 
     # trajectories, all from the same noise
-    noise = torch.randn(num_samples, 2, generator=g, dtype=torch.float64)
-    denoisers = {"exact score": exact_denoiser(centres, EIGHT_STD), "plain": plain.with_codes(no_codes[:1]),
+    noise = PROCESSES[process].kernel(BatchNoise(num_samples, g, torch.float64), (2,), pfgm_D)
+    of_pfgm = process == "pfgm++" and pfgm_D < math.inf
+    exact = exact_pfgm_denoiser(centres, EIGHT_STD, pfgm_D) if of_pfgm else exact_denoiser(centres, EIGHT_STD)
+    denoisers = {"exact score": exact, "plain": plain.with_codes(no_codes[:1]),
                  "DisCo-Diff": disco.with_codes(new_codes)}
     paths, curves = {}, {}
     for name, denoise in denoisers.items():
         t, paths[name] = trajectories(denoise, noise)
-        measured = [(curvature(denoise, x, t_i), *jacobian_norms(denoise, x, t_i))
+        measured = [(bend(denoise, x, t_i), *jacobian_norms(denoise, x, t_i))
                     for t_i, x in zip(t[:-1], paths[name])]
         curves[name] = [torch.stack(values) for values in zip(*measured)]
-    bends = curves["exact score"][0].median(1).values > 0.1  # at these t, half of the bends have a radius below 10
+    at_t = [curvature(exact, x, t_i).median() for t_i, x in zip(t[:-1], paths["exact score"])]  # in x always
+    bends = torch.stack(at_t) > 0.1  # at these t, half of the bends have a radius below 10
     require(bends.any(), f"the exact score's trajectories bend at none of {num_steps} noise levels: raise num_steps")
 
     # samples, where the trajectories end
@@ -263,6 +288,9 @@ def eight_gaussians(seed):
 
 def check(config):
     """Raises UserError for settings that make no sense."""
+    noise_schedule(process, "edm", 0.0, 1.0, 1.0, pfgm_D, 1.0)  # raises
+    require(process == "pfgm++" or is_default(globals(), "pfgm_D"), "pfgm_D is for --process=pfgm++")
+    require(process == "edm" or not modes, f'part 2 has no --process={process}: leave it out by --modes="()"')
     for name in ("seeds", "width", "batch_size", "lr", "encoder_lr", "embedding_lr", "steps", "num_samples",
                  "codebook_factor"):
         require(0 < config[name] < math.inf, f"{name} must be positive, not {config[name]}")

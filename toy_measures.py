@@ -42,6 +42,25 @@ def exact_denoiser(centres, std):
     return denoise
 
 
+def exact_pfgm_denoiser(centres, std, D, count=48):
+    """`exact_denoiser` for PFGM++'s noise, which is Gaussian with the variance t^2 g, where D / g is chi-square with D
+    degrees of freedom: a mixture over u = ln g too, whose integrals are sums over evenly spaced u."""
+    def denoise(x, t):
+        distance2 = torch.cdist(x, centres).amin(1, keepdim=True) ** 2
+        room = 10 * (2 / (D + 2)) ** 0.5  # ten standard deviations around 0, and around the u of a point far away
+        far = ((D + distance2 / t ** 2) / (D + 2)).log().clamp(min=0)
+        u = torch.lerp(-room + 0 * far, far + room, torch.linspace(0, 1, count, dtype=x.dtype))  # (B, count)
+        v = t ** 2 * u.exp()[..., None]  # (B, count, 1), of the noise
+        log_prior = -D / 2 * (u + (-u).expm1())[..., None]
+        to_centres = torch.cdist(x, centres)[:, None] ** 2
+        w = log_prior - (std ** 2 + v).log() - to_centres / (2 * (std ** 2 + v))
+        w = w.flatten(1).softmax(1).view_as(w)  # p(u, component | x), (B, count, K)
+        share = v / (std ** 2 + v)  # of the centre in the expected clean point
+        return ((1 - share) * w).sum((1, 2))[:, None] * x + (share * w).sum(1) @ centres
+
+    return denoise
+
+
 # ----------------------------------------------------------------------------------------------------
 # score and denoiser (DisCo-Diff App. F.3)
 

@@ -4,21 +4,23 @@ autoregressive, or SEDD-absorb as in Discrete Latent Codes (sec. 4).
 
     python train_prior.py
     python train_prior.py --prior=sedd
+    python train_prior.py --prior=diffusion    # of continuous latents
     python train_prior.py config/cifar10_prior.py
     torchrun --nproc_per_node=8 train_prior.py config/imagenet64_prior.py
 
 Reads out_dir/stage1.pt, which names the images, their split and classes. Writes out_dir/prior_ar.pt
 or prior_sedd.pt, a log and its curves.
 
-Each visit to an image draws its codes anew. The encoder runs only once per image: its logits are kept
-in half precision in out_dir/logits-*.npy (2.6 GB for ImageNet-64 with m = 10 and k = 100). The same
-command again continues a run, as in train_stage1.py.
+onestage.py trains a prior along with stage 1, by the functions here.
+
+Each visit to an image draws its codes anew. The encoder runs only once per image: out_dir/logits-*.npy
+keeps what it says, or codes-*.npy after train_stage1.py --codes, where codes are certain (encoded.py). The
+same command again continues a run, as in train_stage1.py.
 """
 
 import copy
 import math
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,15 +28,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import data
 import training
-from checkpoint import atomic, weights_checksum
+from checkpoint import weights_checksum
 from configurator import UserError, arguments_of, configure, require, require_numbers
-from model import draw_codes
+from encoded import Encoded
 from noise import gumbel_noise, seeded_generator
-from npz import write_npy_header
-from prior import mean_bits
-from processes import barrier, max_over_processes
-from run import alone, progress, running
-from trained import PRIORS, load_stage1, load_trained_on
+from prior import UNITS, mean_bits
+from processes import max_over_processes
+from run import progress, running
+from trained import PRIORS, load_stage1, load_trained_on, require_fit
 
 # run
 out_dir = "out"
@@ -45,7 +46,8 @@ device = "auto"
 precision = "bf16"  # as in train_stage1.py
 loss_scale = 1.0
 # the Transformer
-prior = "ar"  # autoregressive; "sedd": discrete diffusion
+# autoregressive; "sedd": discrete diffusion. In place of codes, "rdm" draws embeddings, "diffusion" continuous latents
+prior = "ar"
 layers = 4
 dim = 128
 heads = 4
@@ -58,7 +60,7 @@ label_drop = 0.1  # probability of training without the class
 grad_clip = 1.0  # as in SEDD, like ema_decay
 ema_decay = 0.9999  # of the weights' average, per step; at step n at most (1 + n) / (10 + n)
 # memory and reports
-cache_gb = 16.0  # if the logits need more, they are not kept: the encoder runs on every batch
+cache_gb = 16.0  # if what the encoder says needs more, it is not kept: the encoder runs on every batch
 log_every = 10_000  # images; also computes held-out bits
 save_every = 50_000
 
@@ -74,16 +76,18 @@ def gradients(run, step):
     start = run.rank * run.local_batch
     rows = slice(start, start + run.local_batch)
     m, k = run.stage1.num_latents, run.stage1.codebook_size
-    gumbel = gumbel_noise((batch_size, m, k), seeded_generator(run.device, "codes", seed, step))[rows]
+    numbers = m * k if run.stage1.continuous else m  # in a code
+    gumbel = 0 if run.encoded.certain else \
+        gumbel_noise((batch_size, m, k), seeded_generator(run.device, "codes", seed, step))[rows]
     coins = torch.rand(batch_size, generator=seeded_generator("cpu", "flip", seed, step))[rows]
     g = seeded_generator(run.device, "noise", seed, step)
-    drop, t, *masks = torch.rand(batch_size, m + 2, device=run.device, generator=g)[rows].unbind(1)
+    drop, t, *masks = torch.rand(batch_size, numbers + 2, device=run.device, generator=g)[rows].unbind(1)
     indices = run.batches.take(step * batch_size + start, run.local_batch)
     flip = coins < (0.5 if run.flips == 2 else 0)
-    z = draw_codes(logits_of(run, indices, flip), gumbel)  # line 4: z ~ E(y)
+    z = run.encoded.draw(indices, flip, gumbel)  # line 4: z ~ E(y)
     c = labels_of(run, indices)
     c = torch.where(drop < label_drop, -1, c) if c is not None else None
-    t = 1e-3 + (1 - 1e-3) * t  # times, on (1e-3, 1), and masks are for SEDD
+    t = 1e-3 + (1 - 1e-3) * t  # times, on (1e-3, 1), and masks are for SEDD; other priors make their noise of them
     with run.autocast:
         # line 5, Eq. 4: -ln p(z | c), here a mean over the batch; or SEDD's loss (DLC sec. 4)
         loss = run.model.loss(z, c, t, torch.stack(masks, 1), run.forward).mean()
@@ -102,24 +106,22 @@ def update(run, step):
     return norm
 
 
+def advance(run, bar):
+    """A step of Alg. 2, and its line of the log where that is due. -> codes seen"""
+    loss = gradients(run, run.step)
+    norm = update(run, run.step)
+    training.add_up(run, norm, loss)
+    run.step += 1
+    seen = run.step * batch_size
+    bar.update(batch_size)
+    if training.due(log_every, seen, run.config):
+        report(run, seen, bar)
+    return seen
+
+
 def labels_of(run, indices):
     """-> class labels (B,) of these images, None without classes"""
     return torch.from_numpy(run.labels[indices]).to(run.device, non_blocking=True) if run.stage1.label_dim else None
-
-
-def logits_of(run, indices, flip):
-    """-> the encoder's logits (B, m, k) for these images, mirrored where flip (B,) is true"""
-    if run.kept is None:
-        return encode(run, indices, flip)
-    kept = torch.from_numpy(run.kept[np.asarray(flip, dtype=np.int64), indices])
-    return kept.to(run.device, non_blocking=True).float()
-
-
-@torch.no_grad()
-def encode(run, indices, flip):
-    """`logits_of`, computed by the encoder."""
-    y = data.to_float(run.images[indices], run.device)
-    return run.stage1.encoder(torch.where(torch.as_tensor(flip, device=run.device)[:, None, None, None], y.flip(3), y))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -136,13 +138,7 @@ def setup(config):
     config: the settings, as `configure` returns them. Raises UserError for settings that don't fit.
     """
     global _checkpoint_path  # for the line printed when memory runs out
-    require(prior in PRIORS, f"--prior is {' or '.join(PRIORS)}, not {prior}")
-    require(seed >= 0 and warmup_images >= 0 and cache_gb >= 0,
-            "seed, warmup_images and cache_gb can't be negative")
-    require(0 <= label_drop <= 1 and 0 <= ema_decay < 1,
-            "label_drop must be in 0 ... 1, and ema_decay at least 0 and below 1; "
-            f"they are {label_drop} and {ema_decay}")
-    require_numbers(config, or_zero=("seed", "warmup_images", "label_drop", "ema_decay"), but=("cache_gb",))
+    check(config)
     run = training.start(config, f"prior_{prior}", "train_prior")
     run.lower, _checkpoint_path = "--lr", run.path
     run.stage1, stage1 = load_stage1(out_dir, run.device)
@@ -150,18 +146,10 @@ def setup(config):
             f"{out_dir}/stage1.pt has no discrete latents (num_latents=0): there is nothing to train a prior on")
     trained_on = load_trained_on(stage1["config"], f"{out_dir}/stage1.pt")
     run.images, run.labels, run.train_indices, run.held_out_indices = trained_on
-    run.batches, run.flips = data.Shuffle(run.train_indices, seed), 2 if stage1["config"]["xflip"] else 1
+    run.flips = 2 if stage1["config"]["xflip"] else 1
     run.carries = dict(encoder=weights_checksum(stage1["ema"]))
-
-    of_codes = {name: getattr(run.stage1, name) for name in ("num_latents", "codebook_size", "label_dim")}
-    run.model_args = of_codes | arguments_of(config, PRIORS[prior])
-    torch.manual_seed(seed)
-    try:
-        run.model = PRIORS[prior](**run.model_args).to(run.device)
-    except ValueError as error:  # sizes that don't fit each other
-        raise UserError(error) from None
-    run.ema = copy.deepcopy(run.model).eval().requires_grad_(False)
-    run.optimizer = torch.optim.Adam(run.model.parameters(), lr=lr, fused=True)
+    require_fit(prior, stage1["model_args"], f"{out_dir}/stage1.pt")
+    build(run)
 
     def require_same_encoder(checkpoint):
         require(checkpoint["encoder"] == run.carries["encoder"],
@@ -169,36 +157,34 @@ def setup(config):
 
     training.resume_run(run, FREE, CHANGEABLE, prepare=require_same_encoder, **run.carries)
     run.forward = training.distributed(run, run.model)
-    keep_logits(run)
+    run.encoded = Encoded(run, run.stage1, run.flips, cache_gb * 2 ** 30)
     return run
 
 
-def keep_logits(run):
-    """Sets run.kept to the encoder's logits (flips, N, m, k), mapped from a file that process 0 writes.
+def check(config):
+    """Raises UserError for impossible settings."""
+    require(prior in PRIORS, f"--prior is {' or '.join(PRIORS)}, not {prior}")
+    require(seed >= 0 and warmup_images >= 0 and cache_gb >= 0,
+            "seed, warmup_images and cache_gb can't be negative")
+    require(0 <= label_drop <= 1 and 0 <= ema_decay < 1,
+            "label_drop must be in 0 ... 1, and ema_decay at least 0 and below 1; "
+            f"they are {label_drop} and {ema_decay}")
+    require_numbers(config, or_zero=("seed", "warmup_images", "label_drop", "ema_decay"), but=("cache_gb",))
 
-    None if they are too large. flips is 2 if stage 1 mirrored images, else 1.
-    """
-    shape = (run.flips, len(run.images), run.stage1.num_latents, run.stage1.codebook_size)
-    run.kept = None
-    if np.prod(shape) * 2 > cache_gb * 2 ** 30:
-        return
-    path = Path(f"{out_dir}/logits-{run.carries['encoder']:08x}.npy")
-    if run.master and not path.exists():
-        with alone(f"{out_dir}/logits"):
-            for old in Path(out_dir).glob("logits-*.npy"):
-                old.unlink()
-            with atomic(path) as file:
-                write_npy_header(file, np.float16, shape)
-                for flip in range(run.flips):
-                    for part in progress(np.split(np.arange(shape[1]), range(500, shape[1], 500)), desc="encoding"):
-                        file.write(encode(run, part, np.full(len(part), bool(flip))).half().cpu().numpy().tobytes())
-    barrier()
+
+def build(run):
+    """Adds to run the order of images, the prior, its average and its optimiser, for codes of the DisCoDiff run.stage1.
+    Raises UserError for sizes that don't fit each other."""
+    run.batches = data.Shuffle(run.train_indices, seed)
+    of_codes = {name: getattr(run.stage1, name) for name in ("num_latents", "codebook_size", "label_dim")}
+    run.model_args = of_codes | arguments_of(run.config, PRIORS[prior])
+    torch.manual_seed(seed)
     try:
-        run.kept = np.load(path, mmap_mode="r")
-        if (run.kept.shape, run.kept.dtype) != (shape, np.float16):
-            raise ValueError
-    except (ValueError, AttributeError, EOFError, OSError):  # an .npz has no shape
-        raise UserError(f"{path} is damaged: delete it, and start again") from None
+        run.model = PRIORS[prior](**run.model_args).to(run.device)
+    except ValueError as error:  # sizes that don't fit each other
+        raise UserError(error) from None
+    run.ema = copy.deepcopy(run.model).eval().requires_grad_(False)
+    run.optimizer = torch.optim.Adam(run.model.parameters(), lr=lr, fused=True)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -215,7 +201,7 @@ def held_out_bits(run, draws=1, with_class=True):
     generators = [seeded_generator(run.device, purpose, seed) for purpose in ("held-out", "times")]
     bits = []
     for part in parts_of(run.held_out_indices):
-        logits = logits_of(run, part, np.zeros(len(part), bool))
+        logits = run.encoded.logits(part, np.zeros(len(part), bool))
         c = labels_of(run, part) if with_class else None
         with run.autocast:
             bits.append(mean_bits(run.ema, logits, c, draws, *generators))
@@ -236,7 +222,7 @@ def independent_bits(run):
         for part in parts_of(indices):
             c = labels_of(run, part)
             no_classes = torch.zeros(len(part), dtype=torch.int64, device=run.device)
-            yield logits_of(run, part, np.zeros(len(part), bool)).softmax(-1), no_classes if c is None else c
+            yield run.encoded.logits(part, np.zeros(len(part), bool)).softmax(-1), no_classes if c is None else c
 
     usage = torch.zeros(classes, m, k, device=run.device)
     for p, c in distributions(run.train_indices):
@@ -251,7 +237,9 @@ def independent_bits(run):
 
 
 def print_bits(run):
-    """Prints how well the prior predicts the codes of held-out images."""
+    """Prints how well the prior predicts the codes of held-out images, if there are any, and if it has bits."""
+    if not len(run.held_out_indices) or run.model.unit != "bits":
+        return
     label_dim = run.stage1.label_dim
     without, given_class = independent_bits(run)
     print(f"bits per image on {len(run.held_out_indices)} held-out images"
@@ -268,11 +256,12 @@ def print_bits(run):
 def report(run, seen, bar):
     """A line of the log: bits of the training codes, and of held-out codes."""
     steps, (norm, loss) = training.totals(run, run.lower)
-    line = dict(images=seen, bits=loss.item() / steps / math.log(2), grad_norm=norm.item() / steps)
-    shown = {"bits": f"{line['bits']:.2f}"}
+    unit = run.model.unit
+    line = {"images": seen, unit: loss.item() / steps / UNITS[unit], "grad_norm": norm.item() / steps}
+    shown = {unit: f"{line[unit]:.2f}"}
     if run.master and len(run.held_out_indices):
-        line["held_out_bits"] = held_out_bits(run)[0]
-        shown["held-out bits"] = f"{line['held_out_bits']:.2f}"
+        line[f"held_out_{unit}"] = held_out_bits(run)[0]
+        shown[f"held-out {unit}"] = f"{line[f'held_out_{unit}']:.2f}"
     training.write_line(run, line, bar, shown)
 
 
@@ -294,20 +283,13 @@ def train(run, signals):
     bar = progress(total=total_images, initial=seen, unit="img", disable=not run.master, mininterval=1)
     run.model.train()
     while seen < total_images and not stopped:
-        loss = gradients(run, run.step)
-        norm = update(run, run.step)
-        training.add_up(run, norm, loss)
-        run.step, seen = run.step + 1, seen + batch_size
-        bar.update(batch_size)
-        if training.due(log_every, seen, run.config):
-            report(run, seen, bar)
+        seen = advance(run, bar)
         stopped = max_over_processes(max(signals, default=0))
         if run.master and (training.due(save_every, seen, run.config) or stopped):
             training.save(run)
     bar.close()
     if run.master and seen >= total_images:
-        if len(run.held_out_indices):
-            print_bits(run)
+        print_bits(run)
         print(f"{run.path} is ready; next: python sample.py --out_dir={out_dir}"
               + f" --prior={prior}" * (prior != "ar"))
     training.finish(run, stopped, "codes")

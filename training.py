@@ -16,11 +16,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
+import data
 from checkpoint import atomic, previous, read_log, resume, save_checkpoint, write_log
 from configurator import UserError, require, say
 from plot import save_curves
 from processes import mean_over_processes, same_on_all, start_processes
 from run import end, set_precision
+from sharding import whole
 
 SKIPPED_IN_A_ROW = 20  # a run ends after this many consecutive steps without finite gradients
 
@@ -43,6 +45,17 @@ def start(config, name, made_by):
         scale=config["loss_scale"] if config["precision"] == "fp16" and device.type == "cuda" else 1)
 
 
+def micro_batches(run):
+    """The parts of a batch that this process takes one after the other, each of batch_gpu images at most, in a run
+    of such a setting. -> slices of the batch's rows. Raises UserError if they can't be equal."""
+    steps = -(-run.local_batch // run.config["batch_gpu"])
+    require(run.local_batch % steps == 0,
+            f"{run.local_batch} images per process can't be split into {steps} equal parts of at most "
+            f"{run.config['batch_gpu']}: change batch_size or batch_gpu")
+    first, size = run.rank * run.local_batch, run.local_batch // steps
+    return [slice(i, i + size) for i in range(first, first + run.local_batch, size)]
+
+
 def resume_run(run, free, changeable, prepare=None, **others):
     """Continues from the checkpoint at run.path, if any. -> whether there was one
 
@@ -56,14 +69,25 @@ def resume_run(run, free, changeable, prepare=None, **others):
     if checkpoint:
         if prepare:
             prepare(checkpoint)
-        run.step = checkpoint["step"]
-        for part in ("model", "ema", "optimizer"):
-            getattr(run, part).load_state_dict(checkpoint[part])
-        run.skipped.copy_(checkpoint["skipped"])
+        load_state(run, checkpoint)
     require_same(run, run.step)
     run.began = run.step
     reset(run)
     return bool(checkpoint)
+
+
+def state_of(run):
+    """All that changes as a run trains."""
+    return dict(step=run.step, model=run.model.state_dict(), ema=run.ema.state_dict(),
+                optimizer=run.optimizer.state_dict(), skipped=run.skipped)
+
+
+def load_state(run, state):
+    """The inverse of `state_of`."""
+    run.step = state["step"]
+    for part in ("model", "ema", "optimizer"):
+        getattr(run, part).load_state_dict(state[part])
+    run.skipped.copy_(state["skipped"])
 
 
 def require_same(run, step):
@@ -76,11 +100,19 @@ def distributed(run, network):
     """-> the network, as all processes train it together"""
     if run.world == 1:
         return network
-    return DistributedDataParallel(network, device_ids=[run.device.index] if run.device.type == "cuda" else None)
+    return DistributedDataParallel(network, device_ids=[run.device.index] if run.device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True)  # no second copy of them, unless they accumulate
 
 
 # ----------------------------------------------------------------------------------------------------
 # a step
+
+
+def require_unchanged(run):
+    """Raises UserError if the file of run.images has changed since the run began."""
+    require(data.file_stamp(run.images) == run.stamp,
+            f"{run.config['dataset']} changed while it was being trained on: prepare it as it was, and give the same "
+            f"command again. {run.path} is from before the change, or nearly so")
 
 
 def backward(run, loss):
@@ -126,18 +158,21 @@ def due(every, seen, config):
 
 def open_log(run, what):
     """Process 0 cuts the log back to the present step, and saves a new run's first checkpoint; of a finished
-    run it says that it is finished. what: "images" or "codes"."""
+    run it says that it is finished. All processes call it if the run is sharded. what: "images" or "codes"."""
     seen = run.step * run.config["batch_size"]
     if seen >= run.config["total_images"]:
-        print(f"{run.path} is finished: it has seen {seen:,} {what}. "
-              "A larger --total_images continues it, --overwrite=True starts anew")
+        if run.master:
+            print(f"{run.path} is finished: it has seen {seen:,} {what}. "
+                  "A larger --total_images continues it, --overwrite=True starts anew")
         return
-    write_log(run.log, read_log(run.log, seen) if run.step else [], mode="w")
+    if run.master:
+        write_log(run.log, read_log(run.log, seen) if run.step else [], mode="w")
     if not run.step:
         # a full disk shows now; and a restart by torchrun finds this run, not the one it replaces
         save(run)
-        previous(run.path).unlink(missing_ok=True)  # else a damaged checkpoint could bring back the older run
-        Path(run.curves).unlink(missing_ok=True)
+        if run.master:
+            previous(run.path).unlink(missing_ok=True)  # else a damaged checkpoint could bring back the older run
+            Path(run.curves).unlink(missing_ok=True)
 
 
 def reset(run):
@@ -145,9 +180,9 @@ def reset(run):
     run.sums, run.good, run.steps, run.since = None, 0, 0, time.time()
 
 
-def usage(logits):
-    """Of an encoder's logits (B, m, k) -> sums over the images of code distributions (m, k), and of entropies"""
-    p = logits.detach().softmax(-1)
+def usage(p):
+    """Of code distributions p (B, m, k) -> sums over the images of these (m, k), and of entropies"""
+    p = p.detach()
     return p.sum(0), torch.special.entr(p).sum()
 
 
@@ -156,10 +191,19 @@ def of_usage(code_sum, entropy_sum, count):
     p = code_sum / count  # (m, k) averaged code distribution
     entropy = torch.special.entr(p).sum(1)
     perplexity = entropy.exp().tolist()  # codes that each latent uses, 1 ... k
-    # what the codes tell about the image: I(z; y) = H(z) - H(z | y), 0 where the encoder ignores it
+    # what each latent tells about the image, I(z_i; y) = H(z_i) - H(z_i | y), added up: codes that repeat each other
+    # count twice. 0 where the encoder ignores the image
     bits = (entropy.sum() - entropy_sum / count).item() / math.log(2)
     used = "/".join(f"{u:.0f}" for u in perplexity[:16])
     return dict(perplexity=perplexity, bits=bits), {"codes used": f"{used} of {p.shape[1]}", "bits": f"{bits:.1f}"}
+
+
+def of_divergence(divergence_sum, count):
+    """What `count` images' latents tell, at most: the sums (m,) over the images of each latent's KL divergence from a
+    prior, in nats. -> a part of the log's line, and of the bar's"""
+    bits = (divergence_sum / count / math.log(2)).tolist()
+    of_each = "/".join(f"{of_latent:.1f}" for of_latent in bits[:16])
+    return dict(kld=bits), {"KL, bits": f"{sum(bits):.1f} = {of_each}"}
 
 
 def add_up(run, norm, *measured):
@@ -202,20 +246,23 @@ def write_line(run, line, bar, shown):
 # checkpoints
 
 
-def save(run, keep=""):
-    """Saves the checkpoint to continue from; keep: a file for a snapshot without the optimiser instead.
+def save(run, keep="", **others):
+    """Process 0 saves the checkpoint to continue from; keep: a file for a snapshot without the optimiser instead.
 
-    Raises UserError if the weights are not finite.
+    others: more for the checkpoint to continue from. All processes call it if the run is sharded. Raises UserError if
+    the weights are not finite.
     """
-    require(get_total_norm(run.parameters).isfinite(),
+    require(whole(get_total_norm(run.parameters)).isfinite(),
             f"the weights are not finite any more: a lower {run.lower} may help; {run.path} is left as it was")
-    state = dict(made_by=run.made_by, config=run.config, model_args=run.model_args, step=run.step,
-                 model=run.model.state_dict(), ema=run.ema.state_dict(), **run.carries)
+    state = dict(made_by=run.made_by, config=run.config, model_args=run.model_args, **state_of(run), **run.carries)
     if keep:
+        del state["optimizer"], state["skipped"]
+    state = whole(state | (others if not keep else {}), run.master)
+    if keep and run.master:
         with atomic(keep) as file:
             torch.save(state, file)
-    else:
-        save_checkpoint(run.path, state | dict(optimizer=run.optimizer.state_dict(), skipped=run.skipped))
+    elif run.master:
+        save_checkpoint(run.path, state)
 
 
 def finish(run, stopped, what):

@@ -78,8 +78,8 @@ def denoisers(model, prior, images, labels, chosen, seeds):
 def measure(denoise, source, noise, y, loss_noise, sigma_data):
     """-> {title: values}, the measures of a batch at `levels`
 
-    noise: N(0, 1), where trajectories start, shaped like the clean images y (B, ...); loss_noise:
-    N(0, 1), (B, len(sigmas), ...). Null codes have a loss alone. The prior's have none: they are not
+    noise: where trajectories start, of scale 1, shaped like the clean images y (B, ...); loss_noise:
+    of scale 1, (B, len(sigmas), ...). Null codes have a loss alone. The prior's have none: they are not
     the codes of y.
     """
     found = {}
@@ -103,11 +103,13 @@ def levels():
 def measure_all(place):
     """-> {arm: {title: array (parts, levels)}} of all runs, arms named by folder and source of codes"""
     loaded, measured = {}, {}
-    for folder in runs.split(","):
+    for folder in map(str.strip, runs.split(",")):
         model, checkpoint = load_stage1(folder, place)
         has_prior = model.num_latents and Path(path_of(folder), "prior_ar.pt").is_file()
         loaded[folder] = model, load_prior(folder, "ar", place, checkpoint) if has_prior else None, checkpoint["config"]
     folder, (model, _, config) = next(iter(loaded.items()))
+    require(all(m.x_shape == m.img_shape for m, *_ in loaded.values()),
+            f"--runs={runs}: denoisers of pixels are wanted")
     images, labels, train, held_out = load_trained_on(config, f"{folder}/stage1.pt")
     require(len({config["data_identity"] for *_, config in loaded.values()}) == 1,
             f"--runs={runs} were trained on different data sets: compare models of one")
@@ -116,8 +118,8 @@ def measure_all(place):
     for folder, (model, prior, _) in loaded.items():
         for numbers in progress(np.split(np.arange(num_images), num_images // batch_size), desc=folder, unit="part"):
             chosen, seeds = order[numbers], seed + numbers
-            noise = SeededNoise("images", seeds, place).randn(*model.img_shape)
-            loss_noise = SeededNoise("losses", seeds, place).randn(len(sigmas), *model.img_shape)
+            noise = model.noise(SeededNoise("images", seeds, place))
+            loss_noise = model.noise(SeededNoise("losses", seeds, place), len(sigmas))
             y = data.to_float(images[chosen]).to(noise.device)
             for source, denoise in denoisers(model, prior, images, labels, chosen, seeds).items():
                 of_arm = measured.setdefault(f"{folder}, {source}".removesuffix(", "), {})
@@ -170,7 +172,8 @@ def draw(measured):
                         log_x=True, log_y=not relative, size=(420, 340))
             for arm, colour in zip(measured, COLOURS):
                 if arm in curves:
-                    axes.line(np.stack([x, curves[arm]], 1), colour, 2, dots=True, label="" if relative else arm.split("/")[-1])
+                    label = "" if relative else arm.split("/")[-1]
+                    axes.line(np.stack([x, curves[arm]], 1), colour, 2, dots=True, label=label)
             row.append(axes)
         rows.append(row)
     return figure(rows)
@@ -187,7 +190,8 @@ def main(argv=()):
             f"num_images {num_images} are two parts or more, of batch_size {batch_size} images each")
     require(num_steps and 0 < min(num_steps) and max(num_steps) < reference_steps,
             f"num_steps are positive and below reference_steps {reference_steps}, not {num_steps}")
-    require(sigmas and min(sigmas) > 0, f"sigmas are positive, not {sigmas}")
+    require(sigmas and 0 < min(sigmas) and max(sigmas) < 1e4, f"sigmas are positive and below 10,000, not {sigmas}")
+    require(all(map(str.strip, runs.split(","))), f"--runs={runs}: folders of train_stage1.py, separated by commas")
     _, world, place = start_processes(device)
     require(world == 1, "trajectories.py runs as one process, without torchrun")
     set_precision("fp32", place)

@@ -55,12 +55,12 @@ class TransformerBlock(nn.Module):
 
 
 class AdaLNBlock(TransformerBlock):
-    """adaLN-zero: an embedding (B, dim), already through SiLU, modulates the block, which starts as the
-    identity (DiT: Peebles & Xie 2023, sec. 3.2)."""
+    """adaLN-zero: an embedding (B, emb_dim), already through SiLU, modulates the block, which starts as the
+    identity (DiT: Peebles & Xie 2023, sec. 3.2). emb_dim: 0 for dim."""
 
-    def __init__(self, dim, heads, causal=False):
+    def __init__(self, dim, heads, causal=False, emb_dim=0):
         super().__init__(dim, heads, causal)
-        self.modulation = zero(nn.Linear(dim, 6 * dim))
+        self.modulation = zero(nn.Linear(emb_dim or dim, 6 * dim))
 
     def forward(self, x, emb):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)[:, None].chunk(6, dim=2)

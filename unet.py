@@ -5,7 +5,11 @@ A cross-attention to the discrete latents follows each self-attention (DisCo-Dif
 A code's way into the picture: `UNet.condition` prepares the latent tokens for every block, once per
 image; `UNet.forward` hands each block its part; `UNetBlock.forward` ends in `CrossAttention.forward`.
 With latents_to_emb the mean token also joins the embedding of noise level and class, which modulates
-every block: DLC's way (DLC sec. 5).
+every block. DLC's way is that alone (DLC sec. 5): there is no cross-attention, and model.CodeTable
+makes the part of the embedding.
+
+With groups of latents, each group has one resolution of the up-sampling branch to itself (sec. 3.3, Fig. 5):
+cross-attention and the mean token's part of the embedding act there, and nowhere else.
 """
 
 import math
@@ -23,6 +27,11 @@ def group_norm(channels):
 
 def num_heads(channels):
     return max(1, channels // 64)  # ADM: 64 channels per head
+
+
+def size_of(name):
+    """The feature map's size in a block's name: 8x8 for dec.8x8_block0, and for 8x8_block0."""
+    return name.split(".")[-1].split("_")[0]
 
 
 class CrossAttention(nn.Module):
@@ -118,12 +127,13 @@ class UNet(nn.Module):
     attn_resolutions: sizes of the feature maps with attention (the bottleneck always has it).
     latent_dim: width of the latent tokens that the cross-attentions read; 0 builds plain EDM.
     latents_to_emb: whether the tokens' mean is also added to the embedding.
-    Raises ValueError for sizes that don't fit each other.
+    groups: of latent tokens, each for one resolution with attention of the up-sampling branch, the lowest first; with
+    0 or 1, all tokens go to all blocks with attention. Raises ValueError for sizes that don't fit each other.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim, model_channels=192, channel_mult=(1, 2, 3, 4),
                  channel_mult_emb=4, num_blocks=3, attn_resolutions=(32, 16, 8), dropout=0.1, latent_dim=0,
-                 latents_to_emb=False):
+                 latents_to_emb=False, groups=0):
         super().__init__()
         levels = len(channel_mult)
         if img_resolution % 2 ** (levels - 1):
@@ -136,7 +146,12 @@ class UNet(nn.Module):
         resolutions = [img_resolution >> i for i in range(levels)]
         if missing := set(attn_resolutions) - set(resolutions):
             raise ValueError(f"attn_resolutions has {sorted(missing)}: the feature maps are {resolutions}")
-        emb_dim = model_channels * channel_mult_emb
+        self.groups, attended = max(groups, 1) if latent_dim else 1, sorted({*attn_resolutions, resolutions[-1]})
+        if self.groups > len(attended):
+            raise ValueError(f"{groups} groups of latents need {groups} resolutions with attention, and it is at "
+                             f"{attended}: name more of the feature maps {resolutions} in attn_resolutions")
+        self.group_of = {f"{res}x{res}": i for i, res in enumerate(attended[:groups])} if self.groups > 1 else {}
+        self.emb_dim = emb_dim = model_channels * channel_mult_emb
         self.map_layer0 = nn.Linear(model_channels, emb_dim)
         self.map_layer1 = nn.Linear(emb_dim, emb_dim)
         self.map_label = nn.Linear(label_dim, emb_dim, bias=False) if label_dim else None
@@ -144,8 +159,8 @@ class UNet(nn.Module):
             nn.init.normal_(self.map_label.weight)
         self.map_latents = zero(nn.Linear(latent_dim, emb_dim)) if latent_dim and latents_to_emb else None
 
-        def block(cin, cout, attention=False, resample=None):
-            return UNetBlock(cin, cout, emb_dim, attention, latent_dim, resample, dropout)
+        def block(cin, cout, attention=False, resample=None, latents=not self.group_of):
+            return UNetBlock(cin, cout, emb_dim, attention, latent_dim if latents else 0, resample, dropout)
 
         self.enc = nn.ModuleDict()
         widths = [c * model_channels for c in channel_mult]
@@ -162,13 +177,15 @@ class UNet(nn.Module):
 
         self.dec = nn.ModuleDict()
         for level, (res, width) in reversed(list(enumerate(zip(resolutions, widths)))):
+            latents = not self.group_of or f"{res}x{res}" in self.group_of
             if level == levels - 1:
-                self.dec[f"{res}x{res}_in0"] = block(channels, channels, attention=True)
+                self.dec[f"{res}x{res}_in0"] = block(channels, channels, attention=True, latents=latents)
                 self.dec[f"{res}x{res}_in1"] = block(channels, channels)
             else:
                 self.dec[f"{res}x{res}_up"] = block(channels, channels, resample="up")
             for i in range(num_blocks + 1):
-                self.dec[f"{res}x{res}_block{i}"] = block(channels + skips.pop(), width, res in attn_resolutions)
+                self.dec[f"{res}x{res}_block{i}"] = block(channels + skips.pop(), width, res in attn_resolutions,
+                                                          latents=latents)
                 channels = width
         self.out_norm = group_norm(channels)
         self.out_conv = zero(nn.Conv2d(channels, img_channels, 3, padding=1))
@@ -176,29 +193,38 @@ class UNet(nn.Module):
     def condition(self, tokens):
         """Latent tokens (B, m, latent_dim) -> what the network reads of them, {name: tensors (B, ...)}
 
-        "enc.8x8_block0", ...: keys and values of cross-attentions; "emb": a part of the embedding.
+        "enc.8x8_block0", ...: keys and values of cross-attentions; "emb": a part of the embedding; "emb8x8", ...: such
+        a part, for the up-sampling blocks of this size.
         """
-        blocks = [(name, block) for name, block in self.named_modules() if isinstance(block, UNetBlock)]
-        condition = {name: block.cross.keys_values(tokens) for name, block in blocks if block.cross is not None}
+        of_group = tokens.chunk(self.groups, dim=1)
+        condition = {}
+        for name, block in self.named_modules():
+            if isinstance(block, UNetBlock) and block.cross is not None:
+                condition[name] = block.cross.keys_values(of_group[self.group_of.get(size_of(name), 0)])
         if self.map_latents is not None:
-            condition["emb"] = [float32(self.map_latents, tokens.mean(1))]
+            for size, group in (self.group_of or {"": 0}).items():
+                condition[f"emb{size}"] = [float32(self.map_latents, of_group[group].mean(1))]
         return condition
+
+    def embed(self, c_noise, labels, condition, part="emb"):
+        """Noise level, class and a part of the codes -> what modulates a block, (B, emb_dim), already through SiLU"""
+        emb = F.silu(float32(self.map_layer0, sinusoids(c_noise, self.map_layer0.in_features)))
+        emb = float32(self.map_layer1, emb)
+        if self.map_label is not None and labels is not None:
+            one_hot = labels[:, None] == torch.arange(self.map_label.in_features, device=labels.device)
+            emb = emb + float32(self.map_label, one_hot)  # label -1: a row of zeros
+        if part in condition:
+            emb = emb + condition[part][0]
+        return F.silu(emb)
 
     def forward(self, x, c_noise, labels=None, condition=None):
         """x: (B, C, H, W); c_noise: (B,); labels: (B,) int64, -1 for none, or None
 
-        condition: as above, None without latents
+        condition: as above, or "emb" alone; None without latents
         """
         condition = condition or {}
-        emb = F.silu(float32(self.map_layer0, sinusoids(c_noise, self.map_layer0.in_features)))
-        emb = float32(self.map_layer1, emb)
-        if self.map_label is not None and labels is not None:
-            one_hot = labels[:, None] == torch.arange(self.map_label.in_features, device=x.device)
-            emb = emb + float32(self.map_label, one_hot)  # label -1: a row of zeros
-        if "emb" in condition:
-            emb = emb + condition["emb"][0]
-        emb = F.silu(emb)
-
+        emb = self.embed(c_noise, labels, condition)
+        of_size = {size: self.embed(c_noise, labels, condition, f"emb{size}") for size in self.group_of}
         skips = []
         for name, block in self.enc.items():
             x = block(x, emb, condition.get(f"enc.{name}")) if isinstance(block, UNetBlock) else block(x)
@@ -206,7 +232,7 @@ class UNet(nn.Module):
         for name, block in self.dec.items():
             if x.shape[1] != block.cin:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = block(x, emb, condition.get(f"dec.{name}"))
+            x = block(x, of_size.get(size_of(name), emb), condition.get(f"dec.{name}"))
         return self.out_conv(F.silu(self.out_norm(x)))
 
 

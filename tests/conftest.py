@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import sys
 import zlib
 from pathlib import Path
@@ -105,6 +106,15 @@ def trained(tmp_path_factory):
         scripts.run("train_prior.py", f"--out_dir={folder}", f"--prior={prior}", "--layers=1", "--dim=16", "--heads=2",
                     "--total_images=500", "--device=cpu")
     return folder
+
+
+@pytest.fixture(scope="session")
+def written(trained, tmp_path_factory):
+    """A folder with this stage 1, what its encoder says, and a text model (of a few steps); what train_text.py printed."""
+    folder = tmp_path_factory.mktemp("written")
+    for path in (trained / "stage1.pt", *trained.glob("logits-*.npy")):
+        shutil.copy(path, folder)
+    return folder, scripts.run("train_text.py", f"--out_dir={folder}", *scripts.TEXT)
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,10 @@ TINY = ["--model_channels=8", "--channel_mult=1,2", "--attn_resolutions=14,", "-
         "--warmup_images=16", "--held_out=16", "--device=cpu"]
 # and a prior for it
 PRIOR = ["--layers=1", "--dim=16", "--heads=2", "--batch_size=50", "--warmup_images=100", "--device=cpu"]
-# and samples of both
+# and a text model
+TEXT = ["--layers=1", "--dim=16", "--heads=2", "--hidden=24", "--batch_size=40", "--batch_gpu=40", "--warmup_images=80",
+        "--total_images=160", "--log_every=40", "--device=cpu"]
+# and samples of all
 SAMPLE = ["--num_steps=3", "--device=cpu", "--num_images=20", "--per_code=4"]
 
 

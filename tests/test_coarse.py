@@ -135,7 +135,7 @@ def test_no_class_adds_nothing(g):
 def test_the_loss_is_of_averaged_images(tmp_path):
     """lambda(sigma) |D - y|^2 of averaged y, half of them mirrored. The gradients are of it less the bonus, the entropy
     of the batch's mean code distribution, whatever they are scaled by; no parameter has none."""
-    settings = ["--coarse_batch=64", "--coarse_spread=0.5", "--sigma_data=0.4", "--null_prob=0.5", "--xflip=True"]
+    settings = ["--coarse_batch=64", "--coarse_images=64", "--coarse_spread=0.5", "--sigma_data=0.4", "--null_prob=0.5", "--xflip=True"]
     phase, found = phase_of(tmp_path, *settings), []
     y, c = data.to_float(phase.images[:64]), torch.from_numpy(phase.labels[:64])
     for scale in (1, 128):
@@ -160,7 +160,7 @@ def test_the_loss_is_of_averaged_images(tmp_path):
 
 def test_what_is_drawn(tmp_path):
     """ln sigma uniform in ln 1 ... ln 30, noise of this size, and coins: 10,240 images."""
-    phase = phase_of(tmp_path, "--coarse_batch=128", "--null_prob=0.3", "--xflip=True")
+    phase = phase_of(tmp_path, "--coarse_batch=128", "--coarse_images=128", "--null_prob=0.3", "--xflip=True")
     steps = [draw_step(SimpleNamespace(**vars(phase) | dict(step=step))) for step in range(80)]
     noise, sigma, gumbel, drop, flip = (torch.cat(drawn) for drawn in zip(*steps))
     assert flip.float().mean().item() == pytest.approx(0.5, abs=0.02) and not draw_step(phase_of(tmp_path))[-1].any()
@@ -366,6 +366,7 @@ def test_what_can_not_change(trained):
     ("--coarse_images=-1", "coarse_images can't be negative: it is -1"),
     ("--coarse_lr=0", "coarse_lr must be positive, not 0.0"), ("--coarse_lr=inf", "coarse_lr must be finite, not inf"),
     ("--coarse_batch=0", "coarse_batch must be positive, not 0"),
+    ("--coarse_batch=17", "coarse_batch 17 exceeds coarse_images 16"),
     ("--coarse_spread=-1", "coarse_spread can't be negative: it is -1.0"),
     ("--encoder_lr=-1", "encoder_lr can't be negative: it is -1.0")])
 def test_bad_input(tmp_path, argument, message):

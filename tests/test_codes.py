@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from conftest import close, load
 from PIL import Image
 from scripts import SAMPLE, run
 
 import data
+from codes import code_usage
 from configurator import UserError
 
 
@@ -34,6 +36,24 @@ def test_codes_by_hand_and_from_images(trained):
     assert len(np.unique(load(trained, "set")["labels"])) > 1
 
 
+def test_free_positions_are_drawn_by_the_prior(trained):
+    """The last ones by the autoregressive prior, any by SEDD, anew for each row; the others stay."""
+    samples = [*SAMPLE, "--num_images=80", "--num_steps=1"]
+    for name, how, fixed in (("ar", ["--code=4,-1,-1"], [0]), ("sedd", ["--code=-1,0,-1", "--prior=sedd"], [1]),
+                             ("free", ["--code=4,0,2", "--free=0,1", "--prior=sedd"], [2])):
+        run("sample.py", f"--out_dir={trained}", f"--name={name}", *samples, *how)
+        codes = load(trained, name)["codes"].reshape(20, 4, 3)
+        assert (codes == codes[:, :1]).all() and (codes[..., fixed] == np.array([4, 0, 2])[fixed]).all()
+        assert codes.min() >= 0 and len(np.unique(codes[:, 0], axis=0)) > 5
+        run("sample.py", f"--out_dir={trained}", "--name=again", *samples, *how, "--batch_size=7")
+        assert close(load(trained, name), load(trained, "again"))
+    for name, more in (("whole", []), ("half", ["--free=1,2"])):  # of images, with their classes
+        run("sample.py", f"--out_dir={trained}", f"--name={name}", *samples, "--encode=fashion-mnist-10k", *more)
+    whole, half = load(trained, "whole"), load(trained, "half")
+    assert np.array_equal(whole["labels"], half["labels"]) and np.array_equal(whole["codes"][:, 0], half["codes"][:, 0])
+    assert not np.array_equal(whole["codes"][:, 1:], half["codes"][:, 1:])
+
+
 def test_composed_codes(trained):
     """Of four rows: one code, the other, and two that take each position from the one or the other."""
     compose = ["--per_code=2", "--num_images=160", "--num_steps=1"]
@@ -54,3 +74,14 @@ def test_composed_codes(trained):
     assert (c[:, 0] == labels[order[:20]]).all() and (c[:, 1] == labels[np.roll(order, 1)[:20]]).all()
     assert (c[:, 2:] == c[:, :2]).all() and len(np.unique(codes[:, 0], axis=0)) > 1
     assert ((codes[:, 2:] == codes[:, :1]) | (codes[:, 2:] == codes[:, 1:2])).all()
+
+
+def test_usage_of_codes():
+    """Perplexity of each position; entries that no image has count, as zeros; codes are distinct as a whole."""
+    codes = torch.tensor([[0, 0, 1], [1, 0, 1], [2, 0, 2], [2, 0, 2]])
+    perplexity, distinct = code_usage(codes, 4)
+    assert torch.allclose(perplexity, torch.tensor([2 ** 1.5, 1, 2], dtype=torch.float64)) and distinct == 3 / 4
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(7, (500, 5), generator=g)
+    p = torch.nn.functional.one_hot(codes, 7).double().mean(0)
+    assert torch.equal(code_usage(codes, 7)[0], torch.special.entr(p).sum(1).exp())

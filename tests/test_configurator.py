@@ -1,7 +1,7 @@
 import pytest
 from scripts import run, start
 
-from configurator import UserError, configure
+from configurator import UserError, configure, is_default
 
 
 def settings():
@@ -21,12 +21,16 @@ def test_strings_are_taken_as_they_are():
     assert configure(settings(), ["--name="])["name"] == ""
 
 
+def test_one_number_makes_a_tuple():
+    assert configure(settings(), ["--mult=3"])["mult"] == (3,)
+
+
 @pytest.mark.parametrize("argument, message", [
     ("--step=3", "no setting 'step'; the nearest is 'steps'"),
     ("--_hidden=3", "no setting '_hidden'"),
     ("--CONSTANT=3", "no setting 'CONSTANT'"),
-    ("--steps=1.5", "steps takes a int such as 10, not 1.5"),
-    ("--steps=True", "steps takes a int"),
+    ("--steps=1.5", "steps takes an int such as 10, not 1.5"),
+    ("--steps=True", "steps takes an int"),
     ("--steps=abc", "not 'abc'"),
     ("--flag=1", "flag takes a bool"),
     ("--mult=1,x", "mult takes a tuple"),
@@ -110,3 +114,9 @@ def test_help_shows_the_settings():
         assert "python " + script in printed
         assert "overwrite = False" in printed or script in ("sample.py", "compare_priors.py", "bench.py")
         assert "num_steps = 18" in printed or script != "sample.py"
+
+
+def test_whether_a_setting_has_its_default():
+    scope = settings()
+    configure(scope, ["--lr=5", "--steps=10"])
+    assert [is_default(scope, name) for name in ("lr", "steps", "mult")] == [False, True, True]

@@ -222,3 +222,20 @@ def test_guidance(to_emb):
     assert torch.allclose(denoiser(model, c, z, guidance=0.0)(x, sigma), D_null, atol=1e-5)
     assert batches[:2] == [6, 6]  # one batched evaluation each
     assert condition_calls[:2] == [3, 1]  # what depends on z alone: once, not once an evaluation
+
+
+@torch.no_grad()
+def test_guidance_at_some_noise_levels_only():
+    """From `low` up to `high`, ends included, as without an interval; elsewhere the plain model, of B images instead of 2B."""
+    model = small_model(False)
+    x, c, z = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2]), torch.tensor([[0, 1], [2, 3], [1, 1]])
+    plain, everywhere, at_some = (denoiser(model, c, z, **settings) for settings in (
+        {}, dict(guidance=2.5), dict(guidance=2.5, interval=(0.5, 5.0))))
+    batches = []
+    model.model.register_forward_hook(lambda m, args, out: batches.append(len(args[0])))
+    for sigma, inside in ((0.49, False), (0.5, True), (2.0, True), (5.0, True), (5.01, False)):
+        sigma = torch.tensor(sigma, dtype=torch.float64)
+        wanted = (everywhere if inside else plain)(x, sigma)
+        batches.clear()
+        assert torch.equal(at_some(x, sigma), wanted) and batches == [6 if inside else 3]
+        assert (plain(x, sigma) - everywhere(x, sigma)).abs().max() > 1e-4

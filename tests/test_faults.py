@@ -92,7 +92,7 @@ def test_a_run_whose_gradients_stay_bad_stops(trained, tmp_path, monkeypatch, sc
     with pytest.raises(UserError, match=r"the gradients of the last 20 steps were not finite.*has the weights from before") as error:
         run(script, f"--out_dir={tmp_path}", *settings, "--total_images=800", "--log_every=80", "--save_every=80", "--overwrite=True")
     left = checkpoint(tmp_path, name)
-    assert len(steps) == 40 and "\n" not in str(error.value) and in_phase == ("try a lower --coarse_lr;" in str(error.value))
+    assert len(steps) == 40 and "\n" not in str(error.value) and in_phase == ("try a lower --coarse_lr or --coarse_spread;" in str(error.value))
     assert (left["coarse"]["step"], left["step"]) == (30, 0) if in_phase else \
         (left["step"], left["skipped"].tolist()) == (30, [10, 10])
     assert all(p.isfinite().all() for key in ("model", "ema") for p in left[key].values())

@@ -14,6 +14,7 @@ from metrics import (
     manifold_radii,
     precision_recall,
     share_inside,
+    vendi_score,
 )
 
 rng = np.random.default_rng(0)
@@ -121,3 +122,26 @@ def test_tiles_change_nothing():
         assert torch.allclose(manifold_radii(y, tile), own)
         assert share_inside(x, y, own, tile) == pytest.approx((distances <= own).any(1).double().mean().item())
     assert 0 < share_inside(x, y, own) < 1
+
+
+REFERENCE = np.load(ROOT / "tests/reference/vendi.npz")
+
+
+@pytest.mark.parametrize("name", ["wide", "tall", "copies", "one", "orthogonal", "offset"])
+def test_vendi_score_equals_the_reference(name):
+    x = torch.from_numpy(REFERENCE[f"x_{name}"])
+    for want in (REFERENCE[f"vs_{name}"], REFERENCE[f"vs_dual_{name}"]):
+        assert vendi_score(x) == pytest.approx(want.item(), rel=1e-9)
+    assert vendi_score(torch.cat([x, 7 * x])) == pytest.approx(vendi_score(x))  # neither copies nor lengths count
+
+
+def test_vendi_score_of_another_kernel_equals_the_reference():
+    x = torch.from_numpy(REFERENCE["x_wide"])
+    K = (-torch.cdist(x, x) ** 2 / (2 * REFERENCE["rbf_bandwidth"] ** 2)).exp()
+    assert vendi_score(factor(K)) == pytest.approx(REFERENCE["vs_rbf_q1"].item(), rel=1e-9)
+
+
+def test_vendi_score_counts():
+    """n orthogonal rows are n; with shares 1/2, 1/4, 1/4 they count exp(entropy)."""
+    assert vendi_score(torch.eye(6)) == pytest.approx(6) and vendi_score(torch.ones(4, 9)) == pytest.approx(1)
+    assert vendi_score(torch.eye(3)[[0, 0, 1, 2]]) == pytest.approx(2 ** 1.5)

@@ -5,14 +5,16 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, fill
 
-from model import DisCoDiff, draw_codes, gumbel_softmax
+from model import CodeTable, DisCoDiff, draw_codes, gumbel_softmax
 from noise import gumbel_noise, seeded_generator
 from unet import UNet
+from vit import SEMEncoder
 
 SHAPES = json.loads((ROOT / "tests/reference/edm_shapes.json").read_text())
 SMALL = dict(img_resolution=16, img_channels=3, label_dim=10, model_channels=64, channel_mult=(1, 2), num_blocks=1,
@@ -155,3 +157,78 @@ def test_training_sees_codes_that_are_relaxed_by_tau():
 def test_sizes_that_do_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         DisCoDiff(**{**SMALL, **changes})
+
+
+# codes by their average (DLC), and codes of an encoder that stays as it is
+
+
+@torch.no_grad()
+def test_averaged_codes_equal_the_authors():
+    """Numbers of lavoiems/DiscreteLatentCode, with codes, where 5 is the row for "no latents", and with probabilities."""
+    table = CodeTable(6, 5, 64)
+    table.table.data = fill("sem_embedder.embedding_table", (6, 6, 64))
+    with np.load(ROOT / "tests/reference/dit_tiny.npz") as f:
+        codes, codes_emb, soft, soft_emb = (torch.from_numpy(f[key]) for key in ("codes", "codes_emb", "soft", "soft_emb"))
+    assert (table(codes) - codes_emb).abs().max() < 1e-7 and (table(soft) - soft_emb).abs().max() < 1e-7
+    assert (codes[3] == 5).all()
+    for z in (codes[:3].repeat(2, 1), soft.repeat(2, 1, 1)[:6]):
+        assert (table(z, torch.ones(6, dtype=torch.bool)) - codes_emb[3]).abs().max() < 1e-7
+
+
+def test_averaged_codes_and_their_gradients_are_those_of_one_hot_rows(g):
+    """emb = sum_i table_i[z_i] / m, of an image whose latents are dropped sum_i table_i[k] / m."""
+    table, z, drop = CodeTable(3, 5, 16), torch.tensor([[1, 4, 0], [2, 2, 3]]), torch.tensor([False, True])
+    assert table.table.std().item() == pytest.approx(1 / 4, rel=0.1)  # N(0, 1 / width)
+    wanted = torch.stack([(table.table[0, 1] + table.table[1, 4] + table.table[2, 0]) / 3, table.table[:, 5].mean(0)])
+    weights = torch.randn(2, 16, generator=g)
+    slopes = [torch.autograd.grad((emb * weights).sum(), table.table)[0]
+              for emb in (wanted, table(z, drop), table(F.one_hot(z, 5), drop))]
+    for emb, slope in zip((table(z, drop), table(F.one_hot(z, 5).float(), drop)), slopes[1:]):
+        assert torch.allclose(emb, wanted, atol=1e-6) and torch.allclose(slope, slopes[0], atol=1e-6)
+
+
+def test_averaged_codes_can_be_trained_end_to_end(g):
+    """They are all that the denoiser reads: there is no cross-attention. The loss reaches every parameter, the encoder's too."""
+    torch.manual_seed(1)
+    model = DisCoDiff(**SMALL, conditioning="average").train()
+    assert not any(".cross." in n or ".map_latents." in n for n, _ in model.named_parameters())
+    for n, p in model.named_parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.2)
+    y = torch.randn(4, 3, 16, 16, generator=g)
+    D, logits = model(y, torch.randn(y.shape, generator=g), torch.ones(4), torch.arange(4), torch.randn(4, 3, 5, generator=g),
+                      torch.tensor([True, False, False, False]))
+    D.square().sum().backward()
+    assert logits.shape == (4, 3, 5)
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    z = torch.tensor([[0, 1, 2], [4, 3, 2]])
+    assert model.condition(z).keys() == {"emb"} and model.condition(z)["emb"][0].shape == (2, 256)
+
+
+FROZEN = dict(img_resolution=16, img_channels=3, num_latents=3, codebook_size=5, patch=8, dim=8, layers=1, heads=2, registers=1,
+              drop_path=0.9, layerscale=1.0)
+
+
+def test_codes_of_a_frozen_encoder_are_certain(g):
+    """The argmax of its logits, whatever noise and temperature, while the denoiser is trained too; and it gets no gradient."""
+    torch.manual_seed(1)
+    model = DisCoDiff(**SMALL | dict(dropout=0.0), frozen=FROZEN, conditioning="average")
+    assert not model.encoder.training
+    model.train()
+    assert not any(part.training for part in model.encoder.modules()) and model.latents.training
+    for n, p in model.named_parameters():
+        if n.startswith("encoder.") or not p.any():
+            torch.nn.init.normal_(p, std=2.0 if n.startswith("encoder.") else 0.2)
+    y, gumbel = torch.randn(32, 3, 16, 16, generator=g), gumbel_noise((32, 3, 5), g)
+    codes = SEMEncoder.forward(model.encoder, y).argmax(-1)
+    assert len(codes.unique(dim=0)) > 2
+    logits = model.encoder(y)
+    assert torch.equal(draw_codes(logits, gumbel), codes)
+    for tau in (0.1, 1.0, 10.0):
+        assert torch.equal(gumbel_softmax(logits, tau, gumbel), F.one_hot(codes, 5).float())
+    noise, sigma = torch.randn(y.shape, generator=g), torch.ones(32)
+    D, logits = model(y, noise, sigma, None, gumbel)
+    given, none = model(y, noise, sigma, z=codes)
+    assert none is None and torch.equal(logits.exp(), F.one_hot(codes, 5).float()) and (D - given).abs().max() < 1e-5
+    given.sum().backward()
+    assert all(p.grad is None for p in model.encoder.parameters()) and model.latents.table.grad.any()

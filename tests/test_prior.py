@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from configurator import UserError
 from model import draw_codes
 from noise import gumbel_noise, seeded_generator
 from prior import Prior
@@ -70,6 +71,44 @@ def test_prior_samples_its_own_distribution():
     expected = log_p.exp() * n
     assert expected.min() > 1
     assert ((counts - expected) ** 2 / expected).sum() < 103.4  # chi-square, 63 degrees of freedom, p = 0.001
+
+
+@torch.no_grad()
+def test_what_is_given_is_continued_as_it_should_be():
+    """20,000 draws of the rest, given one code or two, against p(rest | given, class), and the given ones stay."""
+    prior, n = random_prior(), 20_000
+    for known in ([2], [2, 1]):
+        rest = torch.tensor(list(itertools.product(range(4), repeat=3 - len(known))))
+        every = torch.cat([torch.tensor([known]).expand(len(rest), -1), rest], 1)
+        log_p = prior(every, torch.ones(len(every), dtype=torch.int64)).log_softmax(-1).gather(2, every[..., None])
+        expected = n * log_p[:, len(known):].sum((1, 2)).exp()
+        assert abs(expected.sum() - n) < 1 and expected.min() > 1
+        start = torch.tensor([known + [-1] * (3 - len(known))]).expand(n, -1)
+        gumbel = gumbel_noise((n, 3, 4), seeded_generator("cpu", "test", 6))
+        z = prior.sample(given(gumbel), torch.ones(n, dtype=torch.int64), given=start)
+        assert (z[:, :len(known)] == torch.tensor(known)).all()
+        counts = torch.bincount((z[:, len(known):] * torch.tensor([4, 1])[-len(rest[0]):]).sum(1), minlength=len(rest))
+        limit = {4: 16.3, 16: 37.7}[len(rest)]  # chi-square with 3 and 15 degrees of freedom, p = 0.001
+        assert ((counts - expected) ** 2 / expected).sum() < limit
+
+
+@torch.no_grad()
+def test_nothing_or_all_may_be_given():
+    prior, gumbel, c = random_prior(), gumbel_noise((4, 3, 4), seeded_generator("cpu", "test", 7)), torch.arange(4) % 2
+    z = prior.sample(given(gumbel), c)
+    assert torch.equal(prior.sample(given(gumbel), c, given=torch.full((4, 3), -1)), z)
+    assert torch.equal(prior.sample(given(gumbel), c, given=3 - z), 3 - z)
+    mixed = torch.where(torch.arange(3) < torch.arange(4)[:, None], z, -1)  # 0, 1, 2 and 3 of the codes that it draws
+    assert torch.equal(prior.sample(given(gumbel), c, given=mixed), z)
+
+
+@pytest.mark.parametrize("codes, message", [
+    ([-1, 2, -1], "goes on from the first positions of a code: those that it is to draw come last. --prior=sedd"),
+    ([1, 2, 0, -1], r"codes are 3 numbers in 0 ... 3, or -1 where they are to be drawn: 4 are given"),
+    ([1, 4, -1], "3 are given, up to 4")])
+def test_what_it_can_not_go_on_from(codes, message):
+    with pytest.raises(UserError, match=message):
+        random_prior().sample(given(torch.zeros(1, 3, 4)), given=torch.tensor([codes]))
 
 
 def known_codes(n):

@@ -18,9 +18,8 @@ import sample
 import sedd
 from configurator import UserError
 from model import DisCoDiff
-from sample import class_number
 from sedd import SEDD
-from trained import classes_of
+from trained import class_number, classes_of
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +39,23 @@ def test_what_is_written(trained, samples):
     assert len(np.unique(samples["images"].reshape(20, -1), axis=0)) == 20
     assert Image.open(trained / "first.png").size == (8 * 30 * 2, 3 * 30 * 2)
     assert not (trained / "first.parts").exists()
+
+
+def test_the_grid_shows_what_was_encoded(trained):
+    sources = np.stack([np.full((28, 28, 1), 40 * i, np.uint8) for i in range(1, 6)])
+    for name, part in (("a", sources[:2]), ("b", sources[2:])):
+        np.savez(trained / f"{name}.npz", images=part)
+    for name, more, before in (("encoded", "--seed=4", {0: 2, 5: 1, 10: 2}),  # 4 is the first seed of the second code
+                               ("mixed", f"--compose={trained / 'b.npz'}", {0: 1, 5: 3, 10: 255, 15: 255, 20: 2})):
+        run("sample.py", f"--out_dir={trained}", f"--name={name}", *SAMPLE, f"--encode={trained / 'a.npz'}", more,
+            "--class_label=1")
+        grid = np.array(Image.open(trained / f"{name}.png"))
+        assert grid.shape == (3 * 30 * 2, 10 * 30 * 2)  # two codes in a row, 4 images each
+        cells = grid.reshape(3, 60, 10, 60).swapaxes(1, 2).reshape(30, 60, 60)[:, 2:-2:2, 2:-2:2]
+        of_codes = np.delete(cells[:25], range(0, 25, 5), 0)
+        assert np.array_equal(of_codes[..., None], load(trained, name)["images"])
+        for cell, which in before.items():
+            assert (cells[cell] == (which if which == 255 else 40 * which)).all()
 
 
 def test_a_folder_of_png_files(trained, tmp_path):
@@ -130,6 +146,18 @@ def test_the_script_spends_the_evaluations_that_it_prints(trained, monkeypatch, 
     monkeypatch.setattr(DisCoDiff, "denoise", lambda self, x, sigma, *_: (calls.append(len(x)), x * 0)[1])
     printed = run("sample.py", f"--out_dir={trained}", "--name=n", "--num_images=5", "--device=cpu", *arguments)
     assert f"5 images, {nfe} evaluations each" in printed and calls == [5] * nfe
+
+
+@pytest.mark.parametrize("arguments", [["--num_steps=5"], ["--restarts=(3,1,0.06,3.0),", "--num_steps=5"]])
+def test_guidance_at_some_noise_levels_costs_two_evaluations_there(trained, monkeypatch, arguments):
+    calls = []
+    monkeypatch.setattr(DisCoDiff, "denoise", lambda self, x, sigma, *_: (calls.append((len(x), sigma[0].item())), x * 0)[1])
+    guided = ["--guidance=2", "--guidance_min=0.1", "--guidance_max=10", "--code=0,1,2"]
+    printed = run("sample.py", f"--out_dir={trained}", "--name=n", "--num_images=5", "--device=cpu", *arguments, *guided)
+    assert [size for size, _ in calls] == [10 if 0.1 <= sigma <= 10 else 5 for _, sigma in calls]
+    nfe = sum(size for size, _ in calls) // 5
+    assert len(calls) < nfe < 2 * len(calls) and f"5 images, {nfe} evaluations each, D(z) and D(null)" in printed
+    assert (load(trained, "n")["nfe"] == nfe).all()
 
 
 def test_a_device_without_float64_is_given_none(trained, samples, monkeypatch):
@@ -250,7 +278,7 @@ def test_images_that_are_not_finite_are_not_written(trained):
     (["--guidance=inf"], "guidance and temperature must be finite"),
     (["--num_steps=0"], "num_steps must be positive"),
     (["--sedd_steps=0"], "sedd_steps must be positive"),
-    (["--prior=gpt"], "--prior is ar or sedd, not gpt"),
+    (["--prior=gpt"], "--prior is ar or sedd or rdm or diffusion, not gpt"),
     (["--prior=sedd", "--sedd_sampler=tweedie"], "--sedd_sampler is first-hitting, analytic or euler"),
     (["--prior=sedd", "--sedd_sampler=analytic", "--eta=1"], "eta is a probability below 1, not 1.0"),
     (["--prior=sedd", "--sedd_sampler=analytic", "--eta=-0.1"], "eta is a probability below 1"),
@@ -262,11 +290,20 @@ def test_images_that_are_not_finite_are_not_written(trained):
     (["--sedd_sampler=analytic"], "sedd_sampler is for --prior=sedd"),
     (["--eta=0.02"], "eta is for --prior=sedd"),
     (["--prior=sedd", "--temperature=0.5"], "temperature is for --prior=ar"),
+    (["--code=1,2,3,4"], r"--code takes 3 numbers in 0 ... 4, not \(1, 2, 3, 4\)"),
+    (["--code=-1,2,-2"], "--code takes 3 numbers"),
+    (["--code=-1,2,3"], "the autoregressive prior goes on from the first positions of a code"),
+    (["--code=1,2,3", "--free=1"], "goes on from the first positions"),
+    (["--code=1,2,3", "--free=2,3"], r"--free takes positions 0 ... 2 of a code, not \(2, 3\)"),
+    (["--free=2"], "--free names positions of a code: give one by --code or --encode"),
+    (["--code=1,2,3", "--free=2", "--prior=rdm"], "--prior=rdm draws it whole"),
     (["--gamma=0.05"], "gamma is the churn of restarts: there are none"),
     (["--restarts=(3,1,0.06,0.3),", "--S_churn=3"], "the churn of restarts is gamma"),
     (["--restarts=(3,1,0.3,0.06),"], "restarts has .3, 1, 0.3, 0.06.: N_restart and num_steps are 2 or more"),
-    (["--restarts=39"], "restarts takes a tuple"),
-    (["--compose=1,2,3"], "give the first by --code or --encode"),
+    (["--restarts=39"], "restarts takes .N_restart, K, t_min, t_max., ..."),
+    (["--compose=1,2,3"], "give the first by --code, --encode or --prompt"),
+    (["--guidance=2", "--guidance_min=3", "--guidance_max=1"], "0 <= guidance_min < guidance_max is wanted"),
+    (["--guidance_max=3"], "bound the noise levels of guidance: say --guidance= too"),
     (["--code=1,2,3", "--compose=1,2"], r"--compose takes 3 numbers in 0 ... 4, not \(1, 2\)"),
     (["--code=1,2,3", "--compose=nothing"], "there is no data set 'nothing'"),
     (["--code=1,2,True"], "--code takes"),

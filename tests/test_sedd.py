@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from test_prior import ENTROPY, known_codes
 
+from configurator import UserError
 from noise import SeededNoise
 from sedd import (
     SEDD,
@@ -135,6 +136,37 @@ def test_masked_tokens_follow_the_schedule(eta, t0, t1):
 def test_remasking_ends_in_the_distribution():
     n, (_, gumbel) = 6_000, noise(3)
     assert chi_square(tau_leaping(exact_score(), all_mask(n), 400, gumbel(n), eta=0.02)) < 103.4
+
+
+@pytest.mark.parametrize("known", [[4, 2, 4], [1, 4, 3]], ids=str)
+@pytest.mark.parametrize("sampler", ["first-hitting", "remasking"])
+def test_any_part_of_a_code_is_filled_in_as_it_should_be(sampler, known):
+    """Against p(rest | what is given), by chi-square with 15 or 3 degrees of freedom; what is given stays."""
+    n, (rand, gumbel) = (20_000 if sampler == "first-hitting" else 3_000), noise(7)
+    start = torch.tensor(known).expand(n, -1)
+    codes = first_hitting(exact_score(), start, rand(n), gumbel(n)) if sampler == "first-hitting" else \
+        tau_leaping(exact_score(), start, 200, gumbel(n), eta=0.02)
+    free = torch.tensor(known) == 4
+    assert (codes == start)[:, ~free].all()
+    fits = (STATES == torch.tensor(known))[:, ~free].all(1)
+    counts = torch.bincount((codes * torch.tensor([16, 4, 1])).sum(1), minlength=64)
+    expected = n * P[fits] / P[fits].sum()
+    assert counts.sum() == counts[fits].sum() and expected.min() > 1
+    assert ((counts[fits] - expected) ** 2 / expected).sum() < {16: 37.7, 4: 16.3}[fits.sum().item()]  # p = 0.001
+
+
+def test_what_is_given_to_the_network_stays():
+    """-1 is free, the rest is visible from the first step on; codes of other sizes are refused."""
+    model, c, seen = small_sedd().eval(), torch.tensor([0, 1]), []
+    given = torch.tensor([[-1, 3, -1], [2, -1, -1]])
+    model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].clone()))
+    for how in ({}, dict(sedd_sampler="analytic", sedd_steps=5, eta=0.9)):
+        seen.clear()
+        codes = model.sample(SeededNoise("test", range(2)), c, given=given, **how)
+        assert all((x[given >= 0] == given[given >= 0]).all() for x in (*seen, codes)) and codes.max() < 4
+        assert seen[0].tolist() == [[4, 3, 4], [2, 4, 4]]
+    with pytest.raises(UserError, match="codes are 3 numbers in 0 ... 3"):
+        model.sample(SeededNoise("test", range(2)), c, given=given.expand(2, 3)[:, :2])
 
 
 def test_euler_and_analytic_are_one_for_the_log_linear_noise():

@@ -1,15 +1,19 @@
-"""Training that starts from a network of our own."""
+"""Training that starts from a network of our own; text models that start from LLaDA."""
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import fill
+from conftest import fill, same
 from scripts import TINY, run
+from vaes import safetensors
 
 from configurator import UserError
+from llada import LLaDA
 from model import DisCoDiff
-from start_from import start_from
+from start_from import start_from, start_from_llada
+from text import TextModel
 
 
 def small(**changes):
@@ -65,6 +69,22 @@ def test_disco_diff_goes_on(tmp_path, capsys):
             assert torch.equal(p, fresh[name] if "map_label" in name else source.state_dict()[name])
 
 
+@torch.no_grad()
+def test_a_process_with_the_same_constants_goes_on(tmp_path):
+    """EDM's network is PFGM++'s, whatever D, in both directions, plain or with codes; flow matching's is another."""
+    edm, pfgm, other = (dict(process="edm"), dict(process="pfgm++", pfgm_D=128.0), dict(process="pfgm++", pfgm_D=32.0))
+    for there, here in ((edm, pfgm), (pfgm, edm), (pfgm, other)):
+        for plain in (dict(num_latents=0), {}):
+            path = save(tmp_path / "there.pt", source := filled(**plain, **there), **plain, **there)
+            start_from(path, net := DisCoDiff(**small(**here)), small(**here))
+            x, sigma = torch.randn(2, 1, 28, 28), torch.tensor([0.5, 5.0])
+            z = torch.tensor([[0, 1, 2], [4, 0, 1]])
+            D = source.denoise(x, sigma, None, source.condition(z))
+            assert torch.equal(net.eval().denoise(x, sigma, None, net.condition(z)), D)
+    with pytest.raises(UserError, match=r"of other settings: process='pfgm\+\+' there, 'flow' here$"):
+        start_from(path, DisCoDiff(**small(process="flow")), small(process="flow"))
+
+
 def test_networks_of_our_own_that_do_not_fit(tmp_path):
     path, plain = save(tmp_path / "run" / "stage1.pt", filled()), save(tmp_path / "plain.pt", filled(num_latents=0), num_latents=0)
     older = small(latents_to_emb=False)
@@ -91,7 +111,7 @@ def test_what_is_no_network_to_start_from_is_named(trained, tmp_path, monkeypatc
     np.save("images.npy", np.zeros(3))
     torch.save([1, 2], "list.pt")
     for source, message in (("nothing", "there is no file or folder nothing to start from"), ("folder", "folder has no stage1.pt in it"),
-                            (trained / "prior_ar.pt", "prior_ar.pt is a prior: a stage1.pt, or one of EDM's networks, is wanted"),
+                            (trained / "prior_ar.pt", "prior_ar.pt is a prior: a stage1.pt, or one of EDM's networks or DiT's, is wanted"),
                             ("cut.pt", "cut.pt is truncated or damaged"), ("images.npz", "images.npz holds images or other arrays, not a network"),
                             ("text.pkl", "text.pkl is neither a checkpoint nor one of EDM's networks"), ("images.npy", "is neither a checkpoint"),
                             ("list.pt", "list.pt is not a checkpoint of train_stage1.py")):
@@ -108,3 +128,56 @@ def test_training_starts_from_a_run_and_from_what_ships(trained, tmp_path):
     assert all((made["ema"][name] - value).abs().max() < 1e-7 for name, value in source["ema"].items())
     with pytest.raises(UserError, match="pretrained/stage1.pt is a network of other settings: .*model_channels=24 there, 8 here"):
         run("train_stage1.py", f"--out_dir={tmp_path / 'b'}", *settings, "--init_from=pretrained")
+
+
+LLADA = dict(vocabulary=9, mask_token=8, layers=2, dim=16, heads=2, hidden=24)
+
+
+def llada_files(folder, changes=(), around="model.transformer."):
+    """Its weights in two files with an index, in bfloat16, as published"""
+    net = LLaDA(9, layers=2, dim=16, heads=2, hidden=24)
+    state = {name: fill(name, p.shape) for name, p in net.named_parameters()} | dict(changes)
+    state = {around + name: p.bfloat16() for name, p in state.items() if p is not None}
+    names, files = [*state], {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        (folder / f"model-{i}.safetensors").write_bytes(safetensors({name: state[name] for name in part}))
+        files |= dict.fromkeys(part, f"model-{i}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return state
+
+
+def test_the_start_from_llada(tmp_path):
+    """In several files, in bfloat16; START and codes get rows of their own, always the same; places get none."""
+    state = llada_files(tmp_path)
+    nets = [TextModel(3, 5, 4, **LLADA) for _ in range(2)]
+    for net in nets:
+        start_from_llada(tmp_path, net)
+    ours = dict(nets[0].named_parameters())
+    for name, p in state.items():
+        name = name.removeprefix("model.transformer.")
+        assert torch.equal(ours[name][:9] if name in ("wte.weight", "ff_out.weight") else ours[name], p.float())
+    for name in ("wte.weight", "ff_out.weight"):
+        published, new = ours[name][:9], ours[name][9:]
+        assert new.shape == (1 + 5, 16) and new.std().item() == pytest.approx(published.std().item(), rel=0.3)
+    assert ours["place"].eq(0).all() and same(dict(nets[0].state_dict()), dict(nets[1].state_dict()))
+    start_from_llada(tmp_path, TextModel(3, 5, 4, **LLADA, place_embedding=False))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"wte.weight": torch.zeros(10, 16)}, r"other sizes: wte.weight is \[10, 16\] there, \[9, 16\] here: change layers, dim"),
+    ({"ln_f.weight": torch.zeros(12)}, r"ln_f.weight is \[12\] there, \[16\] here"),
+    ({"blocks.2.attn_norm.weight": torch.zeros(16)}, "has blocks.2.attn_norm.weight, which this network lacks"),
+    ({"ff_out.weight": None}, r"lacks 1 of this network's weights, \['ff_out.weight'\]")])
+def test_weights_of_another_llada(tmp_path, changes, message):
+    llada_files(tmp_path, changes)
+    with pytest.raises(UserError, match=message) as error:
+        start_from_llada(tmp_path, TextModel(3, 5, 4, **LLADA))
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_weights_of_llada(tmp_path):
+    llada_files(tmp_path)
+    path = tmp_path / "model-1.safetensors"
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(UserError, match="model-1.safetensors is damaged, or not a file of weights: its header has"):
+        start_from_llada(tmp_path, TextModel(3, 5, 4, **LLADA))

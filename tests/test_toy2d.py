@@ -1,6 +1,8 @@
 """The toy: its networks and training, a quick run, mistakes."""
 import itertools
 import json
+import math
+import re
 import runpy
 import sys
 
@@ -13,7 +15,8 @@ from scripts import early, outputs, run, start
 
 import toy2d
 from configurator import UserError
-from diffusion import heun
+from diffusion import PROCESSES, heun
+from noise import BatchNoise, seeded_generator
 from run import release
 from toy2d import Denoiser, train, trajectories
 from toy_grids import KINDS, grid
@@ -100,6 +103,43 @@ def test_quick_takes_what_it_is_given(tmp_path):
     assert files == {"eight.png", "curves.png", "sampling.gif", "table.txt", "results.json"}
 
 
+@pytest.mark.parametrize("process", ["pfgm++", "flow"])
+def test_other_processes(process, tmp_path, monkeypatch, g):
+    """Training draws their noise and levels, and sampling starts from their noise; part 2 is left out."""
+    settings = ["--steps=3", "--num_samples=64", "--sizes=(16,)", f"--process={process}", *["--pfgm_D=3"] * (process == "pfgm++")]
+    run("toy2d.py", f"--out_dir={tmp_path}", *settings, "--modes=()")
+    models = json.loads((tmp_path / "results.json").read_text())["eight Gaussians"][0]["models"]
+    assert all(model["median curvature"] > 0 for name, model in models.items() if "floor" not in name)
+    with pytest.raises(UserError, match=f"part 2 has no --process={re.escape(process)}"):
+        run("toy2d.py", f"--out_dir={tmp_path}", *settings)
+    monkeypatch.setattr(toy2d, "process", process)
+    monkeypatch.setattr(toy2d, "pfgm_D", 3.0)
+    monkeypatch.setattr(toy2d, "steps", 2)
+    given, forward = [], Denoiser.forward
+    monkeypatch.setattr(Denoiser, "forward", lambda self, x, t, z: given.append((x, t)) or forward(self, x, t, z))
+    points, of_training = torch.randn(10, 2, generator=g), seeded_generator("cpu", "train", 0)
+    train(points, 0, 1, 0.2, 0, torch.empty(10, 0, dtype=torch.int64))
+    y = points[torch.randint(10, (256,), generator=of_training)]
+    low, high = math.log(0.1), math.log(5 * points.std())
+    t = PROCESSES[process].levels(torch.randn(256, 1, generator=of_training), (low + high) / 2, (high - low) / 4)
+    noise = PROCESSES[process].kernel(BatchNoise(256, of_training), (2,), 3)
+    assert torch.equal(given[0][1], t) and torch.allclose(given[0][0], y + t * noise)
+
+
+def test_curvature_in_the_coordinates_of_flow_matching(monkeypatch, g):
+    """Of one Gaussian around c: x = c + k sqrt(std^2 + t^2) is a straight line, x_t = (1 - s) c + k h(s) is not."""
+    x, t = 3 * randn(50, g), torch.tensor(0.8, dtype=torch.float64)
+    assert toy2d.bend(exact_denoiser(ONE, 0.2), x, t).max() < 1e-6
+    monkeypatch.setattr(toy2d, "process", "flow")
+    k, s = (x - ONE) / (0.04 + t ** 2).sqrt(), t / (1 + t)
+    h = (0.04 * (1 - s) ** 2 + s ** 2).sqrt()
+    first = (s - 0.04 * (1 - s)) / h
+    second = (1.04 - first ** 2) / h
+    tangent = k * first - ONE
+    want = (tangent[:, 0] * k[:, 1] - tangent[:, 1] * k[:, 0]).abs() * second.abs() / tangent.norm(dim=1) ** 3
+    torch.testing.assert_close(toy2d.bend(exact_denoiser(ONE, 0.2), x, t), want, rtol=0.02, atol=1e-6)
+
+
 def is_one_line(stderr, says):
     *bars, last = stderr.strip().splitlines()
     return last.startswith("error:") and says in last and not [bar for bar in bars if "it/s" not in bar and bar.strip()]
@@ -110,6 +150,7 @@ def is_one_line(stderr, says):
     ("--tau=0.5", "tau"), ("--steps=0", "steps"), ("--sizes=(8000,)", "sizes"), ("--std=1e-6", "std"),
     ("--modes=(4,)", "modes"), ("--num_steps=2", "num_steps"), ("--other_stds=(0.1,)", "differ"), ("--lr=1e400", "lr"),
     ("--quick=True --num_points=3", "num_points"), ("--spare=2", "nearest"), (f"--out_dir={__file__}", "out_dir"),
+    ("--process=ddpm", "--process is one of"), ("--process=pfgm++ --modes=() --pfgm_D=0", "pfgm_D"), ("--pfgm_D=2.5", "pfgm_D is for"),
     ("--steps=3 --lr=1e30", "diverged")])
 def test_mistakes_are_one_line(setting, says, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["toy2d.py", f"--out_dir={tmp_path}", *setting.split()])

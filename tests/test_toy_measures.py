@@ -13,6 +13,7 @@ from toy_measures import (
     assignment,
     even_parts,
     exact_denoiser,
+    exact_pfgm_denoiser,
     jacobian_norms,
     log_density,
     purity,
@@ -40,6 +41,20 @@ def test_exact_denoiser_is_that_of_the_density(g):
     log_p = log_density(x, ring(), (0.2 ** 2 + t ** 2) ** 0.5, -math.log(8)).logsumexp(1)
     score, = torch.autograd.grad(log_p.sum(), x)
     torch.testing.assert_close(exact_denoiser(ring(), 0.2)(x, t), x + t ** 2 * score)
+
+
+@pytest.mark.parametrize("D", [1, 8, 128])
+@pytest.mark.parametrize("t", [0.3, 1.5, 20.0])
+def test_exact_pfgm_denoiser_is_the_mean_under_its_kernel(D, t):
+    """(|x - y|^2 + D t^2)^(-(2 + D) / 2), summed up over a grid of clean points y; D = inf is Gaussian noise."""
+    x = torch.tensor([[2.0, 1.0], [0.0, 0.0], [3.1, 0.05], [5.0, -4.0]], dtype=torch.float64)[:4 if D == 1 or t > 1 else 3]
+    side, t = torch.linspace(-1.2, 1.2, 121, dtype=torch.float64), torch.tensor(t, dtype=torch.float64)
+    around_0 = torch.cartesian_prod(side, side)
+    y = (ring()[:, None] + around_0).flatten(0, 1)
+    log_p = -(around_0 ** 2).sum(1).repeat(8) / (2 * 0.2 ** 2) - (2 + D) / 2 * (torch.cdist(x, y) ** 2 / (D * t ** 2)).log1p()
+    torch.testing.assert_close(exact_pfgm_denoiser(ring(), 0.2, D)(x, t), log_p.softmax(1) @ y, rtol=0, atol=1e-4)
+    for many, tolerance in ((1e6, 1e-3), (3e8, 1e-5), (1e20, 1e-8)):
+        torch.testing.assert_close(exact_pfgm_denoiser(ring(), 0.2, many)(x, t), exact_denoiser(ring(), 0.2)(x, t), rtol=0, atol=tolerance)
 
 
 def test_log_density_is_pytorchs(g):

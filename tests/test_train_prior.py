@@ -45,18 +45,19 @@ def test_what_a_prior_is_given_and_its_loss(prior, encoded, monkeypatch):
     _, images, labels = encoded
     train, held_out = data.split(60, 20)
     encoder = prior.stage1.encoder
-    taken, drawn = (prior.recorded(monkeypatch, name) for name in ("logits_of", "draw_codes"))
+    drawn, draw = [], prior.run.encoded.draw
+    monkeypatch.setattr(prior.run.encoded, "draw", lambda *arguments: drawn.append(arguments) or draw(*arguments))
     given, loss_of = [], prior.model.loss
     monkeypatch.setattr(prior.model, "loss", lambda *arguments: given.append(arguments[:4]) or loss_of(*arguments))
     loss = prior.gradients(7).item()
-    ((which, flip),), ((z, c, t, u),) = taken, given
+    ((which, flip, _),), ((z, c, t, u),) = drawn, given
     assert sorted(set(which)) == sorted(train) and flip.double().mean().item() == pytest.approx(0.5, abs=0.05)
-    logits = prior.logits_of(which, flip)
+    logits = prior.run.encoded.logits(which, flip)
     with torch.no_grad():
         mirrored = np.where(flip.numpy()[:, None, None, None], images[which][:, :, ::-1], images[which])
         assert torch.allclose(logits, encoder(data.to_float(mirrored)), atol=0.01)
     shares = torch.stack([(z[torch.from_numpy(which == train[0])] == code).double().mean(0) for code in range(5)], 1)
-    p = torch.stack([prior.logits_of(train[:1], np.array([mirror])).softmax(-1)[0] for mirror in (False, True)]).mean(0)
+    p = torch.stack([prior.run.encoded.logits(train[:1], np.array([mirror])).softmax(-1)[0] for mirror in (False, True)]).mean(0)
     assert (shares - p).abs().max() < 0.3  # of 50 visits
     of_class = torch.from_numpy(labels[which])
     dropped = c == -1
@@ -64,7 +65,7 @@ def test_what_a_prior_is_given_and_its_loss(prior, encoded, monkeypatch):
     prior.gradients(8)
     again = given[1][1] == -1
     assert (dropped & again).double().mean().item() == pytest.approx(0.09, abs=0.03)
-    assert not (drawn[0][1] == drawn[1][1]).any()  # nothing is the same in each step
+    assert not (drawn[0][2] == drawn[1][2]).any()  # nothing is the same in each step
     assert 1e-3 <= t.min() < 0.02 and 0.98 < t.max() <= 1 and t.mean().item() == pytest.approx(0.5, abs=0.03)
     assert u.shape == (2000, 4) and ((u < t[:, None]).double().mean(0) - 0.5).abs().max() < 0.05  # each token on its own
     masks = torch.ones(2000, 4) if prior.prior == "ar" else (u < 0.999 * t[:, None]) / t[:, None]
@@ -168,7 +169,7 @@ def test_the_class_is_dropped_as_often_as_said(trained, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--prior=gpt"], "--prior is ar or sedd, not gpt"),
+    (["--prior=gpt"], "--prior is ar or sedd or rdm or diffusion, not gpt"),
     (["--label_drop=1.5"], "label_drop must be in 0 ... 1, .* they are 1.5 and 0.9999"),
     (["--ema_decay=1"], "ema_decay at least 0 and below 1"),
     (["--grad_clip=0"], "grad_clip must be positive"),

@@ -12,7 +12,7 @@ from scripts import PRIOR, TINY, Script, run
 
 import data
 import diffusion
-import plot
+import preview
 from configurator import UserError
 
 # a step: what is drawn, what the network is given, the loss, the rates, the averages
@@ -67,6 +67,51 @@ def test_what_the_network_is_given_and_its_loss(stage1, monkeypatch):
     assert entropy_sum.item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-3)
 
 
+OTHERS = {"pfgm++": ["--process=pfgm++", "--pfgm_D=2"], "flow": ["--process=flow"], "shift": ["--shift=3"],
+          "monotonic": ["--weighting=edm-monotonic", "--shift=2"]}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_training_is_of_the_process(name, tmp_path, monkeypatch):
+    """Its noise, its noise levels, and its weight, by the loss of a new network, whose D is c_skip x, or whose velocity is 0."""
+    stage1 = Script("train_stage1.py", "default", tmp_path, "cpu", *SETTINGS, "--batch_gpu=128", *OTHERS[name])
+    noise, sigma = (torch.cat(drawn).double().flatten(1) for drawn in list(zip(*map(stage1.draw_step, range(40))))[:2])
+    inverse = 1 / (noise / sigma).square().mean(1)  # of 5,120 images; in PFGM++ chi-square with 2 degrees of freedom, over 2
+    assert inverse.mean().item() == pytest.approx(1, abs=0.05) and inverse.std().item() == pytest.approx(1 if name == "pfgm++" else 0.05, rel=0.1)
+    log, shift = sigma.log(), {"shift": 3, "monotonic": 2}.get(name, 1)
+    mean, std = (0, np.pi / 3 ** 0.5) if name == "flow" else (-0.7 + np.log(shift), 1.6)
+    assert log.mean().item() == pytest.approx(mean, abs=0.08) and log.std().item() == pytest.approx(std, rel=0.05)
+
+    given = stage1.recorded(monkeypatch, "forward")
+    loss, *_ = stage1.gradients(3)
+    y, noise, sigma = (t.double() for t in given[0][:3])
+    sd2, each = 0.4 ** 2, (slice(None), None, None, None)
+    if name == "flow":
+        want = (y - noise / sigma[each]).square()
+    else:
+        want = (sd2 / (sigma ** 2 + sd2))[each] * (y + noise) - y
+        weight = (sigma ** 2 + sd2) / (sd2 * sigma ** 2)
+        if name == "monotonic":
+            def objective(s):
+                return torch.exp(-((s.log() + 1.2) / 1.2) ** 2 / 2) / 1.2 * (s ** 2 + sd2)
+
+            s, grid = sigma / shift, torch.linspace(-6, 6, 100_001, dtype=torch.float64).exp()
+            peak = objective(grid).argmax()
+            density = torch.exp(-((s.log() + 0.7) / 1.6) ** 2 / 2) / 1.6
+            weight = torch.where(s < grid[peak], objective(s), objective(grid[peak])) / density / (sd2 * sigma ** 2)
+        want = weight[each] * want ** 2
+    assert loss.item() == pytest.approx(want.mean().item(), rel=1e-4)
+
+
+def test_previews_and_losses_are_of_the_process(tmp_path, monkeypatch):
+    stage1, given = Script("train_stage1.py", "default", tmp_path, "cpu", *TINY, "--process=pfgm++", "--pfgm_D=1"), []
+    monkeypatch.setattr(preview, "heun", lambda denoise, noise: given.append(noise) or noise)
+    monkeypatch.setattr(preview, "loss_at", lambda denoise, y, n, *_: given.append(n) or n.mean((1, 2, 3)))
+    stage1.save_preview(tmp_path / "preview.png")
+    stage1.print_losses(16, (0.3, 3))
+    assert len(given) == 1 + 2 * 2 and all(n.square().mean((1, 2, 3)).log().std() > 1 for n in given)  # of Gaussian noise, 0.05
+
+
 def test_stage_1_trains_on_what_is_not_held_out(stage1):
     train, held_out = data.split(10_000, 1000)
     assert sorted(stage1.batches.take(0, 9000)) == sorted(train) and not set(stage1.batches.take(9000, 9000)) & set(held_out)
@@ -105,9 +150,9 @@ def test_the_table_of_losses(stage1, monkeypatch, capsys):
 
 def test_what_is_shown_has_codes_of_the_average(stage1):
     y = data.to_float(data.load("fashion-mnist-10k")[0][:8])
-    codes = stage1.codes_of(y, torch.Generator().manual_seed(0))
+    codes = preview.codes_of(stage1.run, y, torch.Generator().manual_seed(0))
     torch.nn.init.normal_(stage1.model.encoder.head, std=100)
-    assert torch.equal(stage1.codes_of(y, torch.Generator().manual_seed(0)), codes)
+    assert torch.equal(preview.codes_of(stage1.run, y, torch.Generator().manual_seed(0)), codes)
 
 
 def test_dropout_differs_from_step_to_step(stage1, monkeypatch):
@@ -128,7 +173,7 @@ def test_dropout_differs_from_step_to_step(stage1, monkeypatch):
 
 
 def test_what_stage_1_leaves_and_prints(tmp_path, monkeypatch):
-    monkeypatch.setattr(diffusion, "heun", partial(diffusion.heun, num_steps=4))  # of previews
+    monkeypatch.setattr(preview, "heun", partial(diffusion.heun, num_steps=4))  # of previews
     printed = run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--log_every=24", "--preview_every=24", "--coarse_images=48")
     assert {p.name for p in tmp_path.iterdir()} == {"stage1.pt", "stage1.previous.pt", "stage1.jsonl", "stage1_curves.png", "coarse.jsonl",
                                                    "coarse_curves.png", "preview_000000024.png", "preview_000000048.png"}
@@ -178,8 +223,8 @@ def test_images_of_ones_own_at_the_first_try(tmp_path, monkeypatch):
     data.prepare("pets", str(tmp_path / "photos"), transform="center-crop-dhariwal", root=root)
     for function in (data.load, data.class_names, data.made_of):
         monkeypatch.setattr(data, function.__name__, partial(function, root=root))
-    monkeypatch.setattr(plot, "save_grid", lambda images, path, columns, names=(): titles.append(names))
-    monkeypatch.setattr(diffusion, "heun", partial(diffusion.heun, num_steps=2))  # of previews
+    monkeypatch.setattr(preview, "save_grid", lambda images, path, columns, names=(): titles.append(names))
+    monkeypatch.setattr(preview, "heun", partial(diffusion.heun, num_steps=2))  # of previews
     run("train_stage1.py", "--dataset=pets", f"--out_dir={tmp_path / 'out'}", "--coarse_images=128", "--total_images=32", "--device=cpu")
     state = checkpoint(tmp_path / "out")
     assert {k: state["config"][k] for k in ("held_out", "attn_resolutions", "encoder_patch")} == dict(
@@ -213,6 +258,9 @@ def test_images_of_ones_own_at_the_first_try(tmp_path, monkeypatch):
     (["--batch_size=10", "--batch_gpu=4"], "10 images per process can't be split into 3 equal parts of at most 4"),
     (["--device=cuda:99"], "--device=cuda:99 can't be used here"),
     (["--nun_latents=3"], "the nearest is 'num_latents'"),
+    (["--groups=3"], r"3 groups of latents need 3 resolutions with attention, and it is at \[14\]: name more of .* attn_resolutions"),
+    (["--groups=2", "--attn_resolutions=14,28"], "3 latents can't be split into 2 equal groups"),
+    (["--groups=3", "--denoiser=dit"], "they need --denoiser=unet and --conditioning=attention"),
 ])
 def test_bad_input(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message) as error:

@@ -10,7 +10,7 @@ from scripts import SAMPLE, TINY, run
 import data
 from checkpoint import weights_checksum
 from configurator import UserError
-from trained import load_prior, load_stage1, load_trained_on, ship
+from trained import load_prior, load_stage1, load_trained_on, prior_in, ship
 
 
 def test_samples_are_of_the_moving_averages(trained):
@@ -31,7 +31,7 @@ def test_checkpoints_that_do_not_fit(trained, tmp_path):
         run("sample.py", f"--out_dir={broken}", *SAMPLE)
     (broken / "prior_ar.pt").unlink()
     with pytest.raises(UserError, match=r"there is no checkpoint .*prior_ar.pt: run `python train_prior.py"):
-        run("sample.py", f"--out_dir={broken}", *SAMPLE)
+        run("sample.py", f"--out_dir={broken}", "--prior=ar", *SAMPLE)
     (broken / "prior_ar.pt").write_bytes(whole)
     state = torch.load(trained / "stage1.pt")
     other = {**state, "model_args": {**state["model_args"], "model_channels": 16}}
@@ -60,6 +60,14 @@ def test_checkpoints_that_do_not_fit(trained, tmp_path):
     torch.save(state, broken / "stage1.pt")
     with pytest.raises(UserError, match="trained on codes of another stage 1"):
         run("sample.py", f"--out_dir={broken}", *SAMPLE)
+
+
+def test_the_prior_that_a_folder_has(tmp_path):
+    assert prior_in(tmp_path) == "ar"
+    (tmp_path / "prior_sedd.pt").touch()
+    assert prior_in(tmp_path) == "sedd"
+    (tmp_path / "prior_ar.pt").touch()
+    assert prior_in(tmp_path) == "ar"
 
 
 # what ships

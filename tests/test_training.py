@@ -143,7 +143,7 @@ def test_settings_that_may_change(tmp_path):
     with pytest.raises(UserError) as error:
         run("train_stage1.py", *settings, "--lr=0.01", "--seed=1")
     assert "--change" not in str(error.value)
-    with pytest.raises(UserError, match="--change=lr,seed: seed can't change during a run; these can: lr, encoder_lr, warmup_images"):
+    with pytest.raises(UserError, match="--change=lr,seed: seed can't change during a run; these can: lr, code_lr, encoder_lr, warmup_images"):
         run("train_stage1.py", *settings, "--change=lr,seed")
     with pytest.raises(UserError, match="--overwrite=True begins anew, --change goes on"):
         run("train_stage1.py", *settings, "--change=lr", "--overwrite=True")

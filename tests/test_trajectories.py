@@ -9,6 +9,7 @@ from conftest import load
 from PIL import Image
 from scripts import TINY, run
 
+import diffusion
 import trajectories
 from configurator import UserError
 from data import to_float, to_uint8
@@ -88,6 +89,22 @@ def test_a_run(trained, plain, tmp_path):
     rms = [(heun(denoisers(model, None, None, None, None, None)[""], SeededNoise("images", part).randn(1, 28, 28), 2)
             - reference[part]).square().mean().sqrt().item() for part in (range(4), range(4, 8))]
     assert found[f"{plain}"]["sampling error"]["2"] == pytest.approx([np.mean(rms), abs(rms[0] - rms[1]) / 2])
+
+
+def test_noise_is_of_the_models_process(tmp_path, monkeypatch):
+    """Of PFGM++'s, stretched image by image, where trajectories start and in the loss."""
+    run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--num_latents=0", "--process=pfgm++", "--pfgm_D=1")
+    given = {"heun": [], "loss_at": []}
+    for name, noise_at, function in (("heun", 0, diffusion.heun), ("loss_at", 1, diffusion.loss_at)):
+        def recording(denoise, *rest, name=name, noise_at=noise_at, function=function, **options):
+            given[name].append(rest[noise_at])
+            return function(denoise, *rest, **options)
+
+        monkeypatch.setattr(diffusion, name, recording)
+    run("trajectories.py", f"--runs={tmp_path}", f"--out_dir={tmp_path}", *QUICK)
+    noise, of_loss = (torch.cat(parts) for parts in given.values())
+    assert torch.equal(noise[:4], load_stage1(tmp_path)[0].noise(SeededNoise("images", range(4))))
+    assert all(n.square().mean((1, 2, 3)).log().std() > 1 for n in (noise, of_loss))  # of Gaussian noise, 0.05
 
 
 def test_means_and_errors():

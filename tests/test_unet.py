@@ -1,4 +1,4 @@
-"""The U-Net: EDM's numbers, and cross-attention."""
+"""The U-Net: EDM's numbers, cross-attention, groups of latents."""
 import json
 from pathlib import Path
 
@@ -45,3 +45,88 @@ def test_cross_attention_is_softmax_of_queries_and_keys_times_values():
     weights = (torch.einsum("bhcp,bmhc->bhpm", q, k) / 8).softmax(-1)
     a = torch.einsum("bhpm,bmhc->bhcp", weights, v).reshape(x.shape)
     assert (cross(x, *cross.keys_values(tokens)) - (x + cross.proj(a))).abs().max() < 1e-5
+
+
+# groups of latents
+
+GROUPS = dict(img_resolution=16, img_channels=1, num_latents=6, codebook_size=4, latent_dim=8, latent_layers=2, latent_heads=2,
+              encoder_dim=8, encoder_layers=0, encoder_heads=1, model_channels=8, channel_mult=(1, 2, 2), num_blocks=1,
+              attn_resolutions=(16, 8, 4), dropout=0.0)
+SIZES = ["4x4", "8x8", "16x16"]  # of the groups
+
+
+def grouped(**settings):
+    """A model without zeros, so that everything has an effect."""
+    torch.manual_seed(0)
+    model = DisCoDiff(**GROUPS | dict(groups=3) | settings).eval()
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, dict(latents_to_emb=True), dict(null_token=True, latents_to_emb=True)], ids=str)
+def test_a_groups_gradient_reaches_its_resolution_alone(settings):
+    """The two latents of a group are keys and values of the up-sampling blocks of one size, and, if at all, in their embedding."""
+    model = grouped(**settings)
+    z = torch.rand(2, 6, 4).softmax(2).requires_grad_()
+    condition = model.condition(z)
+    by_size = {size: {name for name in condition if name.startswith(f"dec.{size}_") or name == f"emb{size}"} for size in SIZES}
+    assert set().union(*by_size.values()) == condition.keys() and [len(names) for names in by_size.values()] == [
+        3 + ("latents_to_emb" in settings), *[2 + ("latents_to_emb" in settings)] * 2]  # the smallest has the bottleneck too
+    for group, names in enumerate(by_size.values()):
+        for name in names:
+            for tensor in condition[name]:
+                grad, = torch.autograd.grad(tensor.square().sum(), z, retain_graph=True)
+                assert [part.abs().max() > 1e-7 for part in grad.split(2, dim=1)] == [g == group for g in range(3)], name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("to_emb", [False, True])
+def test_what_a_group_changes_begins_at_its_resolution(to_emb):
+    """Nothing in the down-sampling branch, nor in the up-sampling blocks before: to the bit."""
+    model, outputs = grouped(latents_to_emb=to_emb), {}
+    for part in ("enc", "dec"):
+        for name, block in getattr(model.model, part).items():
+            block.register_forward_hook(lambda *args, name=f"{part}.{name}": outputs.update({name: args[2]}))
+    x, z = torch.randn(2, 1, 16, 16), torch.randint(4, (2, 6))
+
+    def seen(z):
+        model.denoise(x, torch.ones(2), None, model.condition(z))
+        return dict(outputs)
+
+    before = seen(z)
+    for group, size in enumerate(SIZES):
+        other = z.clone()
+        other[:, 2 * group:2 * group + 2] = 3 - other[:, 2 * group:2 * group + 2]
+        changed = [name for name, output in seen(other).items() if not torch.equal(output, before[name])]
+        first = [*before].index(next(name for name in before if name.startswith(f"dec.{size}_")
+                                     and (to_emb or getattr(model.model.dec, name[4:]).cross is not None)))
+        assert changed == [*before][first:]
+
+
+def test_no_groups_and_one_group_are_as_ever():
+    models = [grouped(groups=groups, latents_to_emb=True) for groups in (0, 1)]
+    torch.manual_seed(0)
+    never = DisCoDiff(**GROUPS, latents_to_emb=True)
+    assert all(torch.equal(a, b) for a, b in zip(*(model.state_dict().values() for model in models)))
+    assert [*never.state_dict()] == [*models[0].state_dict()] and "enc.4x4_block0.cross.kv.weight" in never.model.state_dict()
+    x, z = torch.randn(2, 1, 16, 16), torch.randint(4, (2, 6))
+    with torch.no_grad():
+        assert torch.equal(*(model.denoise(x, torch.ones(2), None, model.condition(z)) for model in models))
+
+
+def test_fewer_groups_than_resolutions():
+    """Groups go to the lowest ones, others hear nothing; without latents, groups have no part."""
+    condition = grouped(groups=2).condition(torch.randint(4, (1, 6)))
+    assert {name.split("_")[0] for name in condition} == {"dec.4x4", "dec.8x8"}
+    assert not any(".cross." in name for name in DisCoDiff(**GROUPS | dict(num_latents=0), groups=3).state_dict())
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(groups=4), r"4 groups of latents need 4 resolutions with attention, and it is at \[4, 8, 16\]: name more"),
+    (dict(attn_resolutions=(16,)), r"3 groups .* it is at \[4, 16\]: name more of the feature maps \[16, 8, 4\] in attn_resolutions"),
+    (dict(num_latents=7), "7 latents can't be split into 3 equal groups")])
+def test_groups_that_do_not_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DisCoDiff(**GROUPS | dict(groups=3) | settings)

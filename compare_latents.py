@@ -1,0 +1,200 @@
+"""
+Which latents? Three questions on equal networks and images, each with its table and picture.
+
+    python compare_latents.py --question=sizes         # how many codes, and how large a codebook: m x k
+    python compare_latents.py --question=continuous    # codes or continuous latents (DisCo-Diff Table 3, App. G.5)
+    python compare_latents.py --question=stages        # a prior trained afterwards, or along (sec. 5)
+    python compare_latents.py --question=sizes --total_images=10_000 --num_images=500 --arms=8x16,32x2    # a first look
+
+    sizes       4 x 256, 8 x 16, 16 x 4 and 32 x 2, all of 32 bits; and 8 x 4 and 8 x 64, of as many codes as 8 x 16
+    continuous  plain EDM; 8 x 16; and 8 latents of 16 numbers each, with several weights of the KL divergence
+    stages      8 x 16 in two stages and in one; the same while the encoder goes on learning; and the joint form, with
+                several weights of the KL divergence from the prior that is trained along
+
+Priors of codes take as many steps as stage 1, in batches as large, whether trained along or afterwards. For each arm:
+
+    bits            that an image's latents tell, as stage 1's log has them; of continuous ones, their KL divergence
+    codes used      of each latent, a mean (perplexity)
+    prior, held-out bits of the codes of images that neither stage saw, or the loss of the diffusion prior; and, beside
+                    it, the same of training images: a gap shows that the prior overfits
+    near            distance of samples to the image whose latents they have, over that to another image: 1 where
+                    latents say nothing, small where samples are copies (Fig. 17)
+    oracle, drawn   FD of samples with latents of training images, and with the prior's
+
+The other scripts do the work, in folders in out_dir, and what is finished is kept, as in compare_models.py. Arms and
+seeds may run side by side, by --arms and --seeds, and then all together. Prints the table, writes it and all numbers to
+out_dir/QUESTION.txt and .jsonl, and draws out_dir/QUESTION.png.
+"""
+
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import data
+from checkpoint import atomic, load_checkpoint, read_log
+from compare_conditions import measured
+from compare_models import run
+from configurator import configure, require, require_numbers
+from plot import COLOURS, Axes, figure
+
+out_dir = "out/latents"
+question = "sizes"
+arms = ""  # some of a question's arms; "": all
+seeds = (0,)
+total_images = 100_000  # that stage 1 trains on, and codes that a prior of codes does
+diffusion_images = 400_000  # latents that a diffusion prior trains on
+kld_weights = (0.1, 1.0, 10.0)  # of continuous latents
+joint_weights = (0.3, 1.0, 3.0)  # of one-stage training
+encoder_lr = 1e-4  # of an encoder that goes on learning
+num_images = 2_000  # samples measured in each number
+features = "classifier"  # for eval_fid.py; or "inception"
+stage1_config = "config/finetune.py"  # for train_stage1.py
+prior_config = ""  # for train_prior.py, of priors of codes; without batch_size
+
+SIZES = ("4x256", "8x16", "16x4", "32x2", "8x4", "8x64")
+COLUMNS = ("bits", "codes used", "prior, training", "held-out", "near", "oracle", "drawn")
+
+
+def arms_of(question):
+    """-> {arm: settings of train_stage1.py}"""
+    sizes = {size: ["--num_latents={}".format(size.split("x")[0]), "--codebook_size={}".format(size.split("x")[1])]
+             for size in SIZES}
+    two, moving, along = sizes["8x16"], [*sizes["8x16"], f"--encoder_lr={encoder_lr}"], ["--prior=ar"]
+    along += [f"--prior_config={prior_config}"] * (prior_config != "")
+    return {
+        "sizes": sizes,
+        "continuous": {"plain": ["--num_latents=0"], "8x16": two} | {
+            f"kld{weight:g}": [*two, "--continuous=True", f"--kld_weight={weight}"] for weight in kld_weights},
+        "stages": {"8x16": two, "8x16-one": [*two, *along], "moving": moving, "moving-one": [*moving, *along]} | {
+            f"joint{weight:g}": [*moving, *along, f"--kld_weight={weight}"] for weight in joint_weights},
+    }[question]
+
+
+def train(arm, settings, seed):
+    """Trains stage 1 of an arm and seed, and its prior. -> their folder, the kind of prior, "" without latents"""
+    folder = Path(f"{out_dir}/{arm}-{total_images}-seed{seed}")
+    same = (f"--seed={seed}", f"--out_dir={folder}")
+    run("train_stage1.py", stage1_config, *settings, *same, f"--total_images={total_images}")
+    kind = "" if arm == "plain" else "diffusion" if "--continuous=True" in settings else "ar"
+    if kind == "diffusion":
+        run("train_prior.py", *same, "--prior=diffusion", f"--total_images={diffusion_images}",
+            f"--log_every={-(-diffusion_images // 20)}")
+    elif kind and "--prior=ar" not in settings:
+        batch = load_checkpoint(folder / "stage1.pt", "train_stage1")["config"]["batch_size"]
+        run("train_prior.py", prior_config, *same, "--prior=ar", f"--batch_size={batch}",
+            f"--total_images={-(-total_images // batch) * batch}")
+    return folder, kind
+
+
+def near(samples, dataset, held_out):
+    """Mean distance of these samples (a file) to the images whose latents they have, over that to other images."""
+    images = data.load(dataset)[0]
+    order = np.concatenate(data.split(len(images), held_out))  # as sample.py has it
+    with np.load(samples) as file:
+        x = file["images"].astype(np.float32)
+    y = images[order[np.arange(len(x)) % len(order)]].astype(np.float32)
+    own, other = (np.sqrt(((x - z) ** 2).mean((1, 2, 3))).mean() for z in (y, np.roll(y, 1, axis=0)))
+    return float(own / other)
+
+
+def measure(folder, kind):
+    """-> a dict of the COLUMNS that an arm has; its prior's "unit"; "log": [[codes seen, training, held-out], ...]"""
+    config, stage1 = load_checkpoint(folder / "stage1.pt", "train_stage1")["config"], folder / "stage1.pt"
+    dataset, unit = config["dataset"], "loss" if kind == "diffusion" else "bits"
+
+    def distance(files, name, *settings):
+        return measured(files, name, dataset, num_images, features, *settings)[
+            "FD-classifier" if features == "classifier" else "FID"]
+
+    def lines_of(log):
+        return [json.loads(line) for line in read_log(folder / f"{log}.jsonl", math.inf)]
+
+    if not kind:
+        return dict(drawn=distance([stage1], "none"))
+    last = lines_of("stage1")[-1]
+    told = dict(bits=last["bits"]) | {"codes used": statistics.mean(last["perplexity"])} if kind == "ar" else \
+        dict(bits=sum(last["kld"]))
+    log = [[line["images"], line[unit], line[f"held_out_{unit}"]] for line in lines_of(f"prior_{kind}")]
+    oracle = distance([stage1], "oracle", f"--encode={dataset}")
+    drawn = distance([stage1, folder / f"prior_{kind}.pt"], kind, f"--prior={kind}")
+    return told | {"prior, training": log[-1][1], "held-out": log[-1][2], "oracle": oracle, "drawn": drawn,
+                   "near": near(folder / f"oracle-{num_images}.npz", dataset, config["held_out"]),
+                   "unit": unit, "log": log}
+
+
+# ----------------------------------------------------------------------------------------------------
+# what is shown. found: {arm: [what `measure` returns, for each seed]}
+
+
+def table(found):
+    """-> lines, one for each arm: means over seeds, and their standard deviation"""
+    lines = [f"{'':12}" + "".join(f"{column:>18}" for column in COLUMNS)]
+    for arm, rows in found.items():
+        line = f"{arm:12}"
+        for column in COLUMNS:
+            values = [row[column] for row in rows if column in row]
+            spread = f" +- {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            line += f"{f'{statistics.mean(values):.4g}{spread}' if values else '-':>18}"
+        lines.append(line)
+    return lines
+
+
+def draw(found):
+    """-> the picture: FD of each arm; the priors' training and held-out curves (first seed), thin and thick"""
+    numbers = {arm: i for i, arm in enumerate(found, 1)}
+
+    def panel(title, name, x, y):
+        room = max(y) + 0.12 * len(found) * (max(y) - min(y) or 1)  # for the legend
+        return Axes((min(x), max(x)), (0.95 * min(y), room), title, name, size=(440, 380))
+
+    points = {column: [(numbers[arm], np.mean([row[column] for row in rows])) for arm, rows in found.items()
+                       if column in rows[0]] for column in ("oracle", "drawn")}
+    axes = [panel("FD", ", ".join(f"{i}: {arm}" for arm, i in numbers.items()), (0.5, len(numbers) + 0.5),
+                  [value for of_column in points.values() for _, value in of_column])]
+    for (column, of_column), colour in zip(points.items(), COLOURS):
+        axes[0].line(np.array(of_column).reshape(-1, 2), colour, dots=True, label=column)
+    for unit in ("bits", "loss"):
+        logs = {arm: np.array(rows[0]["log"]) for arm, rows in found.items() if rows[0].get("unit") == unit}
+        if logs:
+            seen, *values = np.concatenate([*logs.values()]).T
+            axes.append(panel(f"{unit} of the prior: held-out, and of training images (thin)", "codes seen, thousands",
+                              (0, seen.max() / 1000), np.concatenate(values)))
+            for arm, log in logs.items():
+                colour = COLOURS[(numbers[arm] - 1) % len(COLOURS)]
+                axes[-1].line(log[:, [0, 2]] / (1000, 1), colour, 2, dots=True, label=arm)
+                axes[-1].line(log[:, [0, 1]] / (1000, 1), colour, 0.7)
+    return figure([axes])
+
+
+def main(argv=()):
+    config = configure(globals(), argv)
+    require(question in ("sizes", "continuous", "stages"), f"--question is sizes, continuous or stages, not {question}")
+    require_numbers(config)
+    require(seeds and min(seeds) >= 0 and len(set(seeds)) == len(seeds),
+            f"seeds takes different whole numbers, not {seeds}")
+    require(num_images >= 10, f"num_images is 10 or more, not {num_images}")
+    require(features in ("classifier", "inception"), f"--features is classifier or inception, not {features}")
+    require(min(*kld_weights, *joint_weights, 1) > 0, "kld_weights and joint_weights are positive")
+    every = arms_of(question)
+    chosen = arms.split(",") if arms else [*every]
+    unknown = [arm for arm in chosen if arm not in every]
+    require(not unknown, f"--arms of the question {question} are some of {','.join(every)}, not {', '.join(unknown)}")
+    found = {arm: [measure(*train(arm, every[arm], seed)) for seed in seeds] for arm in chosen}
+    lines = [f"{question}: {total_images:,} training images, {num_images:,} samples per number, seeds {seeds}"
+             + "; +-: standard deviation" * (len(seeds) > 1), "", *table(found)]
+    print("\n" + "\n".join(lines))
+    rows = [json.dumps(dict(arm=arm, seed=seed) | row) for arm in found for seed, row in zip(seeds, found[arm])]
+    for kind, text in (("txt", lines), ("jsonl", rows)):
+        with atomic(f"{out_dir}/{question}.{kind}") as file:
+            file.write(("\n".join(text) + "\n").encode())
+    with atomic(f"{out_dir}/{question}.png") as file:
+        draw(found).save(file, "png")
+    print(f"{out_dir}/{question}.txt, .jsonl and .png are ready")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,200 @@
+"""
+Do codes help other processes than EDM? PFGM++, flow matching and VDM++'s weighting, each with codes and without.
+
+    python compare_processes.py                                     # two seeds, all arms
+    python compare_processes.py --seeds="(0,)" --arms=edm,flow      # a part of it, for a first look, or side by side
+    python compare_processes.py --seeds="(0,)" --base_images=10_000 --total_images=5_000 --num_images=500
+
+For each seed and arm, as in compare_models.py: a plain model trains on base_images. From there two models see
+total_images more, in the same order: the plain one, trained on, and one that gets codes and a prior. All have the same
+network, images and settings, but for the arm's. Codes are the same in all arms of a seed, since the encoder learns them
+before (coarse.py). Two questions have a pair of their own, so that a difference has one cause:
+
+    edm12, monotonic    EDM's noise levels, N(-1.2, 1.2^2), on which VDM++'s objective builds: EDM's weight and VDM++'s
+    attended, null      models of the arm "edm": codes that attention alone reads, and a null token beside them
+
+eval_fid.py measures samples after few and many evaluations of the denoiser (NFE), all by EDM's sampler, and for flow
+matching by its own too; trajectories.py measures the loss at each noise level, with EDM's weight, and the sampling
+error.
+
+The other scripts do the work, in folders in out_dir, and what is finished is kept: an interrupted comparison
+continues. Arms and seeds may run side by side, each with OMP_NUM_THREADS=1, and then all together; prepare what they
+share by `python eval_fid.py --features=classifier --images=`. Prints tables, writes them to
+out_dir/compare_processes.txt, and draws out_dir/compare_processes.png.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from checkpoint import atomic, load_checkpoint
+from compare_models import done, run
+from configurator import configure, require
+from plot import COLOURS, Axes, figure
+
+out_dir = "out/compare-processes"
+arms = "edm,pfgm512,pfgm32,flow,edm12,monotonic"
+seeds = (0, 1)
+base_images = 50_000  # that the plain model trains on, from which the others start
+total_images = 25_000  # that each of these trains on, from there
+num_images = 2_000  # samples measured in each row
+num_steps = (3, 5, 9, 18)  # of Heun's method: 5, 9, 17 and 35 evaluations
+stage1_config = "config/finetune.py"  # a config file for train_stage1.py, of all models
+prior_config = ""  # a config file for train_prior.py
+
+ARMS = {  # name: title, settings of train_stage1.py. An image has 784 dimensions; D / 784 is as in PFGM++'s on CIFAR-10
+    "edm": ("EDM", []),
+    "pfgm512": ("PFGM++, D = 512", ["--process=pfgm++", "--pfgm_D=512"]),
+    "pfgm32": ("PFGM++, D = 32", ["--process=pfgm++", "--pfgm_D=32"]),
+    "flow": ("flow matching", ["--process=flow"]),
+    "edm12": ("EDM, N(-1.2, 1.2^2)", ["--P_mean=-1.2", "--P_std=1.2"]),
+    "monotonic": ("VDM++, N(-1.2, 1.2^2)", ["--P_mean=-1.2", "--P_std=1.2", "--weighting=edm-monotonic"])}
+MODELS = {  # the same
+    "plain": ("plain", ["--num_latents=0"]),
+    "codes": ("codes", []),
+    "attended": ("attended codes", ["--latents_to_emb=False"]),
+    "null": ("and a null token", ["--latents_to_emb=False", "--null_token=True"])}
+
+
+def models_of(arm):
+    return MODELS if arm == "edm" else ("plain", "codes")
+
+
+def odes_of(arm):
+    return ("edm", "flow-heun") if arm == "flow" else ("edm",)
+
+
+def train(arm, seed):
+    """Trains the models of an arm and seed. -> {model: its folder}"""
+    _, settings = ARMS[arm]
+    base = f"{out_dir}/{arm}-base-{base_images}-seed{seed}"
+    run("train_stage1.py", stage1_config, *settings, "--num_latents=0", f"--total_images={base_images}",
+        f"--seed={seed}", f"--out_dir={base}")
+    folders = {}
+    for model in models_of(arm):
+        folders[model] = folder = Path(f"{out_dir}/{arm}-{model}-{base_images}+{total_images}-seed{seed}")
+        run("train_stage1.py", stage1_config, *settings, *MODELS[model][1], f"--total_images={total_images}",
+            f"--seed={1000 + seed}", f"--init_from={base}", f"--out_dir={folder}")
+        if model != "plain":
+            run("train_prior.py", prior_config, "--prior=ar", f"--seed={seed}", f"--out_dir={folder}")
+    return folders
+
+
+def measure(arm, folders, dataset):
+    """Samples of an arm's models, and their trajectories.
+
+    -> {(measure, ode, model): {evaluations or noise level: value}}
+    """
+    checkpoints = {model: [*folder.glob("*.pt")] for model, folder in folders.items()}
+    trajectories, found = folders["codes"] / "trajectories.json", {}
+    if not done(trajectories, *(path for paths in checkpoints.values() for path in paths)):
+        run("trajectories.py", f"--runs={','.join(map(str, folders.values()))}", f"--out_dir={folders['codes']}")
+    of_arms = json.loads(trajectories.read_text())
+    for model, folder in folders.items():
+        of_model = of_arms[f"{folder}" + ", oracle codes" * (model != "plain")]
+        found["loss", "edm", model] = {float(level): mean for level, (mean, _) in of_model["loss"].items()}
+        found["sampling error", "edm", model] = {
+            2 * int(steps) - 1: mean for steps, (mean, _) in of_model["sampling error"].items()}
+        for ode in odes_of(arm):
+            found["FD-classifier", ode, model] = {}
+            for steps in num_steps:
+                samples = folder / f"{ode}-{steps}-{num_images}.npz"
+                result = samples.with_suffix(".classifier.json")
+                if not done(samples, *checkpoints[model]):
+                    run("sample.py", f"--out_dir={folder}", f"--name={samples.stem}", f"--num_images={num_images}",
+                        "--per_code=1", f"--num_steps={steps}", f"--ode={ode}")
+                if not done(result, samples):
+                    run("eval_fid.py", f"--images={samples}", f"--reference={dataset}", "--features=classifier")
+                found["FD-classifier", ode, model][2 * steps - 1] = json.loads(result.read_text())["FD-classifier"]
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------
+# what is shown. measured: {arm: [what `measure` returns, for each seed]}
+
+
+def rows_of(measured, key):
+    """-> [title, model, values (seeds, levels), ratios to the arm's plain model by the same ODE], and the levels"""
+    rows = []
+    for arm, of_seeds in measured.items():
+        kinds = [(ode, model) for ode in odes_of(arm) for model in models_of(arm) if (key, ode, model) in of_seeds[0]]
+        for ode, model in kinds:
+            values, plain = (np.array([[*found[key, ode, m].values()] for found in of_seeds]) for m in (model, "plain"))
+            title = f"{ARMS[arm][0]}{', its ODE' * (ode != 'edm')}"
+            rows.append((title, model, values, values / plain))
+    return rows, [*next(iter(measured.values()))[0][key, "edm", "plain"]]
+
+
+def table(measured, key, note):
+    """-> lines: for each model a row, with its mean over seeds at each level, and below it the ratios for each seed"""
+    rows, levels = rows_of(measured, key)
+    lines = ["", f"{key}: {note}", f"{'':44}" + "".join(f"{level:18g}" for level in levels)]
+    for title, model, values, ratios in rows:
+        spread = [f" +- {statistics.stdev(v):.2g}" if len(v) > 1 else "" for v in values.T.tolist()]
+        cells = [f"{mean:.4g}{of_level}" for mean, of_level in zip(values.mean(0), spread)]
+        lines.append(f"{title:24}{MODELS[model][0]:20}" + "".join(f"{cell:>18}" for cell in cells))
+        if model != "plain":
+            cells = [" ".join(f"{ratio:.3f}" for ratio in of_level) for of_level in ratios.T]
+            lines.append(f"{'':24}{'  ratio to plain':20}" + "".join(f"{cell:>18}" for cell in cells))
+    return lines
+
+
+def draw(measured):
+    """-> the picture: FD-classifier without codes and with them; below, ratios of FD-classifier and of the loss"""
+    (samples, nfe), (losses, sigmas) = (rows_of(measured, key) for key in ("FD-classifier", "loss"))
+
+    def panel(title, name, x, rows, log_y):
+        x, low = np.array(x), min(y.min() for _, y in rows)
+        high = max(y.max() for _, y in rows)
+        limits = (low / 1.2, high * (high / low) ** 0.5 * 1.2) if log_y else (0, 1.6 * high)  # with room for the legend
+        axes = Axes((min(x) / 1.2, max(x) * 1.2), limits, title, name, log_x=True, log_y=log_y, size=(420, 340))
+        for i, (label, y) in enumerate(rows):
+            axes.line(np.stack([x, y], 1), COLOURS[i % 8], 2, dots=True, label=label)
+        return axes
+
+    def of_model(rows, model, ratio):
+        return [(title, (ratios if ratio else values).mean(0)) for title, m, values, ratios in rows if m == model]
+
+    pair = [(f"{title}, {MODELS[m][0]}", ratios.mean(0)) for title, m, _, ratios in losses if m in ("attended", "null")]
+    lost = of_model(losses, "codes", True) + pair
+    return figure([
+        [panel("FD-classifier, plain", "evaluations", nfe, of_model(samples, "plain", False), True),
+         panel("FD-classifier, codes of the prior", "evaluations", nfe, of_model(samples, "codes", False), True)],
+        [panel("FD-classifier, codes / plain", "evaluations", nfe, of_model(samples, "codes", True), False),
+         panel("loss, own codes / plain", "noise level", sigmas, lost, False)]])
+
+
+def main(argv=()):
+    configure(globals(), argv)
+    names = dict.fromkeys(map(str.strip, arms.split(",")))  # each once
+    unknown = [name for name in names if name not in ARMS]
+    require(not unknown, f"--arms are some of {','.join(ARMS)}, not {', '.join(unknown)}")
+    require(seeds and min(seeds) >= 0 and len(set(seeds)) == len(seeds),
+            f"seeds takes different whole numbers, not {seeds}")
+    require(min(base_images, total_images) > 0 and num_images >= 10, f"base_images {base_images} and total_images "
+            f"{total_images} must be positive, num_images {num_images} 10 or more")
+    require(num_steps and 0 < min(num_steps), f"num_steps are positive, not {num_steps}")
+    measured = {}
+    for arm in names:
+        for seed in seeds:
+            folders = train(arm, seed)
+            dataset = load_checkpoint(folders["codes"] / "stage1.pt", "train_stage1")["config"]["dataset"]
+            measured.setdefault(arm, []).append(measure(arm, folders, dataset))
+    lines = [f"{dataset}: {base_images:,} training images, then {total_images:,} more of each model, {num_images:,} "
+             f"samples per number, seeds {seeds}; +-: standard deviation",
+             *table(measured, "FD-classifier", "codes of the prior, by evaluations"),
+             *table(measured, "sampling error", "rms to 64 steps, an image's own codes, by evaluations"),
+             *table(measured, "loss", "lambda(sigma) |D - y|^2 / pixels, own codes, by noise level")]
+    print("\n" + "\n".join(lines))
+    with atomic(f"{out_dir}/compare_processes.txt") as f:
+        f.write(("\n".join(lines) + "\n").encode())
+    with atomic(f"{out_dir}/compare_processes.png") as f:
+        draw(measured).save(f, "png", optimize=True)
+    print(f"{out_dir}/compare_processes.txt and .png are ready")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
