@@ -79,7 +79,7 @@ def luma(y):
 
 
 def shift_hue(y, turns):
-    """Colours in [0, 1] with their hue, in HSV, shifted. y: (B, 3, H, W); turns: (B, 1, 1, 1)"""
+    """Colours in [0, 1] with their hue, in HSV, shifted. y: (B, 3, H, W); turns: (B, 1, 1, 1) -> (B, 3, H, W)"""
     value, low = y.amax(1, keepdim=True), y.amin(1, keepdim=True)
     chroma = value - low
     r, g, b = (y / chroma.clamp(min=1e-8)).split(1, 1)
@@ -90,7 +90,8 @@ def shift_hue(y, turns):
 
 
 def blur(y, sigma):
-    """Gaussian blur, as products with a matrix for rows and columns. sigma: (B,) in pixels, 0 for none"""
+    """Gaussian blur, as products with a matrix for rows and columns. y: (B, C, H, H); sigma: (B,) in
+    pixels, 0 for none. -> (B, C, H, H)"""
     at = torch.arange(y.shape[2], device=y.device)
     apart = (at[:, None] - at) / sigma.clamp(min=0.01)[:, None, None, None]
     weights = (-apart ** 2 / 2).softmax(-1)  # (B, 1, H, H)

@@ -11,6 +11,9 @@ between machines and hours. Two ratios hold better, since their parts are timed 
   MFU     FLOP/s, over the FLOP/s of a large matrix product on the same device
   x EDM   time, over the time of the same U-Net without latents
 
+and on a GPU a line below a configuration's row has a third: the time over that of EDM's program, as far as
+settings go: the same U-Net without latents, in fp16, not compiled.
+
 PyTorch counts the FLOPs: two per multiplication with addition, in attention, convolutions and linear
 layers alone. The table's other columns:
 
@@ -62,6 +65,7 @@ rounds = 3  # each times everything in turns; the table has medians
 profile = False  # also the ten most expensive operations of a training step
 
 LINE = "{:24}{:>6}{:>10}{:>9}{:>6}{:>7}{:>8}{:>12}{:>10}{:>6}{:>7}{:>8}"  # a line of the table
+EDM = ("--num_latents=0", "--precision=fp16", "--loss_scale=100", "--compile=False")  # as its program has it
 # random images replace these data sets
 SHAPES = {"cifar10": (32, 32, 3, 10), "imagenet64": (64, 64, 3, 1000), "imagenet128": (128, 128, 3, 1000)}
 
@@ -219,8 +223,11 @@ def measure(config, device, batch_size, rounds, profile):
             if kind is stage1 and run.model.num_latents:
                 _, plain, _ = stage1(config, batch, folder, device, "--num_latents=0")
                 functions |= {f"plain {name}": function for name, function in plain.items()}
-                for function in plain.values():
-                    function()
+            if kind is stage1 and place.type == "cuda":
+                _, plain, _ = stage1(config, batch, folder, device, *EDM)
+                functions |= {f"fp16 {name}": function for name, function in plain.items()}
+            for function in functions.values():
+                function()
             return functions, memory
 
         if not batch_size:
@@ -244,6 +251,10 @@ def measure(config, device, batch_size, rounds, profile):
             plain_step = np.array(times["plain gradients"]) + times["plain update"]
             row |= dict(training_x_edm=statistics.median(step / plain_step),
                         evaluation_x_edm=statistics.median(evaluation / times["plain evaluation"]))
+        if "fp16 evaluation" in times:
+            fp16_step = np.array(times["fp16 gradients"]) + times["fp16 update"]
+            row |= dict(training_x_fp16=statistics.median(step / fp16_step),
+                        evaluation_x_fp16=statistics.median(evaluation / times["fp16 evaluation"]))
         if profile:
             row["most_expensive"] = most_expensive(functions, place)
     return row
@@ -251,7 +262,7 @@ def measure(config, device, batch_size, rounds, profile):
 
 def most_expensive(functions, device, number=10):
     """-> [(operation, share of time, calls), ...] of a training step, or of a sampler's evaluation"""
-    with torch_profile() as profiler:
+    with torch_profile(acc_events=True) as profiler:
         for name in ("gradients", "update") if "gradients" in functions else ("evaluation",):
             functions[name]()
         if device.type == "cuda":
@@ -326,6 +337,9 @@ def main(argv=()):
                   file=sys.stderr)
             continue
         print(line_of(row), flush=True)
+        if "training_x_fp16" in row:
+            print("    x EDM in fp16, not compiled: training {training_x_fp16:.3f}, evaluation "
+                  "{evaluation_x_fp16:.3f}".format(**row))
         for operation, share, calls in row.get("most_expensive", ()):
             print(f"    {share:6.1%}  {calls:6} calls  {operation}")
         results["rows"].append(row)

@@ -11,6 +11,7 @@ import data
 from configurator import require
 from model import draw_codes
 from noise import SeededNoise
+from trained import priors_of
 
 
 def by_hand(code, model, setting="code"):
@@ -19,7 +20,7 @@ def by_hand(code, model, setting="code"):
     Raises UserError for anything else; setting: its name, for the message.
     """
     m, k = model.num_latents, model.codebook_size
-    reads = "continuous latents" if model.continuous else "embeddings" if k == 1 else "codes"
+    reads, _ = priors_of(dict(continuous=model.continuous, codebook_size=k))
     require(reads == "codes",
             f"this model reads {reads}, not codes: they come from images, not from --{setting}=NUMBERS")
     require(len(code) == m and all(type(c) is int and -1 <= c < k for c in code),

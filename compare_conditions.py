@@ -37,7 +37,7 @@ import torch
 import data
 from checkpoint import atomic, load_checkpoint
 from classifier import find_classifier
-from compare_models import done, run
+from compare_models import done, measured, run
 from configurator import configure, read_config_file, require, require_numbers
 from eval_fid import CACHE, measure
 from inception import find_inception
@@ -79,8 +79,8 @@ def folder_of(model, seed):
 def require_held_out(config_file):
     """Raises UserError, before anything is trained, if a config file of stage 1 leaves no images to measure on."""
     for name, value, where in read_config_file(config_file) if config_file else ():
-        require(name != "held_out" or value, f"{where}: with held_out = 0 no images are left to measure codes on: leave "
-                "it out, and a part of the data set is held out")
+        require(name != "held_out" or value, f"{where}: with held_out = 0 no images are left to measure codes on: "
+                "leave it out, and a part of the data set is held out")
 
 
 def train(seed):
@@ -99,21 +99,6 @@ def train(seed):
                 f"--total_images={images}", f"--out_dir={folder}", f"--log_every={-(-images // 15)}")
         if priors and not done(folder / "probe.json", folder / "stage1.pt"):
             run("probe.py", f"--out_dir={folder}")
-
-
-def measured(files, name, dataset, count, by, *settings):
-    """-> what eval_fid.py says of `count` samples, made if need be, and kept as NAME.npz
-
-    files: checkpoints of a folder that they depend on; by: --features; settings: of sample.py
-    """
-    samples = files[0].parent / f"{name}-{count}.npz"
-    result = samples.with_suffix(f".{by}.json")
-    if not done(samples, *files):
-        run("sample.py", f"--out_dir={samples.parent}", f"--name={samples.stem}", f"--num_images={count}",
-            "--per_code=1", *settings)
-    if not done(result, samples):
-        run("eval_fid.py", f"--images={samples}", f"--reference={dataset}", f"--features={by}")
-    return json.loads(result.read_text())
 
 
 def seconds_of(log):

@@ -39,11 +39,10 @@ import torch.nn.functional as F
 
 import data
 from checkpoint import atomic
-from codes import of_images
 from compare_models import done, run
 from configurator import configure, require, require_numbers
 from diffusion import heun
-from interpolate import pairs_of
+from interpolate import codes_of_pairs, pairs_of
 from model import denoiser
 from noise import SeededNoise
 from plot import save_grid
@@ -114,8 +113,8 @@ def samples_of(folder, groups, place):
     seeds = np.arange(references * draws)
     for part in progress(np.split(seeds, range(batch_size, len(seeds), batch_size)), desc=folder, unit="batch"):
         of_pair = part // draws
-        a, b = (of_images(images, None, pairs[of_pair, i], model)(
-            np.arange(len(part)), SeededNoise("references", 2 * of_pair + i, place))[0].to(place) for i in (0, 1))
+        noises = [SeededNoise("references", 2 * of_pair + i, place) for i in (0, 1)]
+        a, b = codes_of_pairs(pairs[of_pair], images, model, noises, place)
         c = torch.from_numpy(labels[pairs[of_pair, 0]]).to(place) if model.label_dim else None
         noise = model.noise(SeededNoise("images", part, place))
         for key, z in variants(groups, a, b, priors, c, part).items():
@@ -142,20 +141,28 @@ def of_parts(values):
     return torch.cat([values, values.sum(0, keepdim=True)])
 
 
+def ratio(part, whole):
+    """Ratio of two means over images, (P, R) each -> (P, R), whose means are the ratio, and whose standard errors are
+    the ratio's, to first order: both means are of the same images (delta method)."""
+    mean = whole.mean(1, keepdim=True)
+    share = part.mean(1, keepdim=True) / mean
+    return share + (part - share * whole) / mean
+
+
 def shares(found, groups):
-    """found: as from `samples_of` -> {title: {row: shares (len(PARTS) + 1, references) of the variance}}"""
+    """found: as from `samples_of` -> {title: {row: shares (len(PARTS) + 1, references) of the variance, by `ratio`}}"""
     everything = tuple(range(1, groups + 1))
     spread = {key: of_parts(parts_of(x).var(2)) for key, x in found.items() if key[0] != "exchanged"}
-    whole = {kind: spread[kind, ()].mean(1, keepdim=True) for kind in PRIORS}
+    whole = {kind: spread[kind, ()] for kind in PRIORS}
     rows = {}
     for kind, name in PRIORS.items():
         left = [spread[kind, everything[:g]] for g in range(groups)] + [spread["fixed", everything]]
-        of_groups = {f"group {g + 1}": (left[g] - left[g + 1]) / whole[kind] for g in range(groups)}
-        rows[f"in order, {name}"] = of_groups | {"noise": left[-1] / whole[kind]}
-    alone = {f"group {g}": (spread["sedd", ()] - spread["sedd", (g,)]) / whole["sedd"] for g in everything}
+        of_groups = {f"group {g + 1}": ratio(left[g] - left[g + 1], whole[kind]) for g in range(groups)}
+        rows[f"in order, {name}"] = of_groups | {"noise": ratio(left[-1], whole[kind])}
+    alone = {f"group {g}": ratio(whole["sedd"] - spread["sedd", (g,)], whole["sedd"]) for g in everything}
     changes = {these: of_parts((parts_of(found["exchanged", these]) - parts_of(found["fixed", everything])) ** 2) / 2
                for these in [*((g,) for g in everything), everything]}
-    exchanged = {"all groups" if len(these) > 1 else f"group {these[0]}": change / whole["ar"]
+    exchanged = {"all groups" if len(these) > 1 else f"group {these[0]}": ratio(change, whole["ar"])
                  for these, change in changes.items()}
     return rows | {"alone, SEDD": alone, "exchanged": exchanged}
 
@@ -178,7 +185,7 @@ def draw(folder, found, images, groups, count=2):
 
 def measure(folder, groups, place):
     """-> {title: {row: {part: [share, standard error]}}} of a model; draws its pictures"""
-    path = Path(f"{folder}/groups-{references}x{draws}-{num_steps}-{block}.json")
+    path = Path(f"{folder}/groups-{groups}-{references}x{draws}-{num_steps}-{block}.json")
     if not done(path, Path(f"{folder}/stage1.pt"), *(Path(f"{folder}/prior_{kind}.pt") for kind in PRIORS)):
         found, images = samples_of(folder, groups, place)
         draw(folder, found, images, groups)
@@ -212,12 +219,15 @@ def main(argv=()):
     folders = [folder.strip() for folder in runs.split(",")] if runs else \
         [train("groups", []), train("together", ["--groups=0"])]
     of_runs = [load_stage1(folder)[1]["model_args"] for folder in folders]
-    groups, size = max(args.get("groups", 0) for args in of_runs), of_runs[0]["img_resolution"]
-    require(groups > 1 and all(args["num_latents"] and args["num_latents"] % groups == 0 for args in of_runs),
-            f"{', '.join(folders)}: a model with groups of latents is wanted, and others with as many latents")
+    counts = {args.get("groups", 0) for args in of_runs} - {0, 1}
+    require(len(counts) == 1 and len({args["num_latents"] for args in of_runs}) == 1,
+            f"{', '.join(folders)}: a model with groups of latents is wanted; others have as many groups, or none, "
+            "and as many latents")
     require(all(priors_of(args)[0] == "codes" for args in of_runs),
             f"{', '.join(folders)}: priors continue codes, not continuous latents")
-    require(size % block == 0, f"block {block} does not divide images of {size} pixels")
+    sizes, groups = {args["img_resolution"] for args in of_runs}, counts.pop()
+    require(all(1 < block < size and size % block == 0 for size in sizes),
+            f"block {block} must divide images of {' and '.join(map(str, sorted(sizes)))} pixels, and not be 1 or all")
     measured = {f"{folder}" + " (no groups)" * (args.get("groups", 0) < 2): measure(folder, groups, place)
                 for folder, args in zip(folders, of_runs)}
     lines = [f"{references} images, {draws} samples of each; shares of the variance; +-: standard error over images",

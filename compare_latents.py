@@ -17,8 +17,8 @@ Priors of codes take as many steps as stage 1, in batches as large, whether trai
     codes used      of each latent, a mean (perplexity)
     prior, held-out bits of the codes of images that neither stage saw, or the loss of the diffusion prior; and, beside
                     it, the same of training images: a gap shows that the prior overfits
-    near            distance of samples to the image whose latents they have, over that to another image: 1 where
-                    latents say nothing, small where samples are copies (Fig. 17)
+    near            distance of samples to the image whose latents they have, over that to another image of its class:
+                    1 where latents say nothing, small where samples are copies (Fig. 17)
     oracle, drawn   FD of samples with latents of training images, and with the prior's
 
 The other scripts do the work, in folders in out_dir, and what is finished is kept, as in compare_models.py. Arms and
@@ -36,8 +36,8 @@ import numpy as np
 
 import data
 from checkpoint import atomic, load_checkpoint, read_log
-from compare_conditions import measured
-from compare_models import run
+from compare_conditions import require_held_out
+from compare_models import distance, run
 from configurator import configure, require, require_numbers
 from plot import COLOURS, Axes, figure
 
@@ -91,13 +91,17 @@ def train(arm, settings, seed):
 
 
 def near(samples, dataset, held_out):
-    """Mean distance of these samples (a file) to the images whose latents they have, over that to other images."""
-    images = data.load(dataset)[0]
+    """Mean distance of these samples (a file) to the images whose latents they have, over that to other images of the
+    same class: a model that is told the class, and nothing else, has 1 too."""
+    images, labels, _ = data.load(dataset)
     order = np.concatenate(data.split(len(images), held_out))  # as sample.py has it
     with np.load(samples) as file:
         x = file["images"].astype(np.float32)
-    y = images[order[np.arange(len(x)) % len(order)]].astype(np.float32)
-    own, other = (np.sqrt(((x - z) ** 2).mean((1, 2, 3))).mean() for z in (y, np.roll(y, 1, axis=0)))
+    order = order[np.arange(len(x)) % len(order)]
+    c = np.zeros(len(x)) if labels is None else labels[order]
+    of_classes = [rows for rows in (np.flatnonzero(c == one) for one in np.unique(c)) if len(rows) > 1]
+    rows, others = np.concatenate(of_classes), np.concatenate([np.roll(rows, 1) for rows in of_classes])
+    own, other = (np.sqrt(((x[rows] - images[order[y]]) ** 2).mean((1, 2, 3))).mean() for y in (rows, others))
     return float(own / other)
 
 
@@ -105,22 +109,19 @@ def measure(folder, kind):
     """-> a dict of the COLUMNS that an arm has; its prior's "unit"; "log": [[codes seen, training, held-out], ...]"""
     config, stage1 = load_checkpoint(folder / "stage1.pt", "train_stage1")["config"], folder / "stage1.pt"
     dataset, unit = config["dataset"], "loss" if kind == "diffusion" else "bits"
-
-    def distance(files, name, *settings):
-        return measured(files, name, dataset, num_images, features, *settings)[
-            "FD-classifier" if features == "classifier" else "FID"]
+    how = dataset, num_images, features
 
     def lines_of(log):
         return [json.loads(line) for line in read_log(folder / f"{log}.jsonl", math.inf)]
 
     if not kind:
-        return dict(drawn=distance([stage1], "none"))
+        return dict(drawn=distance([stage1], "none", *how))
     last = lines_of("stage1")[-1]
     told = dict(bits=last["bits"]) | {"codes used": statistics.mean(last["perplexity"])} if kind == "ar" else \
         dict(bits=sum(last["kld"]))
     log = [[line["images"], line[unit], line[f"held_out_{unit}"]] for line in lines_of(f"prior_{kind}")]
-    oracle = distance([stage1], "oracle", f"--encode={dataset}")
-    drawn = distance([stage1, folder / f"prior_{kind}.pt"], kind, f"--prior={kind}")
+    oracle = distance([stage1], "oracle", *how, f"--encode={dataset}")
+    drawn = distance([stage1, folder / f"prior_{kind}.pt"], kind, *how, f"--prior={kind}")
     return told | {"prior, training": log[-1][1], "held-out": log[-1][2], "oracle": oracle, "drawn": drawn,
                    "near": near(folder / f"oracle-{num_images}.npz", dataset, config["held_out"]),
                    "unit": unit, "log": log}
@@ -178,7 +179,9 @@ def main(argv=()):
             f"seeds takes different whole numbers, not {seeds}")
     require(num_images >= 10, f"num_images is 10 or more, not {num_images}")
     require(features in ("classifier", "inception"), f"--features is classifier or inception, not {features}")
-    require(min(*kld_weights, *joint_weights, 1) > 0, "kld_weights and joint_weights are positive")
+    require(all(0 < weight < math.inf for weight in (*kld_weights, *joint_weights)),
+            "kld_weights and joint_weights are positive, and finite")
+    require_held_out(stage1_config)
     every = arms_of(question)
     chosen = arms.split(",") if arms else [*every]
     unknown = [arm for arm in chosen if arm not in every]

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import atomic, load_checkpoint, read_log
-from compare_conditions import measured, require_held_out
-from compare_models import run
+from compare_conditions import require_held_out
+from compare_models import distance, run
 from configurator import configure, require, require_numbers
 from plot import COLOURS, Axes, figure
 
@@ -60,20 +60,16 @@ def train(L):
     return folder
 
 
-def distance(files, name, dataset, *settings):
-    found = measured(files, name, dataset, num_images, features, *settings)
-    return found["FD-classifier" if features == "classifier" else "FID"]
-
-
 def measure(folder, dataset):
     """-> a dict: "true", FD after each part of the training, [images, FD]; "sedd", FD with the prior's codes; "bits",
     the prior's on held-out images, [codes, bits]"""
     snapshots = sorted(folder.glob("stage1-*.pt"))
-    true = [[int(file.stem.split("-")[1]), distance([file], f"true-{file.stem}", dataset, f"--encode={dataset}",
+    how = dataset, num_images, features
+    true = [[int(file.stem.split("-")[1]), distance([file], f"true-{file.stem}", *how, f"--encode={dataset}",
                                                     f"--checkpoint={file}")] for file in snapshots]
     files = [folder / "stage1.pt", folder / "prior_sedd.pt"]
     lines = [json.loads(line) for line in read_log(folder / "prior_sedd.jsonl", math.inf)]
-    return dict(true=true, sedd=distance(files, "sedd", dataset, "--prior=sedd"),
+    return dict(true=true, sedd=distance(files, "sedd", *how, "--prior=sedd"),
                 bits=[[line["images"], line["held_out_bits"]] for line in lines])
 
 
@@ -81,8 +77,8 @@ def remasked(folder, dataset):
     """-> {eta: FD of each set of samples}"""
     files = [folder / "stage1.pt", folder / "prior_sedd.pt"]
     stepped = ["--prior=sedd", "--sedd_sampler=analytic", f"--sedd_steps={sedd_steps}"]
-    return {eta: [distance(files, f"eta{eta:g}-{sedd_steps}-{i}", dataset, f"--eta={eta}", f"--seed={i * num_images}",
-                           *stepped) for i in range(eta_samples)] for eta in etas}
+    return {eta: [distance(files, f"eta{eta:g}-{sedd_steps}-{i}", dataset, num_images, features, f"--eta={eta}",
+                           f"--seed={i * num_images}", *stepped) for i in range(eta_samples)] for eta in etas}
 
 
 def table(found, with_eta):

@@ -36,6 +36,7 @@ seeds = (0, 1, 2)
 base_images = 100_000  # that the plain EDM trains on, from which both models start; 0: they start from scratch
 total_images = 50_000  # that each model trains on, from there
 num_images = 2_000  # samples measured in each row
+batch_size = 80  # samples made at once; on a GPU, 1,000 are much faster
 features = "classifier"  # for eval_fid.py; or "inception"
 stage1_config = "config/finetune.py"  # a config file for train_stage1.py, of all models
 prior_config = ""  # a config file for train_prior.py
@@ -62,6 +63,32 @@ def done(result, *made_of):
     return result.exists() and result.stat().st_mtime > max(path.stat().st_mtime for path in made_of)
 
 
+def sampled(files, name, count, *settings):
+    """-> the file NAME-COUNT.npz with `count` samples, made if need be
+
+    files: checkpoints of a folder that they depend on; settings: of sample.py
+    """
+    samples = files[0].parent / f"{name}-{count}.npz"
+    if not done(samples, *files):
+        run("sample.py", f"--out_dir={samples.parent}", f"--name={samples.stem}", f"--num_images={count}",
+            "--per_code=1", *settings)
+    return samples
+
+
+def measured(files, name, dataset, count, by, *settings):
+    """-> what eval_fid.py says of the samples that `sampled` makes, kept beside them; by: --features"""
+    samples = sampled(files, name, count, *settings)
+    result = samples.with_suffix(f".{by}.json")
+    if not done(result, samples):
+        run("eval_fid.py", f"--images={samples}", f"--reference={dataset}", f"--features={by}")
+    return json.loads(result.read_text())
+
+
+def distance(files, name, dataset, count, by, *settings):
+    """-> the FD or FID that `measured` finds"""
+    return measured(files, name, dataset, count, by, *settings)["FD-classifier" if by == "classifier" else "FID"]
+
+
 def train(seed):
     """Trains the models of a seed. -> {model: its folder}"""
     plain, disco = (Path(f"{out_dir}/{model}-{base_images}+{total_images}-seed{seed}") for model in ("plain", "disco"))
@@ -81,22 +108,18 @@ def train(seed):
 def measure(folders, dataset):
     """Samples of the models in these folders, and their trajectories. -> {(title, steps): {measure: value}}"""
     checkpoints = {model: [*folder.glob("*.pt")] for model, folder in folders.items()}
-    trajectories, measured = folders["disco"] / "trajectories.json", {}
+    trajectories, found = folders["disco"] / "trajectories.json", {}
     if not done(trajectories, *(path for paths in checkpoints.values() for path in paths)):
         run("trajectories.py", f"--runs={','.join(map(str, folders.values()))}", f"--out_dir={folders['disco']}")
     errors = json.loads(trajectories.read_text())
     for i, (title, (model, source, settings, numbers)) in enumerate(ROWS.items()):
         for steps in numbers if model in folders else ():
-            folder, name = folders[model], f"compare-{i}-{steps}-{num_images}"
-            result = folder / f"{name}.{features}.json"
-            if not done(folder / f"{name}.npz", *checkpoints[model]):
-                run("sample.py", f"--out_dir={folder}", f"--name={name}", f"--num_images={num_images}", "--per_code=1",
-                    f"--num_steps={steps}", *(setting.replace("DATASET", dataset) for setting in settings))
-            if not done(result, folder / f"{name}.npz"):
-                run("eval_fid.py", f"--images={folder}/{name}.npz", f"--reference={dataset}", f"--features={features}")
-            measured[title, steps] = json.loads(result.read_text())
-            measured[title, steps]["sampling error"] = errors[f"{folder}{source}"]["sampling error"][f"{steps}"][0]
-    return measured
+            row = measured(checkpoints[model], f"compare-{i}-{steps}", dataset, num_images, features,
+                           f"--num_steps={steps}", f"--batch_size={batch_size}",
+                           *(setting.replace("DATASET", dataset) for setting in settings))
+            error, _ = errors[f"{folders[model]}{source}"]["sampling error"][f"{steps}"]
+            found[title, steps] = row | {"sampling error": error}
+    return found
 
 
 def table(measured, columns):
@@ -120,7 +143,8 @@ def main(argv=()):
     require(seeds and min(seeds) >= 0 and len(set(seeds)) == len(seeds),
             f"seeds must be different and not negative, not {seeds}")
     require(base_images >= 0, f"base_images can't be negative: it is {base_images}")
-    require(total_images > 0, f"total_images must be positive, not {total_images}")
+    require(total_images > 0 and batch_size > 0,
+            f"total_images {total_images} and batch_size {batch_size} must be positive")
     require(num_images >= 10, f"num_images must be 10 or more, not {num_images}")
     require(features in ("classifier", "inception"), f"--features is classifier or inception, not {features}")
     measured = []

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import atomic, load_checkpoint
-from compare_models import done, run
+from compare_models import distance, done, run
 from configurator import configure, require
 from plot import COLOURS, Axes, figure
 
@@ -56,7 +56,7 @@ MODELS = {  # the same
     "plain": ("plain", ["--num_latents=0"]),
     "codes": ("codes", []),
     "attended": ("attended codes", ["--latents_to_emb=False"]),
-    "null": ("and a null token", ["--latents_to_emb=False", "--null_token=True"])}
+    "null": ("with a null token", ["--latents_to_emb=False", "--null_token=True"])}
 
 
 def models_of(arm):
@@ -101,14 +101,9 @@ def measure(arm, folders, dataset):
         for ode in odes_of(arm):
             found["FD-classifier", ode, model] = {}
             for steps in num_steps:
-                samples = folder / f"{ode}-{steps}-{num_images}.npz"
-                result = samples.with_suffix(".classifier.json")
-                if not done(samples, *checkpoints[model]):
-                    run("sample.py", f"--out_dir={folder}", f"--name={samples.stem}", f"--num_images={num_images}",
-                        "--per_code=1", f"--num_steps={steps}", f"--ode={ode}")
-                if not done(result, samples):
-                    run("eval_fid.py", f"--images={samples}", f"--reference={dataset}", "--features=classifier")
-                found["FD-classifier", ode, model][2 * steps - 1] = json.loads(result.read_text())["FD-classifier"]
+                found["FD-classifier", ode, model][2 * steps - 1] = distance(
+                    checkpoints[model], f"{ode}-{steps}", dataset, num_images, "classifier", f"--num_steps={steps}",
+                    f"--ode={ode}")
     return found
 
 

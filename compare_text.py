@@ -32,7 +32,7 @@ import data
 from captions import MadeCaptions
 from checkpoint import atomic, load_checkpoint
 from classifier import find_classifier
-from compare_models import done, run
+from compare_models import run, sampled
 from configurator import configure, require, require_numbers
 from eval_fid import CACHE
 from plot import save_grid
@@ -73,10 +73,7 @@ def train(seed):
 
 def samples(folder, name, count, model, *settings):
     """-> what sample.py writes, a dict of arrays, made if need be; model: the file of the prior or text model"""
-    path = folder / f"{name}-{count}.npz"
-    if not done(path, folder / "stage1.pt", folder / model):
-        run("sample.py", f"--out_dir={folder}", f"--name={path.stem}", f"--num_images={count}", "--per_code=1", *settings)
-    with np.load(path) as file:
+    with np.load(sampled([folder / "stage1.pt", folder / model], name, count, *settings)) as file:
         return {key: file[key] for key in ("images", "labels")}
 
 
@@ -123,7 +120,8 @@ def measure(folder, net, captions, images, split):
     rows["codes of real images"] = judged(net, captions, made["images"][numbers], asked)
     made = samples(folder, "prior", len(order), f"prior_{prior}.pt", f"--prior={prior}")
     if made["labels"].min() >= 0:
-        rows["prior, given the class"] = {"seen, class": float((seen_by(net, made["images"])[1] == made["labels"]).mean())}
+        right = seen_by(net, made["images"])[1] == made["labels"]
+        rows["prior, given the class"] = {"seen, class": float(right.mean())}
     file = folder / "prompts.txt"
     file.write_text("\n".join(prompt for *_, prompt in prompts))
     asked = np.resize([prompt[:3] for prompt in prompts], (len(order), 3))

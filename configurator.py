@@ -30,8 +30,8 @@ def configure(scope, argv):
 
     Settings are the bool, int, float, str and tuple variables, except _private names and CONSTANTS. A
     new value must have the default's type; a number makes a tuple of one. ~ at the start of a string is the home
-    folder. Defaults replace what an earlier call set. Raises UserError for an unknown name (with the nearest valid one),
-    for a wrong type, and for anything that can't be parsed. --help prints the script's docstring and
+    folder. Defaults replace what an earlier call set. Raises UserError for an unknown name (with the nearest valid
+    one), for a wrong type, and for anything that can't be parsed. --help prints the script's docstring and
     settings, and exits.
     """
     sys.excepthook = partial(_one_line_for_user_errors, scope)

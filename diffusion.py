@@ -8,6 +8,7 @@ and the toy and the image model share them. x is float64 of any shape (B, ...), 
 scalar tensor. denoise returns D, the expected clean data, and (x - D) / sigma is the ODE's dx/dsigma.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -51,7 +52,7 @@ def student(noise, shape, D):
     n = noise.randn(*shape)
     if D == math.inf:
         return n
-    stretch = (D / noise.chi_square(D)).sqrt().to(n.dtype)  # one number for each image
+    stretch = (D / noise.chi_square(D)).sqrt().to(n.dtype).to(n.device)  # one number for each image
     return n * stretch.view(-1, *(1 for _ in shape))
 
 
@@ -97,6 +98,7 @@ PROCESSES = {
     "flow": Process(gaussian, uniform_time, velocity_weight, flow_constants)}
 
 
+@functools.cache
 def peak(sigma_data):
     """Where EDM's w(s), below, has its peak: ln s = -1.2 + 2 1.2^2 s^2 / (s^2 + sigma_data^2). -> a float"""
     s = math.exp(-1.2 + 2 * 1.2 ** 2)

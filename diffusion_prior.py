@@ -47,8 +47,8 @@ class DiffusionPrior(SEDD):
 
     def nats(self, z, labels=None, generator=None):
         """Not nats: the loss at noise levels and noise drawn by the generator, (B,)."""
-        t, *u = torch.rand(len(z), 1 + z[0].numel(), generator=generator, device=z.device).unbind(1)
-        return self.loss(z, labels, t, torch.stack(u, 1))
+        u = torch.rand(len(z), 1 + z[0].numel(), generator=generator, device=z.device)
+        return self.loss(z, labels, u[:, 0], u[:, 1:])
 
     @torch.no_grad()
     def sample(self, noise, labels=None):

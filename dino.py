@@ -21,7 +21,8 @@ from processes import sum_over_processes
 
 
 def centred(logits, center, temp):
-    """Softmax of the teacher's logits (n, K), less their running mean `center` (K,) (DINO, Alg. 1). -> (n, K)"""
+    """Softmax of the teacher's logits (n, K), less their running mean `center` (K,), at temperature `temp` > 0 (DINO,
+    Alg. 1). -> (n, K), rows sum to 1"""
     return ((logits.float() - center) / temp).softmax(-1)
 
 
@@ -61,7 +62,8 @@ def class_loss(student, targets, temp):
 
 
 def patch_loss(student, targets, weights, temp):
-    """Cross-entropies of hidden patches (iBOT, Eq. 2). student: logits (M, K); targets: (M, K); weights: (M,)"""
+    """Cross-entropies of hidden patches (iBOT, Eq. 2). student: logits (M, K); targets: (M, K); weights: (M,)
+    -> their weighted sum, a scalar"""
     return -((student.float() / temp).log_softmax(-1) * targets).sum(-1) @ weights
 
 
@@ -74,7 +76,8 @@ def patch_weights(mask):
 
 
 def koleo(x):
-    """-mean ln(distance to the nearest neighbour) of l2-normed rows x (B, D): keeps images apart (DINOv2, sec. 4)"""
+    """-mean ln(distance to the nearest neighbour) of l2-normed rows x (B, D): keeps images apart (DINOv2, sec. 4).
+    B is 2 or more. -> a scalar"""
     x = F.normalize(x.float(), dim=-1, eps=1e-8)
     nearest = (x @ x.mT).fill_diagonal_(-1).argmax(1)
     return -(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).log().mean()

@@ -24,6 +24,7 @@ PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the widths of DiT-
 
 
 def layer_norm(dim):
+    """Without parameters. (..., dim) -> (..., dim)"""
     return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
 
 
@@ -53,7 +54,8 @@ class CrossAttention(nn.Module):
 
 
 class DiTBlock(AdaLNBlock):
-    """adaLN-zero in DiT's form: layer norms without parameters, GELU in its tanh form."""
+    """(B, N, dim), emb (B, dim) -> (B, N, dim): adaLN-zero in DiT's form: layer norms without parameters, GELU in its
+    tanh form."""
 
     def __init__(self, dim, heads, causal=False):
         super().__init__(dim, heads, causal)

@@ -63,6 +63,6 @@ class LinearCondition(nn.Module):
         self.null = nn.Parameter(0.02 * torch.randn(width))
 
     def forward(self, z, drop=None):
-        """z: (B, D); drop: (B,) bool, True for no embedding."""
+        """z: (B, D); drop: (B,) bool, True for no embedding. -> (B, width) float32"""
         z = float32(self.linear, z)
         return z if drop is None else torch.where(drop[:, None], self.null, z)

@@ -59,11 +59,11 @@ def read_encoder(config, shape, chosen):
             f"the encoder in {folder} reads {size} pixels and {channels} channels, images of {dataset} have {shape[1]} "
             f"and {shape[3]}: train one, `python train_encoder.py --dataset={dataset}`")
     distinct = checkpoint.get("distinct", 1)
-    require(distinct > 0.1, f"the encoder in {folder} has collapsed: {distinct:.1%} of its codes are distinct. Train one "
-            "that tells images apart")
+    require(distinct > 0.1, f"the encoder in {folder} has collapsed: {distinct:.1%} of its codes are distinct. Train "
+            "one that tells images apart")
     if theirs["data_identity"] != config["data_identity"]:
-        say(f"the encoder in {folder} was trained on other images, {theirs['dataset']} as it was then: its codes may tell "
-            f"less of {dataset}")
+        say(f"the encoder in {folder} was trained on other images, {theirs['dataset']} as it was then: its codes may "
+            f"tell less of {dataset}")
     elif theirs["held_out"] < config["held_out"]:
         say(f"the encoder in {folder} was trained on some of the images that are held out here: it held out "
             f"{theirs['held_out']}")

@@ -38,7 +38,8 @@ seed = 0
 num_pairs = 64
 batch_size = 32  # pairs at once
 shown = 6  # pairs in the pictures
-shares = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the steps that have code A; 0 and 1 are always shown
+# of the steps that have code A, rounded to whole steps; 0 and 1 are always shown
+shares = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 num_steps = 18
 
 WAYS = {"switch": "steps with A", "latents": "latents of A"}
@@ -57,9 +58,15 @@ def pairs_of(order, labels, count):
     return np.array(pairs[:count])
 
 
+def codes_of_pairs(pairs, images, model, noises, place):
+    """-> codes (B, m) of the first and of the second image of each pair (B, 2), by two `SeededNoise` for B codes"""
+    return [of_images(images, None, of_pair, model)(np.arange(len(pairs)), noise)[0].to(place)
+            for of_pair, noise in zip(pairs.T, noises)]
+
+
 def share_of_steps():
-    """-> the shares of the steps with code A, from 1 to 0, which are always among them"""
-    return sorted({1.0, 0.0, *shares}, reverse=True)
+    """-> the shares of the steps with code A, in whole steps, from 1 to 0, which are always among them"""
+    return sorted({1.0, 0.0, *(round(share * num_steps) / num_steps for share in shares)}, reverse=True)
 
 
 def switched(first, second, noise, shares):
@@ -96,8 +103,8 @@ def measure(place):
     pairs = pairs_of(np.concatenate([held_out, train]), labels if model.label_dim else None, num_pairs)
     found = {way: [] for way in WAYS}
     for numbers in progress(np.split(np.arange(num_pairs), range(batch_size, num_pairs, batch_size)), unit="batch"):
-        a, b = (of_images(images, None, pairs[numbers, i], model)(
-            np.arange(len(numbers)), SeededNoise("codes", seed + 2 * numbers + i, place))[0].to(place) for i in (0, 1))
+        noises = [SeededNoise("codes", seed + 2 * numbers + i, place) for i in (0, 1)]
+        a, b = codes_of_pairs(pairs[numbers], images, model, noises, place)
         c = torch.from_numpy(labels[pairs[numbers, 0]]).to(place) if model.label_dim else None
         noise = model.noise(SeededNoise("images", seed + numbers, place))
         of_a, of_b, *between = (denoiser(model, c, z) for z in (a, b, *exchanged(a, b)))

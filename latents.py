@@ -73,8 +73,8 @@ class Latents:
             wanted = self.vae.z_channels, shape[1] // self.vae.factor, shape[2] // self.vae.factor
             found = self.mapped.dtype, len(self.mapped), self.mapped.shape[2:]
             if found != (np.float16, shape[0], wanted):
-                raise ValueError(f"they are {found[0]} {self.mapped.shape}, images and autoencoder make {wanted} of each "
-                                 f"of {shape[0]}")
+                raise ValueError(f"they are {found[0]} {self.mapped.shape}, images and autoencoder make {wanted} of "
+                                 f"each of {shape[0]}")
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"the latents in {folder} are damaged ({error}): {mend}") from None
         require(not xflip or self.mapped.shape[1] == 2, f"{name} has no latents of mirrored images: {mend}")

@@ -53,19 +53,18 @@ def unmask(predict, x, mask, steps, gumbel=None, temperature=0.0, rand=None, blo
     gumbel(*shape) draws Gumbel(0, 1) noise (B, *shape), whose weight is the temperature: 0 takes the likeliest token.
     The most probable of the tokens stay in each step ("low-confidence remasking"), or those of random places, if
     rand(*shape) draws uniform numbers (B, *shape). block: how many places are filled before those to the right of
-    them; blocks share the steps. 0: all.
+    them; 0: all. Blocks share the steps by their places: `steps` is from the number of blocks to m.
     """
     m = x.shape[1]
-    starts = range(0, m, block or m)
-    for start in starts:
-        inside = slice(start, start + (block or m))
-        for count in filter(None, shares(len(range(m)[inside]), steps // len(starts))):
+    for start in range(0, m, block or m):
+        end = min(start + (block or m), m)
+        for count in shares(end - start, steps * end // m - steps * start // m):
             logits = predict(x)
             noise = temperature * gumbel(*logits.shape[1:]) if temperature else 0
             token = (logits + noise).argmax(-1)
             p = logits.softmax(-1).gather(2, token[..., None])[..., 0]  # without the noise
             confidence = torch.where(x == mask, rand(m) if rand else p, -math.inf)
-            chosen = start + confidence[:, inside].topk(count, dim=1).indices
+            chosen = start + confidence[:, start:end].topk(count, dim=1).indices
             x = x.scatter(1, chosen, token.gather(1, chosen))
     return x
 

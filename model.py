@@ -266,7 +266,8 @@ class DisCoDiff(nn.Module):
 def denoiser(model, labels=None, codes=None, guidance=1.0, autocast=contextlib.nullcontext(), interval=(0, math.inf)):
     """-> denoise(x, sigma), for the samplers
 
-    model: a DisCoDiff; labels: (B,) class labels; codes: (B, m) hard codes, which a model with latents needs.
+    model: a DisCoDiff; labels: (B,) class labels; codes: (B, m) hard codes, or continuous latents (B, m, k), which a
+    model with latents needs.
     guidance: w of App. B, which evaluates 2B images per call; 1 is the plain conditional model.
     interval: the noise levels that are guided, from ... to; at others, the model is the plain one, for B images.
     The network runs under `autocast`. x may be on another device (the CPU, if the network's device

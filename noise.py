@@ -36,9 +36,9 @@ class BatchNoise:
         return torch.randn(self.count, *shape, **self.how)
 
     def chi_square(self, D):
-        """Chi-square with D degrees of freedom, float64 (count,)"""
-        half = torch.full((self.count,), D / 2, device=self.how["device"], dtype=torch.float64)
-        return 2 * torch._standard_gamma(half, generator=self.how["generator"])  # Chi2 of PyTorch takes no generator
+        """Chi-square with D degrees of freedom, float64 (count,), on the CPU: PyTorch's takes no generator"""
+        seed = torch.randint(2 ** 62, (), generator=self.how["generator"], device=self.how["device"])
+        return torch.from_numpy(np.random.default_rng(seed.item()).chisquare(D, self.count))
 
 
 def normal_of(u):

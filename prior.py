@@ -34,7 +34,8 @@ def class_rows(table, labels, batch):
 
 
 def with_given(x, given, codebook_size):
-    """x, int64 (B, m), with the codes that are given in their places: int64 (B, m), -1 where x stays; or None.
+    """x, int64 (B, m), with the codes that are given in their places: int64 (B, m), -1 where x stays; or None. They may
+    be on another device; the result is on x's.
 
     Raises UserError for codes of another prior.
     """
@@ -43,7 +44,8 @@ def with_given(x, given, codebook_size):
     require(given.shape == x.shape and given.max() < codebook_size,
             f"this prior's codes are {x.shape[1]} numbers in 0 ... {codebook_size - 1}, or -1 where they are to be "
             f"drawn: {given.shape[1]} are given, up to {given.max()}")
-    return torch.where(given < 0, x, given.to(x.device))
+    given = given.to(x.device)
+    return torch.where(given < 0, x, given)
 
 
 def require_prefix(fixed):

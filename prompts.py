@@ -12,10 +12,11 @@ from tokens import read_text
 def read_prompts(prompt, prompt_file):
     """The prompts of --prompt, separated by |, or of the lines of a file. -> list of str. Raises UserError."""
     require(not (prompt and prompt_file), "--prompt and --prompt_file both give prompts: choose one")
-    prompts = [line.strip() for line in (prompt.split("|") if prompt else read_text(prompt_file).splitlines())]
+    parts = prompt.split("|") if prompt else read_text(prompt_file).removesuffix("\n").split("\n")
+    prompts = [part.strip() for part in parts]
     empty = next((i for i, line in enumerate(prompts, 1) if not line), None)
     place = f"line {empty} of {prompt_file}" if prompt_file else f"prompt {empty} of --prompt={prompt}"
-    require(prompts and not empty, f"{place} is empty: say what to draw")
+    require(not empty, f"{place} is empty: say what to draw")
     for line in prompts:  # a terminal's bytes that are no UTF-8 become surrogates
         require(not re.search("[\ud800-\udfff]", line), f"the prompt {line!r} has bytes that are no UTF-8")
     return prompts
@@ -29,7 +30,7 @@ def of_prompts(prompts, which, model, tokenizer, settings):
     tokens = [tokenizer.encode(prompt) for prompt in prompts]
     for prompt, of_prompt in zip(prompts, tokens):
         require(len(of_prompt) <= model.context,
-                f"the prompt {prompt!r} has {len(of_prompt)} tokens, and this model reads {model.context} at most")
+                f"the prompt {prompt!r:.100} has {len(of_prompt)} tokens, and this model reads {model.context} at most")
     steps, block = settings["text_steps"] or model.places, settings["text_block"] or model.places
     blocks = -(-model.places // block)
     require(blocks <= steps <= model.places,

@@ -21,7 +21,7 @@ ALPHAS = (1 - BETAS).cumprod(0)  # of a noisy vector: the share of the clean one
 
 
 def noised(x, t, noise):
-    """Vectors x (B, D) at steps t, int64 (B,); noise: N(0, 1), shaped like x."""
+    """Vectors x (B, D) at steps t, int64 (B,) in 0 ... 999; noise: N(0, 1), shaped like x. -> (B, D)"""
     alpha = ALPHAS.to(x.device, x.dtype)[t][:, None]
     return alpha.sqrt() * x + (1 - alpha).sqrt() * noise
 
@@ -89,7 +89,7 @@ class RDM(nn.Module):
         return float32(self.out, x)
 
     def loss(self, z, labels, t, u, network=None):
-        """The squared error of the clean vector, a mean over its entries, (B,).
+        """The squared error of the clean vectors z (B, D), a mean over their entries, (B,). labels: (B,) or None
 
         t (B,): the step's number over 1,000; u (B, D), uniform on [0, 1): noise, by way of the normal
         distribution function's inverse; network: as for `Prior.loss`.
@@ -98,9 +98,10 @@ class RDM(nn.Module):
         return ((network or self)(noised(z, t, noise), t, labels) - z).square().mean(1)
 
     def nats(self, z, labels=None, generator=None):
-        """Not nats: the loss at steps and noise drawn by the generator, (B,). DDPM's loss is no bound on bits."""
-        t, *u = torch.rand(len(z), 1 + self.num_latents, generator=generator, device=z.device).unbind(1)
-        return self.loss(z, labels, t, torch.stack(u, 1))
+        """Not nats: the loss of vectors z (B, D) at steps and noise drawn by the generator, (B,).
+        DDPM's loss is no bound on bits."""
+        u = torch.rand(len(z), 1 + self.num_latents, generator=generator, device=z.device)
+        return self.loss(z, labels, u[:, 0], u[:, 1:])
 
     @torch.no_grad()
     def sample(self, noise, labels=None):

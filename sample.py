@@ -123,6 +123,11 @@ correct_steps = 0  # of DDPM's sampler, down from there; 0: the sampler above go
 # Alg. 3: class labels, codes, then the ODE. `rows` number the codes: `per_code` images share one.
 
 
+def number_of(rows):
+    """-> what is given to rows (R,), by number: four rows belong to one composition"""
+    return rows // 4 if compose else rows
+
+
 def turn(number):
     """The turn of the numbers of codes, int64 (R,): a row of the grid has two codes of one class, or prompt."""
     return number if compose or per_code == 1 else number // 2
@@ -130,21 +135,19 @@ def turn(number):
 
 def labels_of(run, rows):
     """-> class labels (R,): the chosen class, random classes, or classes in turn; -1 without classes"""
-    number = rows // 4 if compose else rows  # four rows belong to one composition
     if not run.model.label_dim or run.class_label >= 0:
         return torch.full((len(rows),), run.class_label)
     if random_labels:
-        return (run.model.label_dim * (1 - SeededNoise("labels", number).rand())).long()
-    return torch.from_numpy(turn(number) % run.model.label_dim)
+        return (run.model.label_dim * (1 - SeededNoise("labels", number_of(rows)).rand())).long()
+    return torch.from_numpy(turn(number_of(rows)) % run.model.label_dim)
 
 
 def given_codes(run, rows, noise):
     """-> the codes that settings give, (R, m), or none, (R, 0); labels (R,)"""
-    number = rows // 4 if compose else rows
     labels = labels_of(run, rows).to(noise.device)
     if not run.sources:
         return torch.empty(len(rows), 0, dtype=torch.int64), labels
-    given = [source(number, noise) for source in run.sources]
+    given = [source(number_of(rows), noise) for source in run.sources]
     codes, own_labels = zip(*((z, labels if c is None else c) for z, c in given))
     if not compose:
         return codes[0], own_labels[0]
@@ -154,7 +157,7 @@ def given_codes(run, rows, noise):
 
 def codes_of(run, rows):
     """Alg. 3, lines 3-5. -> codes (R, m), labels (R,); each row depends on its number alone"""
-    noise = SeededNoise("codes", rows // 4 if compose else rows, run.device)
+    noise = SeededNoise("codes", number_of(rows), run.device)
     codes, labels = given_codes(run, rows, noise)
     if run.prior:
         known = dict(given=codes.masked_fill(run.free.to(codes.device), -1)) if run.sources else {}
@@ -195,8 +198,7 @@ def images_of(run, seeds, codes, labels):
     denoise = denoiser(run.model, c, codes, guidance, run.autocast, (guidance_min, guidance_max))
     correct = run.correct and denoiser(run.correct, c, codes, autocast=run.autocast)
     x = sampler(denoise, correct, run.model.noise(noise), noise.randn_like)
-    require(x.isfinite().all(),
-            "the images are not finite: is a setting of the sampler, or guidance, far too large?")
+    require(x.isfinite().all(), "the images are not finite: is a setting of the sampler, or guidance, far too large?")
     return data.to_uint8(x, run.vae)
 
 
@@ -207,10 +209,8 @@ def images_of(run, seeds, codes, labels):
 def check(config):
     """Raises UserError for impossible settings, and for settings that contradict each other."""
     for setting in ("num_images", "batch_size", "per_code", "sedd_steps", "num_steps", "sigma_min", "sigma_max", "rho"):
-        require(0 < config[setting] < math.inf,
-                f"{setting} must be positive and finite, not {config[setting]}")
-    require(min(temperature, S_churn, gamma, seed) >= 0,
-            "temperature, S_churn, gamma and seed can't be negative")
+        require(0 < config[setting] < math.inf, f"{setting} must be positive and finite, not {config[setting]}")
+    require(min(temperature, S_churn, gamma, seed) >= 0, "temperature, S_churn, gamma and seed can't be negative")
     require(sigma_min < sigma_max, f"sigma_min {sigma_min} must be below sigma_max {sigma_max}")
     require(0 <= guidance_min < guidance_max, f"guidance acts from guidance_min {guidance_min} up to "
             f"guidance_max {guidance_max}: 0 <= guidance_min < guidance_max is wanted")
@@ -261,7 +261,11 @@ def source_of(setting, given, run, stage1):
     """A value of --code, --encode or --compose, or prompts -> a source, as in codes.py; its code or checksum; images it
     reads, and their order"""
     if setting == "prompts":
-        require(run.class_label < 0, "a prompt says what to draw: leave class_label out")
+        require(run.class_label < 0 and not random_labels,
+                "a prompt says what to draw: leave class_label and random_labels out")
+        each = per_code * (4 if compose else min(per_code, 2))
+        if num_images <= each * (len(given) - 1):
+            say(f"images of {-(-num_images // each)} of {len(given)} prompts: --num_images={each * len(given)} has all")
         text, tokenizer = load_text(init_from or out_dir, run.device, stage1, checkpoint)
         source = of_prompts(given, lambda numbers: turn(numbers) % len(given), text, tokenizer,
                             arguments_of(run.config, text.sample))
@@ -391,7 +395,9 @@ def join_parts(run, parts, files, target):
 
 
 def main(argv=()):
-    run = setup(configure(globals(), argv))
+    config = configure(globals(), argv)
+    require("--prompt=" not in argv, "--prompt= is empty: say what to draw")
+    run = setup(config)
     with alone(f"{out_dir}/{name}"):
         sample(run)
     leave_processes()
@@ -404,9 +410,8 @@ def sample(run):
         open_parts(run, parts)
     if png:
         require_pngs_alone(target, range(seed, seed + num_images))
-    starts = range(0, num_images, batch_size)
-    files = [parts / f"{start:09d}.npz" for start in starts]
-    missing = [(start, file) for start, file in zip(starts, files) if not is_whole_npz(file)]
+    files = {start: parts / f"{start:09d}.npz" for start in range(0, num_images, batch_size)}
+    missing = [(start, file) for start, file in files.items() if not is_whole_npz(file)]
     barrier()  # until all processes have looked
     if run.rank == 0:
         print(f"{num_images:,} images, {run.nfe} evaluations each"
@@ -415,8 +420,7 @@ def sample(run):
             prior = run.config["prior"]
             steps = run.model.num_latents if sedd_sampler == "first-hitting" else sedd_steps
             steps = {"rdm": DDIM_STEPS, "diffusion": EVALUATIONS}.get(prior, steps)
-            print(f"codes of the prior {prior}, {steps} evaluations each"
-                  + f", by {sedd_sampler}" * (prior == "sedd"))
+            print(f"codes of the prior {prior}, {steps} evaluations each" + f", by {sedd_sampler}" * (prior == "sedd"))
     seconds, made = {"codes": 0.0, "images": 0.0}, np.zeros(2, int)
     for start, file in progress(missing[run.rank::run.world], unit="batch", disable=run.rank > 0):
         seeds = seed + np.arange(start, min(start + batch_size, num_images))
@@ -430,15 +434,13 @@ def sample(run):
         seconds["images"] += elapsed
         made += len(rows), len(seeds)
         with atomic(file) as f:
-            prompts = {}
-            if run.prompts:
-                numbers = turn(rows // 4 if compose else rows)
-                prompts["prompts"] = np.array(run.prompts)[numbers[row_of] % len(run.prompts)]
+            numbers = turn(number_of(rows))[row_of]
+            prompts = {"prompts": np.array(run.prompts)[numbers % len(run.prompts)]} if run.prompts else {}
             np.savez(f, images=images, labels=labels.cpu().numpy(), codes=codes.cpu().numpy(), seeds=seeds, **prompts,
                      nfe=np.full(len(seeds), run.nfe), seconds=np.full(len(seeds), elapsed / len(seeds), np.float32))
     barrier()
     if run.rank == 0:
-        join_parts(run, parts, files, target)
+        join_parts(run, parts, [*files.values()], target)
         print(f"{made[0]:,} codes in {seconds['codes']:.2f} s, {made[1]:,} images in {seconds['images']:.2f} s"
               + " (the share of process 0)" * (run.world > 1))
         print(f"{target}.png and {target}.npz are ready" + f", and {target}/ with a PNG file for each image" * png)

@@ -11,7 +11,7 @@ def shard(network):
     """Shares a network's parameters among the processes, block by block: a block is whole only while it computes."""
     for block in network.blocks:
         fully_shard(block)
-    return fully_shard(network)
+    return fully_shard(network, reshard_after_forward=True)  # else a changed average keeps its old parameters
 
 
 def whole(state, keep=True):

@@ -17,7 +17,7 @@ from edm_pickle import read_edm
 from model import DENOISERS
 from noise import seeded_generator
 from sharding import like
-from tensor_files import parts_of, read_safetensors
+from tensor_files import UNREADABLE, damaged, parts_of, read_safetensors
 from trained import path_of
 from unet import edm_settings, from_edm
 from vit import positions
@@ -199,9 +199,8 @@ def start_from_llada(source, model):
     for path in parts_of(source):
         try:
             tensors = read_safetensors(path)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            why = " ".join(str(error).split())[:200]
-            raise UserError(f"{path} is damaged, or not a file of weights: {why}") from None
+        except UNREADABLE as error:
+            raise damaged(path, error) from None
         for name, tensor in tensors.items():
             name, tensor = name.removeprefix("model.transformer."), tensor.float()
             require(name in here, f"{path} has {name}, which this network lacks: {mend}")

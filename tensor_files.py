@@ -1,5 +1,5 @@
 """
-Reads files of tensors, .safetensors, without running anything in them: for vae_file.py and llada_file.py.
+Reads files of tensors, .safetensors, without running anything in them: for vae_file.py and start_from.py.
 """
 
 import json
@@ -9,10 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import require
+from configurator import UserError, require
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER = 100_000_000  # bytes, as in the format's own library
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what a damaged file may raise
+
+
+def damaged(path, error):
+    """-> the UserError for a file of weights that raised an UNREADABLE error"""
+    return UserError(f"{path} is damaged, or not a file of weights: {' '.join(str(error).split())[:200]}")
 
 
 def read_safetensors(path, wanted=lambda name: True):

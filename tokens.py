@@ -56,6 +56,7 @@ def split(pieces, by):
     return [piece for piece in cut if piece]
 
 
+@functools.cache
 def byte_characters():
     """GPT-2's characters for bytes 0 ... 255: printable ones for themselves, then those from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -83,12 +84,16 @@ class BPE:
             steps = flat(state.get("pre_tokenizer"), "pretokenizers")
             self.cuts = [cut for step in steps for cut in self.cuts_of(step)]
             missing = [c for c in byte_characters() if c not in self.ids]
+            lost = [pair for pair in self.ranks if len(pair) != 2 or "".join(pair) not in self.ids]
+            whole = all(type(token) is int and token >= 0 for token in self.ids.values())
             self.largest = max(self.ids.values())
         except (ValueError, LookupError, TypeError, AttributeError, re.error) as error:
             raise UserError(f"the tokenizer is no tokenizer.json that can be read here: {error!r}"[:300]) from None
         known = {"NFC", "NFD", "NFKC", "NFKD"}
         require({*self.normal} <= known, f"the tokenizer normalises text by {', '.join(self.normal)}: not known here")
         require(not missing, f"the tokenizer is no byte-level BPE: it lacks {len(missing)} of the 256 bytes")
+        require(whole and not lost, "the tokenizer is damaged: tokens are whole numbers from 0, and two become one"
+                                    + f", not {lost[:1]}" * bool(lost))
 
     def cuts_of(self, step):
         """A step of the file's pre_tokenizer -> the expressions that cut the text"""

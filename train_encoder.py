@@ -76,6 +76,7 @@ registers = 2
 stem = 16  # channels of the convolutions before the patches; 0: none, as in DINOv2
 layerscale = 1.0
 drop_path = 0.0  # of the student
+recompute = False  # keep few activations in training, and compute the others again; for large ones
 mean = (0.5,)  # of the channels of pixels in [0, 1], and their standard deviation
 std = (0.5,)
 # heads
@@ -212,7 +213,7 @@ def update(run, step):
 # from the settings to a run
 
 # as in train_stage1.py
-FREE = ("out_dir", "overwrite", "change", "device", "log_every", "save_every")
+FREE = ("out_dir", "overwrite", "change", "device", "recompute", "log_every", "save_every")
 CHANGEABLE = ("total_images", "lr", "lr_end", "warmup_images", "weight_decay", "weight_decay_end", "layer_decay",
               "patch_lr", "drop_path", "teacher_temp", "teacher_momentum", "patch_weight", "koleo_weight", "precision",
               "loss_scale")
@@ -247,8 +248,8 @@ def setup(config):
             "batch_size 1 is too small for Sinkhorn, which shares prototypes among images: take a larger one, or "
             "--targets=centring")
     require(targets != "sinkhorn" or min(teacher_temp, teacher_temp_start) > 0.012,
-            f"teacher_temp {min(teacher_temp, teacher_temp_start)} is too low for Sinkhorn: exp(1 / 0.012) is the largest "
-            "number that it can take")
+            f"teacher_temp {min(teacher_temp, teacher_temp_start)} is too low for Sinkhorn: exp(1 / 0.012) is the "
+            "largest number that it can take")
     require(not koleo_weight or run.local_batch > 1,
             f"KoLeo looks for an image's neighbour in each process's batch, and {run.local_batch} image has none: "
             "a larger --batch_size, or --koleo_weight=0")
@@ -258,7 +259,7 @@ def setup(config):
     run.train_indices, held = data.split(len(run.images), config["held_out"])
     require(batch_size <= len(run.train_indices), f"batch_size {batch_size} exceeds the {len(run.train_indices)} "
             "images to train on: an image would be among its own neighbours")
-    run.to_encode = (held if len(held) else run.train_indices)[:1000]
+    run.to_encode = (held if len(held) >= 100 else run.train_indices)[:1000]  # few have distinct codes by chance
     run.batches, run.stamp = data.Shuffle(run.train_indices, seed), data.file_stamp(run.images)
     config["data_identity"] = data.data_checksum(run.images, labels)  # in the checkpoint, to notice changes
     run.carries = dict(centers=torch.zeros(2, prototypes, device=run.device))  # of images, of patches
@@ -297,7 +298,8 @@ def groups_of(model):
         decays = not (name.endswith(("bias", "gamma")) or "norm" in name)
         key = dict(blocks_above=above, patches="patch_embed" in name, decays=decays, prototypes="last_layer" in name)
         groups.setdefault(tuple(key.values()), dict(params=[], **key))["params"].append(p)
-    return sorted(groups.values(), key=lambda group: (group["blocks_above"], group["prototypes"]))  # the log has the first
+    # the log has the first group's learning rate
+    return sorted(groups.values(), key=lambda group: (group["blocks_above"], group["prototypes"]))
 
 
 def fit_to_images(config, shape):

@@ -324,7 +324,8 @@ def setup(config):
     if num_latents and not encoder:
         run.model.encoder.requires_grad_(encoder_lr > 0)
     run.encoded = Encoded(run, run.model, 2 if xflip else 1) if encoder else None
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP's; harmless for 1 x 1 convolutions
+    # DDP's, harmless for 1 x 1 convolutions; torch.compile's, of a speed that it forgoes
+    warnings.filterwarnings("ignore", r"Grad strides do not match|\s*Online softmax is disabled")
     network = torch.compile(run.model) if compile and can_compile(run.device) else run.model
     run.forward = training.distributed(run, network)
     return run
@@ -362,6 +363,11 @@ def fit_to_images(config, shape, num_classes, x_shape=()):
         (f"held_out is {held}: the data set has {count} images, -1 takes a tenth", not 0 <= held < count),
         (f"attn_resolutions has {sorted({*at} - {*maps})}: the feature maps are {maps}, (0,) takes the last",
          denoiser != "dit" and {*at} - {*maps}),
+        (f"{num_latents} latents can't be split into {groups} equal groups: change groups or num_latents",
+         groups and not codes and num_latents % groups),
+        ((f"{groups} groups of latents need {groups} resolutions with attention, and it is at "
+          f"{sorted({*at, maps[-1]})}: name more of the feature maps {maps} in attn_resolutions"),
+         denoiser == "unet" and num_latents and len({*at, maps[-1]}) < groups),
         (f"patch {patch} does not divide {side} x {side}, the size of {'latents' if x_shape else 'images'}",
          denoiser == "dit" and side % patch),
         (f"encoder_patch {of_encoder} does not divide images of {height} pixels, 0 takes a quarter",

@@ -72,7 +72,7 @@ recompute = False  # keep few activations in training, and compute the others ag
 # masks: of codes and caption at one rate, as in DLC, but for captions that are
 kept = 0.5  # probability: never masked, as in LLaDA's fine-tuning
 dropped = 0.1  # probability: all masks, for guidance
-# optimisation: AdamW
+# optimisation: Adam
 total_images = 200_000  # captions and codes to train on, in all
 batch_size = 128  # over all processes
 batch_gpu = 128  # the most in one process at once; a larger share accumulates gradients
@@ -119,7 +119,7 @@ def gradients(run, step):
 
 
 def update(run, step):
-    """Clipping, AdamW, moving average. -> gradient norm; if it is not finite, AdamW changes nothing"""
+    """Clipping, Adam, moving average. -> gradient norm; if it is not finite, Adam changes nothing"""
     norm = sharding.whole(torch.nn.utils.clip_grad_norm_(run.parameters, grad_clip))
     for group in run.optimizer.param_groups:
         group["lr"] = schedule(step, lr, 0.0, -(-total_images // batch_size), warmup_images // batch_size)
@@ -213,6 +213,8 @@ def read_texts(run, dataset):
     require(max(coder.largest, mask_token) < vocabulary,
             f"the tokenizer has tokens up to {coder.largest}, and mask_token is {mask_token}: vocabulary {vocabulary} "
             "must be larger")
+    require(tokenizer or mask_token > coder.largest,
+            f"mask_token {mask_token} is a byte, which captions may have: it must be {coder.largest + 1} at least")
     said = read_text(captions) if captions else ""
     run.config |= dict(tokenizer_identity=zlib.crc32(content.encode()), captions_identity=zlib.crc32(said.encode()))
     if captions:
@@ -228,7 +230,8 @@ def read_texts(run, dataset):
 def bits(run, indices, given="own", draws=16):
     """An upper bound on -log2 p(codes | caption) of images, and of their classes, if stage 1 is told these
 
-    given: "own" captions of the images, "a wrong" one each, of another image, or "no" caption. -> mean, standard error
+    given: "own" captions of the images; "a wrong" one each, that of another image, which may say the same; or "no"
+    caption: masks, whose number tells its length. -> mean, standard error
     """
     g, found = seeded_generator(run.device, "held-out", seed), []
     words = np.random.default_rng(seed).random((len(indices), run.captions.draws))
@@ -304,8 +307,10 @@ def train(run, signals):
         if len(run.held_out_indices):
             print_bits(run)
         if run.master:
-            print(f"{run.path} is ready; next: python sample.py --out_dir={out_dir} "
-                  f"--prompt=\"{run.captions.example()}\"")
+            prompt = run.captions.example()
+            if len(run.tokenizer.encode(prompt)) > context or set(prompt) & set('"$`\\|!'):
+                prompt = "..."  # sample.py refuses long prompts, and shells change some
+            print(f"{run.path} is ready; next: python sample.py --out_dir={out_dir} --prompt=\"{prompt}\"")
     training.finish(run, stopped, "captions")
 
 

@@ -36,8 +36,9 @@ def load_stage1(folder, device="cpu", snapshot=""):
 
     The weights are the moving average, in eval mode. Raises UserError if there are none.
     """
-    checkpoint = load_checkpoint(snapshot or f"{path_of(folder)}/stage1.pt", "train_stage1")
-    return build(DisCoDiff, checkpoint, device), checkpoint
+    path = snapshot or f"{path_of(folder)}/stage1.pt"
+    checkpoint = load_checkpoint(path, "train_stage1")
+    return build(DisCoDiff, checkpoint, device, path), checkpoint
 
 
 def load_vae(checkpoint, device="cpu"):
@@ -93,7 +94,7 @@ def load_prior(folder, kind, device, stage1, snapshot=""):
     have, want = [[a.get(key) for key in ("num_latents", "codebook_size", "label_dim")]
                   for a in (checkpoint["model_args"], stage1["model_args"])]
     require(have == want, f"{path} has m, k, classes = {have}, stage 1 has {want}: {mend}")
-    return build(PRIORS[kind], checkpoint, device)
+    return build(PRIORS[kind], checkpoint, device, path)
 
 
 def prior_in(folder):
@@ -109,25 +110,26 @@ def load_text(folder, device, stage1, snapshot=""):
     require(checkpoint["encoder"] == weights_checksum(stage1["ema"]),
             f"{path} was trained on codes of another stage 1 than {snapshot or path_of(folder)}: run "
             f"`python train_text.py --out_dir={folder} --overwrite=True`")
-    return build(TextModel, checkpoint, device), tokenizer_of(checkpoint["tokenizer"])
+    return build(TextModel, checkpoint, device, path), tokenizer_of(checkpoint["tokenizer"])
 
 
 def load_encoder(folder, device="cpu"):
     """-> the SEMEncoder of train_encoder.py's folder, the teacher's; its checkpoint, a dict. Raises UserError if there
     is none."""
-    checkpoint = load_checkpoint(f"{folder}/encoder.pt", "train_encoder")
-    return build(Distilled, checkpoint, device).backbone, checkpoint
+    path = f"{folder}/encoder.pt"
+    checkpoint = load_checkpoint(path, "train_encoder")
+    return build(Distilled, checkpoint, device, path).backbone, checkpoint
 
 
-def build(network, checkpoint, device):
-    """-> a network of this class with a checkpoint's averaged weights; UserError if they don't fit"""
+def build(network, checkpoint, device, path):
+    """-> a network of this class with the averaged weights of the checkpoint at `path`; UserError if they don't fit"""
     older = network is DisCoDiff and "qkv" not in checkpoint
     try:
         model = network(**checkpoint["model_args"])
         model.load_state_dict(from_edm(checkpoint["ema"]) if older else checkpoint["ema"])
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
-        raise UserError(f"the checkpoint is of another architecture than this {network.__name__}: "
-                        f"{str(error).splitlines()[-1].strip()}") from None
+        raise UserError(f"{path} is of another architecture than this {network.__name__}: train anew, or use the code "
+                        f"that made it ({str(error).splitlines()[-1].strip()})") from None
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -156,25 +158,28 @@ def load_trained_on(config, path):
 def ship(source, target):
     """Copies what sampling needs from a trained run's folder to another.
 
-    This is the averaged weights of stage 1 and of the prior that sample.py takes, in half precision, their
-    settings, and the training log. Raises UserError if a checkpoint is missing, or if the prior was
-    trained on another stage 1.
+    This is the averaged weights of stage 1, of the prior that sample.py takes and of the text model, if there is one,
+    in half precision, their settings, and stage 1's training log. Raises UserError if a checkpoint is missing, or if
+    one was trained on another stage 1.
     """
-    file = f"prior_{prior_in(source)}.pt"
-    stage1 = load_checkpoint(f"{source}/stage1.pt", "train_stage1")
-    prior = load_checkpoint(f"{source}/{file}", "train_prior")
-    require(prior["encoder"] == weights_checksum(stage1["ema"]),
-            f"{source}/{file} was trained on codes of another stage 1")
+    made_by = {"stage1.pt": "train_stage1", f"prior_{prior_in(source)}.pt": "train_prior", "text.pt": "train_text"}
+    if not Path(source, "text.pt").is_file():
+        del made_by["text.pt"]
+    states = {name: load_checkpoint(f"{source}/{name}", script) for name, script in made_by.items()}
+    encoder = weights_checksum(states["stage1.pt"]["ema"])
+    for name, state in states.items():
+        require(state.get("encoder", encoder) == encoder, f"{source}/{name} was trained on codes of another stage 1")
     require(Path(source).resolve() != Path(target).resolve(),
             f"{target} would lose what training needs: name another folder")
-    for state in (stage1, prior):
+    for state in states.values():
         state["ema"] = {key: value.half() if value.is_floating_point() else value
                         for key, value in state["ema"].items()}
         state["config"] = state["config"] | dict(out_dir="")  # it is a path on the machine that trained it
         for key in ("model", "optimizer", "prior"):
             state.pop(key, None)
-    prior["encoder"] = weights_checksum(stage1["ema"])
-    for name, state in (("stage1.pt", stage1), (file, prior)):
+    for name, state in states.items():
+        if "encoder" in state:
+            state["encoder"] = weights_checksum(states["stage1.pt"]["ema"])
         with atomic(f"{target}/{name}") as f:
             torch.save(state, f)
     write_log(f"{target}/stage1.jsonl", read_log(f"{source}/stage1.jsonl", math.inf), mode="w")

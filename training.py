@@ -249,19 +249,22 @@ def write_line(run, line, bar, shown):
 def save(run, keep="", **others):
     """Process 0 saves the checkpoint to continue from; keep: a file for a snapshot without the optimiser instead.
 
-    others: more for the checkpoint to continue from. All processes call it if the run is sharded. Raises UserError if
+    others: more for the checkpoint. All processes call it if the run is sharded. Raises UserError if
     the weights are not finite.
     """
     require(whole(get_total_norm(run.parameters)).isfinite(),
             f"the weights are not finite any more: a lower {run.lower} may help; {run.path} is left as it was")
-    state = dict(made_by=run.made_by, config=run.config, model_args=run.model_args, **state_of(run), **run.carries)
+    state = state_of(run)
     if keep:
         del state["optimizer"], state["skipped"]
-    state = whole(state | (others if not keep else {}), run.master)
-    if keep and run.master:
+    state = dict(made_by=run.made_by, config=run.config, model_args=run.model_args, **state, **run.carries, **others)
+    state = whole(state, run.master)
+    if not run.master:
+        return
+    if keep:
         with atomic(keep) as file:
             torch.save(state, file)
-    elif run.master:
+    else:
         save_checkpoint(run.path, state)
 
 

@@ -206,16 +206,19 @@ class UNet(nn.Module):
                 condition[f"emb{size}"] = [float32(self.map_latents, of_group[group].mean(1))]
         return condition
 
-    def embed(self, c_noise, labels, condition, part="emb"):
-        """Noise level, class and a part of the codes -> what modulates a block, (B, emb_dim), already through SiLU"""
+    def embed(self, c_noise, labels, condition):
+        """Noise level, class and codes -> what modulates blocks, (B, emb_dim), already through SiLU; and, by the
+        feature map's size, what modulates those that have a part of the codes of their own"""
         emb = F.silu(float32(self.map_layer0, sinusoids(c_noise, self.map_layer0.in_features)))
         emb = float32(self.map_layer1, emb)
         if self.map_label is not None and labels is not None:
             one_hot = labels[:, None] == torch.arange(self.map_label.in_features, device=labels.device)
             emb = emb + float32(self.map_label, one_hot)  # label -1: a row of zeros
-        if part in condition:
-            emb = emb + condition[part][0]
-        return F.silu(emb)
+
+        def with_codes(part):
+            return F.silu(emb + condition[part][0] if part in condition else emb)
+
+        return with_codes("emb"), {size: with_codes(f"emb{size}") for size in self.group_of}
 
     def forward(self, x, c_noise, labels=None, condition=None):
         """x: (B, C, H, W); c_noise: (B,); labels: (B,) int64, -1 for none, or None
@@ -223,8 +226,7 @@ class UNet(nn.Module):
         condition: as above, or "emb" alone; None without latents
         """
         condition = condition or {}
-        emb = self.embed(c_noise, labels, condition)
-        of_size = {size: self.embed(c_noise, labels, condition, f"emb{size}") for size in self.group_of}
+        emb, of_size = self.embed(c_noise, labels, condition)
         skips = []
         for name, block in self.enc.items():
             x = block(x, emb, condition.get(f"enc.{name}")) if isinstance(block, UNetBlock) else block(x)

@@ -72,7 +72,7 @@ class UViT(UNet):
 
     def forward(self, x, c_noise, labels=None, condition=None):
         condition = condition or {}
-        emb = self.embed(c_noise, labels, condition)
+        emb, _ = self.embed(c_noise, labels, condition)
 
         def run(block, x, *inputs):
             if self.recompute and self.training:

@@ -20,6 +20,8 @@ def group_norm(channels):
 
 
 class ResBlock(nn.Module):
+    """(B, cin, h, w) -> (B, cout, h, w)"""
+
     def __init__(self, cin, cout):
         super().__init__()
         self.norm1, self.conv1 = group_norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
@@ -32,7 +34,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of all pixels, one head over all channels."""
+    """Self-attention of all pixels, one head over all channels. (B, C, h, w) -> (B, C, h, w)"""
 
     def __init__(self, channels):
         super().__init__()
@@ -47,6 +49,8 @@ class Attention(nn.Module):
 
 
 class Middle(nn.Module):
+    """Two residual blocks around an attention. (B, C, h, w) -> (B, C, h, w)"""
+
     def __init__(self, channels):
         super().__init__()
         self.block_1, self.attn_1, self.block_2 = (
@@ -57,6 +61,8 @@ class Middle(nn.Module):
 
 
 class Downsample(nn.Module):
+    """(B, C, h, w) -> (B, C, h / 2, w / 2)"""
+
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -66,6 +72,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """(B, C, h, w) -> (B, C, 2 h, 2 w)"""
+
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -138,11 +146,13 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
 
     def encode(self, y):
-        """Images -> scaled means of the latents; the other half of the output, their log-variances, is not used"""
+        """Images (B, C, H, W) in [-1, 1] -> scaled means (B, z_channels, h, w) of the latents; the other half of the
+        output, their log-variances, is not used"""
         return SCALE * self.quant_conv(self.encoder(y)).chunk(2, dim=1)[0]
 
     def decode(self, latents, at_once=16):
-        """Scaled latents, on any device -> images; their values may lie a little outside [-1, 1]"""
+        """Scaled latents (B, z_channels, h, w), on any device -> images (B, C, H, W); their values may lie a little
+        outside [-1, 1]. at_once: images in one evaluation"""
         place = self.post_quant_conv.weight.device
         return torch.cat([self.decoder(self.post_quant_conv(part.float().to(place) / SCALE))
                           for part in latents.split(at_once)])

@@ -13,7 +13,7 @@ import torch
 
 from checkpoint import read_checkpoint
 from configurator import UserError, require
-from tensor_files import read_safetensors
+from tensor_files import UNREADABLE, damaged, read_safetensors
 from vae import VAE, vae_from, vae_settings
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
@@ -60,8 +60,8 @@ def read_vae(path):
             state = {name: tensor for name, tensor in state.items() if wanted(name)}
         state = {name.removeprefix("first_stage_model."): tensor.float() for name, tensor in state.items()}
         state = to_compvis({name: tensor for name, tensor in state.items() if name.startswith(PARTS)})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged, or not a file of weights: {' '.join(str(error).split())[:200]}") from None
+    except UNREADABLE as error:
+        raise damaged(path, error) from None
     try:
         with torch.device("meta"):
             vae = VAE(**vae_settings(state))

@@ -15,6 +15,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from transformer import float32
 
@@ -33,6 +34,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """(..., dim) -> (..., dim), hidden width 4 dim, exact GELU"""
+
     def __init__(self, dim):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
@@ -42,7 +45,7 @@ class MLP(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A factor for each channel, small at first (Touvron et al. 2021)."""
+    """(..., dim) -> (..., dim): a factor for each channel, `start` at first (Touvron et al. 2021)."""
 
     def __init__(self, dim, start):
         super().__init__()
@@ -53,7 +56,8 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm self-attention and MLP. drop_path: probability that an image skips a layer, while training"""
+    """Pre-norm self-attention and MLP, (B, N, dim) -> (B, N, dim). drop_path: probability in 0 ... 1 that an image
+    skips a layer, while training"""
 
     def __init__(self, dim, heads, layerscale, drop_path):
         super().__init__()
@@ -99,18 +103,20 @@ class SEMEncoder(nn.Module):
     authors' program also has a norm `sem_cls_norm`, which it never calls.)
 
     img_resolution: H = W that `forward` and `embed` bring images to; mean, std: of the channels, for pixels in
-    [0, 1]. Raises ValueError for sizes that don't fit each other.
+    [0, 1]; recompute: in training, keep only what goes into each block, and compute the rest again. Raises ValueError
+    for sizes that don't fit each other.
     """
 
     def __init__(self, img_resolution, img_channels, num_latents, codebook_size, patch=14, dim=1024, layers=24,
-                 heads=16, registers=4, stem=0, layerscale=1e-5, drop_path=0.0, mean=(0.5,), std=(0.5,)):
+                 heads=16, registers=4, stem=0, layerscale=1e-5, drop_path=0.0, recompute=False, mean=(0.5,),
+                 std=(0.5,)):
         super().__init__()
         if img_resolution % patch:
             raise ValueError(f"patch {patch} does not divide images of {img_resolution} pixels")
         if dim % heads:
             raise ValueError(f"a Transformer's width must be divisible by its heads: {dim} is not by {heads}")
         self.img_resolution, self.patch, self.dim, self.registers = img_resolution, patch, dim, registers
-        self.num_latents, self.codebook_size = num_latents, codebook_size
+        self.num_latents, self.codebook_size, self.recompute = num_latents, codebook_size, recompute
         for name, value in (("mean", mean), ("std", std)):
             if len(value) not in (1, img_channels):
                 raise ValueError(f"{name} has {len(value)} numbers, the images have {img_channels} channels")
@@ -149,7 +155,7 @@ class SEMEncoder(nn.Module):
         first = torch.cat([self.cls_token + position[:, :1], self.register_tokens], dim=1)  # registers have no position
         x = torch.cat([first.to(x.dtype).expand(len(x), -1, -1), x + position[:, 1:]], dim=1)
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
         return x
 
     def logits(self, embedding):
@@ -177,6 +183,7 @@ def positions(pos_embed, side):
 
 
 def init_linear(module):
+    """Linear layers of the module: weights from N(0, 0.02^2), biases 0."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -185,7 +192,8 @@ def init_linear(module):
 
 
 class Prototypes(nn.Module):
-    """Products with K vectors, each a direction times a length. DINO keeps the length at 1; DINOv2 trains it."""
+    """(..., dim) -> products (..., K) with K vectors, each a direction times a length. DINO keeps the length at 1;
+    DINOv2 trains it."""
 
     def __init__(self, dim, prototypes):
         super().__init__()

@@ -84,6 +84,7 @@ def test_data_without_labels_and_in_colour():
     assert not captions.unseen().any() and [prompt for *_, prompt in captions.prompts()] == ["a dark picture", "a light picture"]
     assert captions.draw(np.arange(2), np.zeros((2, 3))) == [captions.caption(0, words) for words in captions.words[:2]]
     assert np.array_equal(MadeCaptions.measured(images, height, at_once=7), height(images.mean(3)))
+    assert (MadeCaptions(images[:1].repeat(9, 0), None, []).words == -1).all()  # none is darker than another
 
 
 def test_captions_from_a_file():

@@ -7,21 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scripts import run
+from scripts import run, write
 
 import compare_conditions
 import compare_lengths
+import compare_models
 import data
 from configurator import UserError
 from metrics import vendi_score
-
-
-def write(path, content=b"", age=10):
-    """A file of this age, in seconds, unless it is there."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        os.utime(path, (time.time() - age,) * 2)
 
 
 @pytest.fixture
@@ -57,7 +50,7 @@ def commands(tmp_path, monkeypatch):
 
     images = np.arange(12, dtype=np.uint8)[:, None, None, None]
     monkeypatch.setattr(data, "load", lambda name: (images, np.arange(12) % 3, 3))
-    for module in (compare_conditions, compare_lengths):
+    for module in (compare_models, compare_conditions, compare_lengths):
         monkeypatch.setattr(module, "run", fake)
         monkeypatch.setattr(module, "out_dir", str(tmp_path))
     return commands

@@ -8,8 +8,12 @@ from PIL import Image
 from scripts import PRIOR, TINY, run
 
 import compare_groups
-from compare_groups import PARTS, parts_of, shares, variants
+import data
+from compare_groups import PARTS, parts_of, ratio, shares, variants
 from configurator import UserError
+from model import draw_codes
+from noise import SeededNoise
+from trained import load_stage1
 
 QUICK = ["--references=3", "--draws=2", "--num_steps=2", "--shown=2", "--batch_size=4", "--device=cpu"]
 
@@ -69,6 +73,19 @@ def test_shares_of_known_images(monkeypatch):
         assert rows["exchanged"][row] == pytest.approx(want, abs=0.05)
 
 
+def test_the_error_of_a_share():
+    """What makes all of an image's variance has a share of 1, however much images differ: no error. Else the error is how
+    far shares of other images are apart."""
+    rng = torch.Generator().manual_seed(0)
+    whole = torch.rand(2000, 2, 50, generator=rng).double() + 0.1
+    assert torch.allclose(ratio(whole[0], whole[0]), torch.ones(2, 50).double())
+    part = whole * (0.5 + 0.1 * torch.randn(whole.shape, generator=rng))
+    of_sets = torch.stack([ratio(*both) for both in zip(part, whole)])  # (sets of images, parts, images)
+    assert torch.allclose(of_sets.mean(2), part.mean(2) / whole.mean(2))
+    errors = of_sets.std(2) / 50 ** 0.5
+    assert errors.mean(0).tolist() == pytest.approx(of_sets.mean(2).std(0).tolist(), rel=0.1)
+
+
 class Recorder:
     """A prior that draws 9 wherever it may."""
 
@@ -120,10 +137,29 @@ def test_a_run(grouped, tmp_path):
             assert sum(row[part][0] for row in found[title].values()) == pytest.approx(1)
     sizes = {name: Image.open(grouped / f"groups_{name}.png").height for name in ("exchanged", "fixed")}
     assert sizes == {"exchanged": 2 * 4 * 60, "fixed": 2 * 6 * 60}  # A, 1, 2, B; all; AR: none, 1; SEDD: none, 1, 2
-    kept, = grouped.glob("groups-*.json")
+    kept, = grouped.glob("groups-2-*.json")  # the same model may be measured beside others, of three groups
     before = kept.stat().st_mtime_ns
     run("compare_groups.py", f"--runs={grouped}", f"--out_dir={tmp_path}", *QUICK)
     assert kept.stat().st_mtime_ns == before
+
+
+def test_samples_of_references(grouped, monkeypatch):
+    """A reference's draws share its code and its partner's, each with a noise of its own, which is the same in all
+    variants; batches of four don't matter."""
+    seen = []
+    for name, value in dict(references=3, draws=2, num_steps=2, batch_size=4).items():
+        monkeypatch.setattr(compare_groups, name, value)
+    monkeypatch.setattr(compare_groups, "variants", lambda groups, a, b, *_: {"a": a, "b": b})
+    monkeypatch.setattr(compare_groups, "denoiser", lambda model, labels, z: z)
+    monkeypatch.setattr(compare_groups, "heun", lambda z, noise, steps: (seen.append((z, noise)), noise.clamp(-1, 1))[1])
+    made, images = compare_groups.samples_of(f"{grouped}", 2, torch.device("cpu"))
+    (a, noise), (b, same) = ([torch.cat(parts) for parts in zip(*seen[i::2])] for i in (0, 1))
+    encoder = load_stage1(grouped)[0].encoder
+    own = draw_codes(encoder(data.to_float(images)), SeededNoise("references", [0, 2, 4]).gumbel(4, 5))
+    assert torch.equal(a, own.repeat_interleave(2, 0)) and not torch.equal(a, b)
+    assert torch.equal(b[::2], b[1::2]) and torch.equal(noise, same) and len(noise.unique(dim=0)) == 6
+    assert made["a"].shape == (3, 2, 28, 28, 1) and np.array_equal(made["a"], made["b"])
+    assert np.array_equal(made["a"].reshape(6, 28, 28, 1), data.to_uint8(noise.clamp(-1, 1)))
 
 
 def test_what_is_trained(monkeypatch, tmp_path):
@@ -140,13 +176,27 @@ def test_what_is_trained(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     (["--references=1"], "references 1 and draws 2 are 2 or more"),
-    (["--block=5"], "block 5 does not divide images of 28 pixels"),
+    (["--block=5"], "block 5 must divide images of 28 pixels, and not be 1 or all"),
+    (["--block=1"], "block 1 must divide"), (["--block=28"], "block 28 must divide"),  # no texture; no layout
     (["--references=6000"], "6000 pairs of images of one class are wanted")])
 def test_mistakes_are_told(grouped, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         run("compare_groups.py", f"--runs={grouped}", f"--out_dir={tmp_path}", *QUICK, *changes)
 
 
-def test_a_model_without_groups(trained, tmp_path):
-    with pytest.raises(UserError, match="a model with groups of latents is wanted, and others with as many latents"):
-        run("compare_groups.py", f"--runs={trained}", f"--out_dir={tmp_path}", *QUICK)
+GROUPS = dict(num_latents=6, codebook_size=4, img_resolution=28, groups=3)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ([dict(groups=0)], "^run0: a model with groups of latents is wanted"),
+    ([{}, dict(groups=2)], "^run0, run1: .* others have as many groups, or none, and as many latents$"),
+    ([{}, dict(groups=0, num_latents=9)], "as many groups, or none, and as many latents"),
+    ([{}, dict(groups=0, num_latents=0)], "as many groups, or none, and as many latents"),
+    ([dict(continuous=True)], "^run0: priors continue codes, not continuous latents$"),
+    ([{}, dict(img_resolution=30)], "block 4 must divide images of 28 and 30 pixels")])
+def test_models_that_do_not_fit(changes, message, monkeypatch, tmp_path):
+    """Nothing is measured."""
+    of_runs = {f"run{i}": GROUPS | change for i, change in enumerate(changes)}
+    monkeypatch.setattr(compare_groups, "load_stage1", lambda folder: (None, dict(model_args=of_runs[folder])))
+    with pytest.raises(UserError, match=message):
+        compare_groups.main([f"--runs={','.join(of_runs)}", f"--out_dir={tmp_path}", *QUICK])

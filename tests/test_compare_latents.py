@@ -7,28 +7,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scripts import write
 
-import compare_conditions
 import compare_latents
+import compare_models
 import data
 from configurator import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 1), np.uint8)
 
 
-def write(path, content, age):
-    """A file of this age, in seconds, unless it is there; content: bytes, or a list of dicts, a log."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else "\n".join(map(json.dumps, content)).encode())
-        os.utime(path, (time.time() - age,) * 2)
+def write_log(path, lines):
+    write(path, "\n".join(map(json.dumps, lines)).encode())
 
 
 def write_prior(folder, kind, step):
     unit = "loss" if kind == "diffusion" else "bits"
     lines = [{"images": i * step, unit: 8.0 - i, f"held_out_{unit}": 9.0 - i} for i in (1, 2)]
-    write(folder / f"prior_{kind}.jsonl", lines, 10)
-    write(folder / f"prior_{kind}.pt", b"", 10)
+    write_log(folder / f"prior_{kind}.jsonl", lines)
+    write(folder / f"prior_{kind}.pt")
 
 
 @pytest.fixture
@@ -42,8 +39,8 @@ def commands(tmp_path, monkeypatch):
         folder = Path(settings.get("out_dir", ""))
         if script == "train_stage1.py":
             state = dict(made_by="train_stage1", config=dict(dataset="set", held_out=4, batch_size=32), model_args={}, step=1, ema={})
-            write(folder / "stage1.jsonl", [dict(images=9, kld=[2.5, 0.5])] if "continuous" in settings else
-                  [dict(images=9, bits=21.0, perplexity=[9.0, 11.0])], 10)
+            write_log(folder / "stage1.jsonl", [dict(images=9, kld=[2.5, 0.5])] if "continuous" in settings else
+                      [dict(images=9, bits=21.0, perplexity=[9.0, 11.0])])
             torch.save(state, folder / "stage1.pt")
             os.utime(folder / "stage1.pt", (time.time() - 10,) * 2)
             if "prior" in settings:
@@ -60,7 +57,7 @@ def commands(tmp_path, monkeypatch):
             write(images.with_suffix(".classifier.json"), json.dumps({"FD-classifier": float(len(images.stem))}).encode(), 2)
 
     monkeypatch.setattr(data, "load", lambda name: (IMAGES, np.arange(40) % 3, 3))
-    for module in (compare_latents, compare_conditions):
+    for module in (compare_latents, compare_models):
         monkeypatch.setattr(module, "run", fake)
     monkeypatch.setattr(compare_latents, "out_dir", str(tmp_path))
     return commands
@@ -113,13 +110,24 @@ def test_stages_are_compared(commands, tmp_path):
     assert afterwards == ["8x16", "moving"] and len(rows_of(tmp_path / "stages.txt")) == 5
 
 
-def test_near_is_1_for_samples_that_know_nothing(tmp_path, monkeypatch):
-    """And 0 for copies, whatever the order of the data set's split."""
-    monkeypatch.setattr(data, "load", lambda name: (IMAGES, None, 0))
+@pytest.mark.parametrize("classes", [0, 3])
+def test_near_is_1_for_samples_that_know_nothing(tmp_path, monkeypatch, classes):
+    """But the class, which decides the brightness here; and 0 for copies, whatever the order of the data set's split."""
+    labels = np.arange(40) % classes if classes else None
+    images = IMAGES // 4 + (0 if labels is None else 60 * labels.astype(np.uint8)[:, None, None, None])
+    monkeypatch.setattr(data, "load", lambda name: (images, labels, classes))
     order = np.concatenate(data.split(40, 4))
-    for name, images, wanted in (("copies", IMAGES[order], 0), ("mean", IMAGES[order].mean(0, keepdims=True).repeat(40, 0), 1)):
-        np.savez(tmp_path / f"{name}.npz", images=images)
+    means = np.stack([images[(np.arange(40) - i) % max(classes, 1) == 0].mean(0) for i in order])
+    for name, x, wanted in (("copies", images[order], 0), ("mean", means, 1)):
+        np.savez(tmp_path / f"{name}.npz", images=x)
         assert compare_latents.near(tmp_path / f"{name}.npz", "set", 4) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_without_held_out_images_nothing_is_trained(commands, tmp_path):
+    (tmp_path / "none.py").write_text("held_out = 0\n")
+    with pytest.raises(UserError, match="none.py, line 1: with held_out = 0 no images are left"):
+        compare_latents.main([f"--stage1_config={tmp_path / 'none.py'}", f"--out_dir={tmp_path}"])
+    assert not commands
 
 
 @pytest.mark.parametrize("argument, message", [
@@ -127,6 +135,7 @@ def test_near_is_1_for_samples_that_know_nothing(tmp_path, monkeypatch):
     ("--arms=8x16,9x9", "--arms of the question sizes are some of 4x256,8x16,.*, not 9x9"),
     ("--num_images=9", "num_images is 10 or more, not 9"), ("--seeds=()", "seeds takes different"),
     ("--total_images=0", "total_images must be positive"), ("--kld_weights=(0.1,-1)", "kld_weights and joint_weights are positive"),
+    ("--joint_weights=(1.0,1e999)", "kld_weights and joint_weights are positive, and finite"),
     ("--features=vgg", "--features is classifier or inception")])
 def test_mistakes_are_told(argument, message):
     with pytest.raises(UserError, match=message) as error:

@@ -8,6 +8,7 @@ from PIL import Image
 from scripts import run
 from test_compare_models import aged, scripts_in
 
+import compare_models
 import compare_processes
 from configurator import UserError
 
@@ -45,7 +46,8 @@ def commands(tmp_path, monkeypatch):
             value = (10 if "-plain-" in images.parent.name else 5 + seed) / int(steps) * (2 if ode == "flow-heun" else 1)
             images.with_suffix(".classifier.json").write_text(json.dumps({"FD-classifier": value}))
 
-    monkeypatch.setattr(compare_processes, "run", fake)
+    for module in (compare_models, compare_processes):
+        monkeypatch.setattr(module, "run", fake)
     monkeypatch.setattr(compare_processes, "out_dir", str(tmp_path))
     return commands
 
@@ -78,7 +80,7 @@ def test_the_tables_and_the_picture(commands, tmp_path):
     assert lines[2].startswith("FD-classifier: ") and lines[3].split() == ["5", "9", "17", "35"]
     rows = [line[:44].strip() for line in lines[4:16]]
     assert rows == ["EDM                     plain", "EDM                     codes", "ratio to plain", "EDM                     attended codes",
-                    "ratio to plain", "EDM                     and a null token", "ratio to plain", "flow matching           plain", "flow matching           codes", "ratio to plain",
+                    "ratio to plain", "EDM                     with a null token", "ratio to plain", "flow matching           plain", "flow matching           codes", "ratio to plain",
                     "flow matching, its ODE  plain", "flow matching, its ODE  codes"]
     assert lines[4].split()[-3:] == "0.5556 +- 0".split() and lines[5].split()[-3:] == "0.3056 +- 0.039".split()
     assert lines[6].split()[-2:] == ["0.500", "0.600"] and lines[15].split()[-3:] == "0.6111 +- 0.079".split()

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from scripts import SAMPLE, TEXT, run
 
+import compare_models
 import compare_text
 import data
 from captions import MadeCaptions
@@ -75,7 +76,8 @@ def test_a_whole_comparison(trained, written, tmp_path, monkeypatch):
         if script in ("train_text.py", "sample.py"):
             run(script, *filter(None, arguments), *settings)
 
-    monkeypatch.setattr(compare_text, "run", quick)
+    for module in (compare_models, compare_text):
+        monkeypatch.setattr(module, "run", quick)
     monkeypatch.setattr(compare_text, "find_classifier", lambda *arguments: (Known(torch.arange(60_000) % 10), 0.9))
     arguments = [f"--out_dir={tmp_path}", "--seeds=(0,)", "--per_prompt=2", "--device=cpu"]
     compare_text.main(arguments)

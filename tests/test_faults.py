@@ -216,6 +216,11 @@ def test_a_signal_to_several_processes(tmp_path, to, stop):
     assert checkpoint(tmp_path)["step"] * 8 == int(said[1].replace(",", "")) > 0
 
 
+# ----------------------------------------------------------------------------------------------------
+# soak
+
+
+@pytest.mark.soak
 def test_torchrun_starts_a_killed_worker_again(tmp_path):
     """SIGKILL to one of two, in the middle: the run ends by itself, with the weights of one that nobody disturbed; and
     --overwrite=True does not begin a second time."""
@@ -229,14 +234,6 @@ def test_torchrun_starts_a_killed_worker_again(tmp_path):
     printed, errors = process.communicate(timeout=180)
     assert process.returncode == 0 and "is ready" in printed and errors.count("exitcode: -9") == 1, errors
     assert same_training(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "killed"))
-
-
-# ----------------------------------------------------------------------------------------------------
-# several processes
-
-
-# ----------------------------------------------------------------------------------------------------
-# soak
 
 
 @pytest.mark.soak

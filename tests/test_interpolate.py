@@ -1,4 +1,6 @@
 """From one code to another: the ends are the plain runs; pairs, distances, files, mistakes."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,13 @@ def test_switching_at_the_ends_is_the_plain_run(monkeypatch):
     assert [name for name, _ in seen] == ["a"] * 15 + ["b"] * 7 + ["b"] * 15
     assert seen[15][1] == seen[8][1]  # b takes over where a's fifth step began
     assert not (half == first).any() and not (half == last).any()
+
+
+def test_shares_are_of_whole_steps(monkeypatch):
+    """The table and the curve say where the code was in fact changed, once for each step."""
+    monkeypatch.setattr(interpolate, "num_steps", 4)
+    monkeypatch.setattr(interpolate, "shares", (0.3, 0.2, 0.7, 1.0))
+    assert interpolate.share_of_steps() == [1, 0.75, 0.25, 0]
 
 
 def test_latents_are_exchanged_from_the_first_on():
@@ -90,3 +99,12 @@ def test_a_run(trained, tmp_path, capsys):
 def test_mistakes_are_told(changes, message, trained, tmp_path):
     with pytest.raises(UserError, match=message):
         run("interpolate.py", f"--init_from={trained}", f"--out_dir={tmp_path}", *QUICK, *changes)
+
+
+@pytest.mark.parametrize("model_args", [dict(num_latents=0, codebook_size=16), dict(num_latents=3, codebook_size=5, continuous=True),
+                                        dict(num_latents=8, codebook_size=1)], ids=["plain EDM", "continuous latents", "embeddings"])
+def test_a_model_without_codes(model_args, monkeypatch):
+    model = SimpleNamespace(num_latents=model_args["num_latents"])
+    monkeypatch.setattr(interpolate, "load_stage1", lambda *_: (model, dict(model_args=model_args)))
+    with pytest.raises(UserError, match="stage1.pt has no codes to change$"):
+        interpolate.measure("cpu")

@@ -1,4 +1,5 @@
 """LLaDA: losses, sampler and network against the numbers of its authors' programs."""
+import itertools
 import math
 
 import numpy as np
@@ -69,6 +70,23 @@ def test_generations_with_noise_are_the_authors():
     assert torch.equal(x, REFERENCE["x_gumbel"][:, 4:].long())
     x = unmask(after, START, MASK, 8, rand=lambda count: next(order_u))
     assert torch.equal(x, REFERENCE["x_random_order"][:, 4:].long())
+
+
+@pytest.mark.parametrize("steps, block, placed", [
+    (9, 4, [1] * 9), (3, 4, [4, 4, 1]), (7, 4, [2, 1, 1, 2, 1, 1, 1]), (5, 2, [2, 2, 2, 2, 1]), (2, 8, [8, 1]),
+    (4, 0, [3, 2, 2, 2]), (9, 10, [1] * 9)])
+def test_blocks_share_the_steps(steps, block, placed):
+    """As many evaluations as are asked for; each block is full before the next begins, and the last may be shorter."""
+    seen = []
+
+    def predict(x):
+        seen.append((x != 3).sum(1).tolist())
+        filled = seen[-1][0] // (block or 9) * (block or 9)
+        assert (x[:, :filled] != 3).all() and (x[:, filled + (block or 9):] == 3).all()
+        return torch.zeros(1, 9, 3)
+
+    unmask(predict, torch.full((1, 9), 3), 3, steps, block=block)
+    assert [b - a for (a,), (b,) in itertools.pairwise([*seen, [9]])] == placed
 
 
 def test_codes_come_before_the_prompt_in_dlc():

@@ -9,7 +9,7 @@ import torch
 from configurator import UserError
 from model import draw_codes
 from noise import gumbel_noise, seeded_generator
-from prior import Prior
+from prior import Prior, with_given
 
 
 def random_prior(label_dim=2):
@@ -100,6 +100,11 @@ def test_nothing_or_all_may_be_given():
     assert torch.equal(prior.sample(given(gumbel), c, given=3 - z), 3 - z)
     mixed = torch.where(torch.arange(3) < torch.arange(4)[:, None], z, -1)  # 0, 1, 2 and 3 of the codes that it draws
     assert torch.equal(prior.sample(given(gumbel), c, given=mixed), z)
+
+
+def test_what_is_given_may_be_on_another_device():
+    """As on Apple's GPUs, where noise, and so codes, are on the CPU."""
+    assert with_given(torch.empty(1, 3, dtype=torch.int64, device="meta"), torch.tensor([[-1, 2, 3]]), 4).device.type == "meta"
 
 
 @pytest.mark.parametrize("codes, message", [

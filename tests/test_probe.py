@@ -47,8 +47,22 @@ def test_the_probe_does_not_mind_scale_and_offset(g):
     x = means[c] + torch.randn(400, 6, generator=g)
     found = linear_probe(x[:300], c[:300], x[300:])
     assert (found == c[300:]).double().mean() > 0.9
-    assert torch.equal(linear_probe(1000 * x[:300] + 50, c[:300], 1000 * x[300:] + 50), found)
+    assert torch.equal(linear_probe(10 * x[:300] + 3000, c[:300], 10 * x[300:] + 3000), found)
     assert linear_probe(torch.ones(40, 2), c[:40], torch.ones(5, 2)).shape == (5,)  # features that say nothing
+
+
+def test_the_weight_decay_is_the_best_on_a_tenth(monkeypatch):
+    """The first of the strongest that are best; then all rows are fitted with it."""
+    fits, best = [], 2
+
+    def fit(x, c, classes, decay, start=None, first=0):
+        fits.append((decay, first))
+        return torch.tensor([[1.0, -1.0], [0, 0]]) if decay == probe.DECAYS[best] else torch.tensor([[-1.0, 1.0], [0, 0]])
+
+    monkeypatch.setattr(probe, "logistic_regression", fit)
+    x, c = torch.tensor([[1.0], [-1.0]]).repeat(20, 1), torch.tensor([0, 1]).repeat(20)
+    assert linear_probe(x, c, x[:6]).tolist() == [0, 1] * 3
+    assert fits == [*((decay, 4) for decay in probe.DECAYS), (probe.DECAYS[best], 0)] and [*probe.DECAYS] == sorted(probe.DECAYS)[::-1]
 
 
 def test_in_tiles_as_in_one(g, monkeypatch):
@@ -119,7 +133,9 @@ def test_of_both_encoders(small_set, tmp_path):
     assert [key for key in found if isinstance(found[key], dict)] == [
         "pixels", "codes", "SEMs", "random weights: codes", "random weights: SEMs"]
     assert found["dataset"] == "fashion-mnist-10k" and found["test"] == 16 and found["train"] == 184 and len(found["codes"]["perplexity"]) == 3
-    assert f"{100 * found['pixels']['linear']:.1f} +-" in printed
+    share = found["pixels"]["linear"]
+    assert f"{100 * share:.1f} +- {100 * (share * (1 - share) / 16) ** 0.5:.1f}" in printed
+    assert found["codes"] != found["random weights: codes"]  # another network
     run("probe.py", f"--out_dir={tmp_path}", "--device=cpu", "--k=3")
     assert json.loads((tmp_path / "probe.json").read_text()) == found
     assert not list(tmp_path.glob("tmp*"))  # what the encoder said is gone

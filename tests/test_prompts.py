@@ -52,13 +52,16 @@ def test_settings_of_the_sampler(written):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--prompt= "], "prompt 1 of --prompt= is empty|prompt 1 of --prompt=  is empty"),
+    (["--prompt="], "--prompt= is empty: say what to draw"),
     (["--prompt=a|"], "prompt 2 of --prompt=a| is empty: say what to draw"),
     (["--prompt=\udcff"], "has bytes that are no UTF-8"),
     (["--prompt=" + 65 * "a"], "has 65 tokens, and this model reads 64 at most"),
+    (["--prompt=" + 9999 * "a"], "the prompt 'a{99} has 9999 tokens"),
     (["--prompt_file=nowhere.txt"], "can't read nowhere.txt: No such file"),
     (["--prompt=a", "--prompt_file=b"], "--prompt and --prompt_file both give codes: choose one"),
     (["--prompt=a", "--code=1,2,3"], "--code and --prompt both give codes: choose one"),
-    (["--prompt=a", "--class_label=2"], "a prompt says what to draw: leave class_label out"),
+    (["--prompt=a", "--class_label=2"], "a prompt says what to draw: leave class_label and random_labels out"),
+    (["--prompt=a", "--random_labels=True"], "a prompt says what to draw: leave class_label and random_labels out"),
     (["--prompt=a", "--text_steps=5"], "text_steps is 5: it must be 1 at least, a step for each block, and 4 at most"),
     (["--prompt=a", "--text_steps=1", "--text_block=2"], "text_steps is 1: it must be 2 at least"),
     (["--prompt=a", "--text_order=left"], "--text_order is low-confidence or random, not left"),
@@ -69,6 +72,20 @@ def test_bad_prompts(written, arguments, message):
     with pytest.raises(UserError, match=message) as error:
         run("sample.py", f"--out_dir={written[0]}", *SAMPLE, *arguments)
     assert "\n" not in str(error.value)
+
+
+def test_prompts_that_get_no_image_are_counted(written, tmp_path, capsys):
+    """Of a file whose first line has a separator that is no line break."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("a\u2028coat\na bag\na dress")
+    for settings, images, prompts, wanted in ((["--per_code=4"], 20, 3, ""), (["--per_code=4"], 16, 2, 24),
+                                              (["--per_code=7"], 20, 2, 42), (["--per_code=1"], 3, 3, ""),
+                                              (["--per_code=4", "--compose=1,2,3"], 20, 2, 48)):
+        run("sample.py", f"--out_dir={tmp_path}", f"--init_from={written[0]}", *SAMPLE, f"--prompt_file={path}", *settings,
+            f"--num_images={images}")
+        assert len({*load(tmp_path)["prompts"]}) == prompts
+        said = [line for line in capsys.readouterr().err.splitlines() if "prompts" in line]
+        assert said == [f"images of {prompts} of 3 prompts: --num_images={wanted} has all"] * bool(wanted)
 
 
 def test_files_of_prompts(written, tmp_path):

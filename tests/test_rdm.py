@@ -34,6 +34,21 @@ def test_noise_and_loss_equal_rcg(monkeypatch):
     assert loss.item() == pytest.approx(REFERENCE["loss"].item(), abs=1e-5)
 
 
+def test_the_loss_is_a_mean_over_entries_at_random_steps(g, monkeypatch):
+    """A new network says 0: the loss is the mean square, (D - 1) / D, whatever step and noise are. These are drawn for each
+    vector, all steps alike, and the noise is N(0, 1), finite for the u = 0 that a generator may give."""
+    network, z = RDM(8, layers=1, dim=16, time_dim=16), standardised(torch.randn(4000, 8, generator=g))
+    assert torch.allclose(network.nats(z, generator=g), torch.full((4000,), 7 / 8))
+    given = []
+    monkeypatch.setattr("rdm.noised", lambda x, t, noise: given.append((t, noise)) or x)
+    network.nats(z, generator=g)
+    (t, noise), = given
+    assert t.min() >= 0 and t.max() < 1000 and t.double().mean().item() == pytest.approx(499.5, abs=15) and t.unique().numel() > 900
+    assert noise.mean().abs() < 0.02 and noise.std().item() == pytest.approx(1, abs=0.02)
+    assert network.loss(z[:1], None, torch.zeros(1), torch.zeros(1, 8)).isfinite().all() and given[1][1].isfinite().all()
+    assert given[1][1].max() < -5
+
+
 def test_ddim_equals_rcg():
     network, draws, times = reference_network(), iter(REFERENCE["step_noise"]), []
 

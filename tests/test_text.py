@@ -38,6 +38,7 @@ def test_what_is_masked_and_predicted(model):
     kept, dropped = torch.tensor([[False, True, False, False], [False, False, True, False]])
     u = torch.full((4, 9), 0.7)
     u[:, ::2] = 0.1
+    u[:, 3] = 0.1  # START
     given = {}
 
     def network(x, real, at):
@@ -100,6 +101,13 @@ def test_tokens_stay_in_range_and_rows_depend_on_their_seeds(model):
         assert codes.shape == (90, 2) and {*codes.unique().tolist()} == {0, 1, 2} and classes.max() == 3
         few, some = model.sample(SeededNoise("codes", range(3, 6)), captions[3:6], **setting)
         assert torch.equal(few, codes[3:6]) and torch.equal(some, classes[3:6])
+
+
+def test_fewer_classes_than_values():
+    model = TextModel(2, 5, 2, vocabulary=9, mask_token=8, layers=1, dim=16, heads=2, hidden=24)
+    logits = model.predict(Z, CAPTIONS)
+    assert logits.shape == (2, 3, 5) and logits[:, :2].isfinite().all()
+    assert logits[:, 2, :2].isfinite().all() and logits[:, 2, 2:].eq(-math.inf).all()
 
 
 def test_samples_are_from_the_distribution(model):

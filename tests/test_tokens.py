@@ -45,6 +45,11 @@ def test_bytes_are_of_small_letters():
     ({"normalizer": {"type": "Lowercase"}}, "normalises text by Lowercase: not known here"),
     ({"pre_tokenizer": {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": "("}}}, "no tokenizer.json"),
     ({"pre_tokenizer": {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": r"\p{Han}"}}}, "Han"),
+    ({"model": TOKENIZER["model"] | {"merges": [["a", "\u0120"]]}}, "the tokenizer is damaged: .*, not .*'a', '\u0120'"),
+    ({"model": TOKENIZER["model"] | {"merges": ["abc"]}}, "the tokenizer is damaged: .*, not .*'abc'"),
+    *[({"model": TOKENIZER["model"] | {"vocab": TOKENIZER["model"]["vocab"] | {"zz": token}}}, message)
+      for token, message in ((-1, "the tokenizer is damaged: tokens are whole numbers from 0"),
+                             (0.5, "the tokenizer is damaged: tokens are whole numbers from 0"), ("1", "no tokenizer.json"))],
     ({"model": 3}, "no tokenizer.json")])
 def test_tokenizers_of_other_kinds(change, message):
     with pytest.raises(UserError, match=message) as error:

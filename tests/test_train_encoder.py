@@ -130,11 +130,11 @@ def test_rates_of_blocks_change_on_request(tmp_path):
 
 @pytest.mark.parametrize("targets", ["sinkhorn", "centring"])
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, monkeypatch, targets):
-    """To the bit, drop path and centres too."""
+    """To the bit, drop path and centres too; whether activations are recomputed makes no difference."""
     settings = [*TINY, f"--targets={targets}", "--drop_path=0.3", "--save_every=16"]
     run("train_encoder.py", f"--out_dir={tmp_path / 'whole'}", *settings)
     with a_crash(monkeypatch, 4) as saved, pytest.raises(ZeroDivisionError):
-        run("train_encoder.py", f"--out_dir={tmp_path / 'parts'}", *settings)
+        run("train_encoder.py", f"--out_dir={tmp_path / 'parts'}", *settings, "--recompute=True")
     assert saved == [0, 2, 4]
     run("train_encoder.py", f"--out_dir={tmp_path / 'parts'}", *settings)
     whole, parts = (checkpoint(tmp_path / name, "encoder.pt") for name in ("whole", "parts"))
@@ -167,10 +167,13 @@ def test_images_without_variety(tmp_path, monkeypatch, shape):
     monkeypatch.setattr(data, "load", lambda name: (np.full(shape, 90, np.uint8), None, 0))
     for _ in range(2):
         with pytest.raises(UserError, match=r"the encoder has collapsed: .*encoder.pt is kept\. Try images with more variety, --targets") as error:
-            run("train_encoder.py", f"--out_dir={tmp_path}", *TINY)
+            run("train_encoder.py", f"--out_dir={tmp_path}", *TINY, "--held_out=4")
     assert "\n" not in str(error.value) and checkpoint(tmp_path, "encoder.pt")["step"] == 6
     encoder, _ = load_encoder(tmp_path)
     assert encoder.patch == shape[1] // 4 and encoder.img_resolution == shape[1]
+    if shape[3] == 1:  # and stage 1 refuses such an encoder, however few images are held out
+        with pytest.raises(UserError, match="has collapsed: [0-9.]+% of its codes are distinct"):
+            run("train_stage1.py", f"--out_dir={tmp_path / 'run'}", f"--codes={tmp_path}", "--class_cond=False", "--held_out=4", "--device=cpu")
 
 
 # mistakes
@@ -202,7 +205,7 @@ def test_another_encoder_is_refused(tmp_path):
         img_resolution=28, img_channels=1, num_latents=4, codebook_size=4, patch=14, dim=16, layers=1, heads=2, registers=1, prototypes=4,
         head_hidden=8, head_bottleneck=4))
     torch.save(state | dict(ema=Distilled(**state["model_args"] | dict(codebook_size=5)).state_dict()), tmp_path / "encoder.pt")
-    with pytest.raises(UserError, match="the checkpoint is of another architecture than this Distilled: .*sem_out") as error:
+    with pytest.raises(UserError, match="encoder.pt is of another architecture than this Distilled: train anew.*sem_out") as error:
         load_encoder(tmp_path)
     assert "\n" not in str(error.value)
 

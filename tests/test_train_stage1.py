@@ -49,7 +49,7 @@ def test_what_the_network_is_given_and_its_loss(stage1, monkeypatch):
     """A new network's last layer is zero: D = c_skip x (EDM, Table 1), and the loss is known. In four micro-steps."""
     images, labels, _ = data.load("fashion-mnist-10k")
     given = stage1.recorded(monkeypatch, "forward")
-    loss, code_sum, entropy_sum = stage1.gradients(3)
+    loss, code_sum, entropy_sum, _ = stage1.gradients(3)
     assert [len(arguments[0]) for arguments in given] == [32] * 4 and {arguments[6] for arguments in given} == {0.5}
     y, noise, sigma, c, gumbel, drop = (torch.cat(parts) for parts in list(zip(*given))[:6])
     drawn = stage1.draw_step(3)
@@ -72,9 +72,10 @@ OTHERS = {"pfgm++": ["--process=pfgm++", "--pfgm_D=2"], "flow": ["--process=flow
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_training_is_of_the_process(name, tmp_path, monkeypatch):
+def test_training_is_of_the_process(name, tmp_path, monkeypatch, capsys):
     """Its noise, its noise levels, and its weight, by the loss of a new network, whose D is c_skip x, or whose velocity is 0."""
     stage1 = Script("train_stage1.py", "default", tmp_path, "cpu", *SETTINGS, "--batch_gpu=128", *OTHERS[name])
+    assert ("P_mean and P_std have no effect" in capsys.readouterr().err) == (name == "flow")
     noise, sigma = (torch.cat(drawn).double().flatten(1) for drawn in list(zip(*map(stage1.draw_step, range(40))))[:2])
     inverse = 1 / (noise / sigma).square().mean(1)  # of 5,120 images; in PFGM++ chi-square with 2 degrees of freedom, over 2
     assert inverse.mean().item() == pytest.approx(1, abs=0.05) and inverse.std().item() == pytest.approx(1 if name == "pfgm++" else 0.05, rel=0.1)
@@ -258,6 +259,7 @@ def test_images_of_ones_own_at_the_first_try(tmp_path, monkeypatch):
     (["--batch_size=10", "--batch_gpu=4"], "10 images per process can't be split into 3 equal parts of at most 4"),
     (["--device=cuda:99"], "--device=cuda:99 can't be used here"),
     (["--nun_latents=3"], "the nearest is 'num_latents'"),
+    (["--groups=2"], "^3 latents can't be split into 2 equal groups: .*; 2 groups of latents need 2 resolutions"),
     (["--groups=3"], r"3 groups of latents need 3 resolutions with attention, and it is at \[14\]: name more of .* attn_resolutions"),
     (["--groups=2", "--attn_resolutions=14,28"], "3 latents can't be split into 2 equal groups"),
     (["--groups=3", "--denoiser=dit"], "they need --denoiser=unet and --conditioning=attention"),

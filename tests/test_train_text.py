@@ -1,13 +1,17 @@
-"""Text to codes: a step in numbers, runs that go on, several processes, prompts, weights of LLaDA, mistakes."""
+"""Text to codes: a step in numbers, runs that go on, several processes, mistakes."""
+import json
+import math
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint, log_of, same, same_training
-from scripts import TEXT, Script, outputs, run, start_together
+from conftest import ROOT, checkpoint, fill, log_of, same, same_training
+from scripts import SAMPLE, TEXT, Script, outputs, run, start_together
+from vaes import safetensors
 
 from configurator import UserError
+from llada import LLaDA
 from trained import load_stage1, load_text
 
 
@@ -67,6 +71,64 @@ def test_parts_of_a_batch_and_rates(folder):
     assert rates == pytest.approx([0, 1, *(0.5 + 0.5 * np.cos(np.pi * i / 8) for i in range(9))])
 
 
+def test_clipping_averages_and_flips(folder, monkeypatch):
+    """Adam's first moment is a tenth of gradients of the norm grad_clip at most; at step n the average keeps
+    (1 + n) / (10 + n) of itself, at most ema_decay; half of the images are mirrored if stage 1's were."""
+    script = Script("train_text.py", "default", folder, "cpu", *TEXT, "--batch_size=400", "--batch_gpu=400",
+                    "--grad_clip=0.5", "--ema_decay=0.9", "--warmup_images=400", "--total_images=4000")
+    assert script.averages_of_ones([0]) == pytest.approx([0.9]) and script.averages_of_ones([2]) == pytest.approx([0.75])
+    assert script.averages_of_ones([1000] * 2) == pytest.approx([0.1, 0.19])
+    count = sum(p.numel() for p in script.parameters)
+    for norm, clipped in ((3.0, 0.5), (0.2, 0.2)):
+        script.optimizer.state.clear()
+        for p in script.parameters:
+            p.grad = torch.full_like(p, norm / count ** 0.5)
+        assert script.update(0).item() == pytest.approx(norm, rel=1e-4)
+        moments = torch.cat([state["exp_avg"].flatten() for state in script.optimizer.state.values()])
+        assert moments.norm().item() == pytest.approx(0.1 * clipped, rel=1e-4)
+    flips = []
+    monkeypatch.setitem(script.all, "codes_of", lambda run, indices, gumbel, flip: flips.append(flip) or torch.zeros(
+        400, 4, dtype=torch.int64))
+    for script.run.flips in (1, 2):
+        script.gradients(0)
+    assert not flips[0].any() and flips[1].double().mean().item() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("given", ["own", "a wrong", "no"])
+def test_bits_are_the_averages(folder, monkeypatch, given):
+    """Of the images' codes and classes, with the images' captions, those of the images before, or as many masks."""
+    script = Script("train_text.py", "default", folder, "cpu", *TEXT)
+    indices, seen = script.run.train_indices[:300], []
+    monkeypatch.setattr(script.run.ema, "nats", lambda z, said, g, draws: seen.append((z, said)) or z[:, 3] * math.log(2))
+    mean, error = script.bits(indices, given)
+    classes = script.run.labels[indices]
+    assert mean == pytest.approx(classes.mean()) and error == pytest.approx(classes.std() / 300 ** 0.5)
+    assert [row[3] for z, _ in seen for row in z.tolist()] == classes.tolist()
+    said = [[token for token in row if token >= 0] for _, part in seen for row in part.tolist()]
+    words = np.random.default_rng(0).random((300, 3))
+    captions = script.run.captions.draw(np.roll(indices, given == "a wrong"), words)
+    assert said == [[256] * len(text) if given == "no" else list(text.encode()) for text in captions]
+
+
+def test_weights_and_tokenizer_of_llada(folder):
+    """Where a run starts, and what is sampled with."""
+    net = LLaDA(501, layers=1, dim=16, heads=2, hidden=24)
+    state = {name: fill(name, p.shape) for name, p in net.named_parameters()}
+    path = folder / "llada.safetensors"
+    path.write_bytes(safetensors({f"model.transformer.{name}": p for name, p in state.items()}))
+    reference = json.loads((ROOT / "tests/reference/bpe_tiny.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(reference["tokenizer"]))
+    run("train_text.py", f"--out_dir={folder}", *TEXT, f"--init_from={path}", f"--tokenizer={folder}/tokenizer.json",
+        "--vocabulary=501", "--mask_token=500", "--place_embedding=False", "--lr=1e-9", "--total_images=40")
+    found = checkpoint(folder, "text.pt")
+    for part in ("model", "ema"):
+        assert all(torch.allclose(found[part][name][:len(p)], p, atol=1e-6) for name, p in state.items())
+    (folder / "tokenizer.json").unlink()
+    tokenizer = load_text(folder, "cpu", load_stage1(folder)[1])[1]
+    assert [tokenizer.encode(text) for text in reference["texts"]] == reference["ids"]
+    assert "are ready" in run("sample.py", f"--out_dir={folder}", *SAMPLE, "--prompt=a dark coat")
+
+
 def test_a_resumed_run_equals_an_undisturbed_one(written, folder):
     """To the bit. (Shorter runs warm up by the same rates.)"""
     whole, settings = written[0], [f"--out_dir={folder}", *TEXT]
@@ -102,6 +164,8 @@ def test_two_processes_do_what_one_does(written, folder, fsdp):
     one, two = checkpoint(written[0], "text.pt"), checkpoint(folder, "text.pt")
     for part in ("model", "ema"):
         assert all(torch.allclose(one[part][name], p, atol=2e-3) for name, p in two[part].items())
+    bits = [[line["held_out_bits"] for line in log_of(path / "text.jsonl")] for path in (written[0], folder)]
+    assert bits[0] == pytest.approx(bits[1], abs=2e-4)
     moments = [state["optimizer"]["state"][0]["exp_avg"] for state in (one, two)]
     assert moments[0].shape == moments[1].shape
     model = load_text(folder, "cpu", load_stage1(folder)[1])[0]
@@ -110,3 +174,35 @@ def test_two_processes_do_what_one_does(written, folder, fsdp):
     if fsdp:
         outputs(start_together(2, *settings, "--total_images=240", "--change=total_images"))
         assert checkpoint(folder, "text.pt")["step"] == 6
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--mask_token=100"], "mask_token 100 is a byte, which captions may have: it must be 256 at least"),
+    (["--vocabulary=256"], "the tokenizer has tokens up to 255, and mask_token is 256: vocabulary 256 must be larger"),
+    (["--kept=0.7", "--dropped=0.4"], "kept 0.7 and dropped 0.4 are probabilities: their sum is at most 1"),
+    (["--heads=3"], "each head's width must be an even number, for rotary positions: 16 / 3 is not"),
+    (["--ema_decay=1"], "ema_decay must be below 1"),
+    (["--captions=nowhere.txt"], "can't read nowhere.txt: No such file"),
+    (["--init_from=nowhere"], "there are no weights nowhere")])
+def test_bad_settings(folder, arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        run("train_text.py", f"--out_dir={folder}", *TEXT, *arguments)
+    assert "\n" not in str(error.value) and not (folder / "text.pt").exists()
+
+
+def test_captions_of_ones_own(folder):
+    """What is read is known by its content: a run goes on with a copy, and not with other captions."""
+    said = folder / "captions.txt"
+    said.write_bytes(b"\xef\xbb\xbf" + "a coat\tAN É\r\n".encode() * 10_000)
+    settings = [f"--out_dir={folder}", *TEXT]
+    printed = run("train_text.py", *settings, f"--captions={said}", "--total_images=40")
+    assert "9,984 images to train on, such as 'a coat'" in printed and "unseen" not in printed
+    assert printed.endswith(f"next: python sample.py --out_dir={folder} --prompt=\"a coat\"\n")
+    copy = said.rename(folder / "copy.txt")
+    run("train_text.py", *settings, f"--captions={copy}", "--total_images=80", "--change=total_images")
+    assert checkpoint(folder, "text.pt")["step"] == 2
+    copy.write_text("a coat\n" * 10_000)
+    with pytest.raises(UserError, match="captions_identity=.*--overwrite=True"):
+        run("train_text.py", *settings, f"--captions={copy}", "--total_images=80", "--change=total_images")
+    copy.write_text('a coat of 5"\n' * 10_000)  # not a prompt to type
+    assert "--prompt=\"...\"" in run("train_text.py", *settings, f"--captions={copy}", "--overwrite=True", "--total_images=40")

@@ -102,17 +102,38 @@ def test_what_does_not_belong_together_is_not_shipped(trained, tmp_path):
     assert (trained / "stage1.pt").read_bytes() == before and not (tmp_path / "best").exists()
 
 
+def test_a_text_model_ships_too(trained, written, tmp_path):
+    """And writes what its source writes; one of another stage 1 does not."""
+    shutil.copy(trained / "prior_ar.pt", tmp_path)
+    for file in ("stage1.pt", "text.pt"):
+        shutil.copy(written[0] / file, tmp_path)
+    ship(tmp_path, tmp_path / "best")
+    assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["prior_ar.pt", "stage1.jsonl", "stage1.pt", "text.pt"]
+    half = torch.load(tmp_path / "best" / "text.pt")
+    assert half["ema"]["wte.weight"].dtype == torch.float16 and not {"model", "optimizer"} & half.keys()
+    prompt = ["--prompt=a dark coat", "--temperature=0"]
+    run("sample.py", f"--out_dir={tmp_path}", *SAMPLE, *prompt)
+    run("sample.py", f"--out_dir={tmp_path}", f"--init_from={tmp_path / 'best'}", "--name=half", *SAMPLE, *prompt)
+    with np.load(tmp_path / "samples.npz") as whole, np.load(tmp_path / "half.npz") as shipped:
+        assert np.array_equal(whole["codes"], shipped["codes"])
+    torch.save(torch.load(tmp_path / "text.pt") | dict(encoder=0), tmp_path / "text.pt")
+    with pytest.raises(UserError, match="text.pt was trained on codes of another stage 1"):
+        ship(tmp_path, tmp_path / "worse")
+    assert not (tmp_path / "worse").exists()
+
+
 def test_what_ships_is_not_trained_on(trained, tmp_path):
     ship(trained, tmp_path)
     with pytest.raises(UserError, match="stage1.pt has the averaged weights alone.*--overwrite=True"):
         run("train_stage1.py", f"--out_dir={tmp_path}", *TINY, "--total_images=64")
 
 
-def test_the_shipped_model_makes_pictures(tmp_path):
-    files = list((ROOT / "pretrained").iterdir())
+@pytest.mark.parametrize("folder, prior", [("pretrained", "ar"), ("pretrained-dlc", "sedd")])
+def test_the_shipped_models_make_pictures(tmp_path, folder, prior):
+    files = list((ROOT / folder).iterdir())
     assert sum(path.stat().st_size for path in files) < 6e6 and {"stage1.jsonl", "README.md"} < {path.name for path in files}
-    printed = run("sample.py", "--init_from=pretrained", f"--out_dir={tmp_path}", "--num_images=4", "--num_steps=5", "--device=cpu")
-    assert "codes of the prior ar" in printed
+    printed = run("sample.py", f"--init_from={folder}", f"--out_dir={tmp_path}", "--num_images=4", "--num_steps=5", "--device=cpu")
+    assert f"codes of the prior {prior}" in printed
     with np.load(tmp_path / "samples.npz") as f:
         assert f["images"].shape == (4, 28, 28, 1) and f["images"].std() > 30
 
@@ -132,3 +153,21 @@ def test_the_shipped_model_is_what_it_was():
     errors = [(model.denoise(x, sigma, *given) - y).square().mean().item()
               for given in ((c, model.condition(z)), (c, null), (None, model.condition(z)))]
     assert errors == pytest.approx([0.0690, 0.1105, 0.1226], abs=2e-4)  # without the code, without the class
+
+
+@torch.no_grad()
+def test_the_shipped_model_of_discrete_latent_codes_is_what_it_was():
+    """Codes of held-out images, SEDD's bound on their bits, and how far D at sigma = 3 is from the images."""
+    model, state = load_stage1("pretrained-dlc")
+    prior = load_prior("pretrained-dlc", "sedd", "cpu", state)
+    images, _, _, held_out = load_trained_on(state["config"], "pretrained-dlc/stage1.pt")
+    y = data.to_float(images[held_out[:40]])
+    z = model.encoder(y).argmax(2)
+    first = [5, 0, 1, 1, 5, 0, 5, 4, 4, 1, 7, 1, 1, 5, 4, 6, 2, 4, 4, 5, 0, 0, 1, 0, 5, 3, 2, 4, 4, 5, 6, 3]
+    assert (z[0, :32] == torch.tensor(first)).float().mean() > 0.9  # some are nearly ties
+    bits = prior.nats(z[:10], generator=torch.Generator().manual_seed(0)) / np.log(2)
+    assert bits.mean().item() == pytest.approx(71.61, rel=0.02)
+    x, sigma = y + 3 * torch.randn(y.shape, generator=torch.Generator().manual_seed(0)), torch.full((40,), 3.0)
+    null = model.condition(z, torch.ones(40, dtype=torch.bool))
+    errors = [(model.denoise(x, sigma, None, code) - y).square().mean().item() for code in (model.condition(z), null)]
+    assert errors == pytest.approx([0.0732, 0.1285], abs=3e-4)

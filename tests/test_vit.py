@@ -101,6 +101,26 @@ def test_drop_path_keeps_the_mean():
     assert torch.equal(kept[:, 0, 0], kept[:, 0, 7]) and torch.equal(block.eval().kept(x), x)
 
 
+def test_recomputed_gradients_are_the_same():
+    """With drop path, to the bit; and less is kept for them."""
+    encoder, y, found, kept = small(drop_path=0.5, layers=4), torch.rand(6, 1, 28, 28), [], []
+    for encoder.recompute in (False, True):
+        encoder.train().zero_grad()
+        torch.manual_seed(1)
+        kept.append(0)
+
+        def keep(t):
+            kept[-1] += t.numel()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            x = encoder.tokens(y)
+        x.square().sum().backward()
+        found.append([p.grad for p in encoder.blocks.parameters()])
+    assert all(torch.equal(*grads) for grads in zip(*found)) and all(grad.any() for grad in found[0][-2:])
+    assert kept[1] < kept[0] / 5
+
+
 @pytest.mark.parametrize("changes, message", [
     (dict(patch=5), "patch 5 does not divide images of 28 pixels"), (dict(heads=3), "16 is not by 3"),
     (dict(mean=(0.1, 0.2, 0.3)), "mean has 3 numbers, the images have 1 channels")])
