@@ -48,9 +48,11 @@ def read_protein(path):
         if line.startswith(("ATOM", "HETATM")) and line[12:16] in (" N  ", " CA ", " C  "):  # calcium is "CA  "
             kind, atoms = residues.setdefault(line[21:27], (line[17:20].strip(), {}))
             try:
-                atoms.setdefault(line[12:16].strip(), [float(line[i:i + 8]) for i in (30, 38, 46)])
+                position = [float(line[i:i + 8]) for i in (30, 38, 46)]
             except ValueError:
-                raise UserError(f"{path}: this line has no position: {line.rstrip()}") from None
+                position = [torch.nan]
+            require(all(abs(x) < 1e5 for x in position), f"{path}: this line has no position: {line.rstrip()}")
+            atoms.setdefault(line[12:16].strip(), position)
     whole = [(kind, atoms["CA"]) for kind, atoms in residues.values() if len(atoms) == 3]
     require(whole, f"{path} has no protein: no residue with the atoms N, CA and C, in PDB format")
     types = [RESIDUES.index(kind) if kind in RESIDUES else len(RESIDUES) - 1 for kind, _ in whole]
@@ -90,7 +92,6 @@ def read_ligand(text):
     require(mol is not None, f"RDKit can't read the ligand {text}: it takes an .sdf or .mol2 file, or SMILES")
     require(mol.GetNumAtoms() > 1, f"the ligand {text} must have two heavy atoms or more")
     require(len(Chem.GetMolFrags(mol)) == 1, f"the ligand {text} is more than one molecule")
-    require(not (reader and mol.GetConformer().GetPositions().std() == 0), f"the ligand {text} has no positions")
     return mol
 
 
@@ -265,6 +266,8 @@ def complex_of(protein, mol, seed=0, pose=True):
     made_up = conformer(mol, seed)
     pos = matched = torch.full_like(made_up, torch.nan)
     if pose:
+        require(mol.GetNumConformers() and mol.GetConformer().GetPositions().std() > 0,
+                f"the true pose of {Chem.MolToSmiles(mol)} has no positions: it takes an .sdf or .mol2 file")
         pos = positions(mol) - centre
         gap = torch.cdist(pos, rec_pos).min().item()
         require(gap < 15, f"ligand and protein are {gap:.0f} Angstrom apart: are they of the same complex?")
@@ -295,15 +298,17 @@ def gather(complexes, device="cpu"):
     first_atom, first_residue = lig.cumsum(0) - lig, rec.cumsum(0) - rec
     number = torch.arange(len(complexes))
 
-    def together(name, shift=None, dim=0):
-        parts = [getattr(c, name) for c in complexes]
-        return torch.cat([x if shift is None else x + by for x, by in zip(parts, shift or parts)], dim).to(device)
+    def together(name):
+        return torch.cat([getattr(c, name) for c in complexes]).to(device)
+
+    def numbered(name, first, dim):  # these are numbers of atoms or of residues
+        return torch.cat([getattr(c, name) + by for c, by in zip(complexes, first)], dim).to(device)
 
     return Batch(
         size=len(complexes), most=int((lig + rec).max()),
         graph=torch.cat([number.repeat_interleave(lig), number.repeat_interleave(rec)]).to(device),
         rank=torch.cat([torch.arange(n) for n in lig] + [torch.arange(n, n + k) for n, k in zip(lig, rec)]).to(device),
         residues=together("residues"), rec_pos=together("rec_pos"),
-        rec_edges=together("rec_edges", first_residue.tolist(), 1), atoms=together("atoms"),
-        bonds=together("bonds", first_atom.tolist(), 1), bond_types=together("bond_types"),
-        rotatable=together("rotatable", first_atom.tolist()))
+        rec_edges=numbered("rec_edges", first_residue, 1), atoms=together("atoms"),
+        bonds=numbered("bonds", first_atom, 1), bond_types=together("bond_types"),
+        rotatable=numbered("rotatable", first_atom, 0))

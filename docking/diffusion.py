@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from configurator import require
 from docking.complexes import gather
 from docking.noise import (
     ROTATION, TORSION, TRANSLATION, move, reverse_step, sigma_at, so3_draw, so3_norm, so3_score_vector,
@@ -107,7 +108,8 @@ def sample(score, complex_, noise, num_steps=20, low_temperature=((1.0, 0.0, 0.5
 
     score(batch, pos, t, rows): the denoiser, which runs on `device`; rows: slice of the samples at hand;
     noise: SeededNoise of N rows, one for each sample; low_temperature: (tau, psi, sigma_data) of
-    translation, rotation, torsions; batch_size: samples at once. -> (N, L, 3) float64
+    translation, rotation, torsions; batch_size: samples at once. -> (N, L, 3) float64. Raises UserError if
+    the poses diverge.
     """
     pos = random_starts(complex_, noise)
     for step in range(num_steps):
@@ -125,5 +127,7 @@ def sample(score, complex_, noise, num_steps=20, low_temperature=((1.0, 0.0, 0.5
         changes = [reverse_step(kind, s, torch.zeros_like(s) if last else noise.randn(s.shape[1]), level, dt, *low)
                    for kind, s, level, low in zip((TRANSLATION, ROTATION, TORSION), map(torch.cat, parts), sigma,
                                                   low_temperature)]
+        require(all(x.isfinite().all() for x in changes),
+                f"the poses diverge at step {step + 1} of {num_steps}: more num_steps or a tau nearer to 1 may help")
         pos = move(pos, *changes, complex_.rotatable, complex_.turns)
     return pos

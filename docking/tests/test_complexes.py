@@ -94,7 +94,8 @@ def test_files_that_make_no_sense(tmp_path):
     with pytest.raises(UserError, match="RDKit can't read"):
         read_ligand(tmp_path / "x.sdf")
     for text, error in (("", "no protein"), ("HETATM    1 CA    CA A   1       0.000   0.000   0.000\n", "no protein"),
-                        ("ATOM      1  CA  ALA A   1       0.0xx   0.000   0.000\n", "no position")):
+                        ("ATOM      1  CA  ALA A   1       0.0xx   0.000   0.000\n", "no position"),
+                        ("ATOM      1  CA  ALA A   1         nan   0.000   0.000\n", "no position")):
         (tmp_path / "x.pdb").write_text(text)
         with pytest.raises(UserError, match=error):
             read_protein(tmp_path / "x.pdb")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from docking.tests.published import reference  # skips where RDKit is missing
+from configurator import UserError
 from docking.complexes import complex_of, gather, read_ligand, rmsd
 from docking.diffusion import disturb, draw, losses, sample, total, uniform_rotations
 from docking.noise import rotation_matrix, sigma_at, so3_norm
@@ -64,6 +65,16 @@ def test_the_exact_scores_lead_to_the_pose(smiles):
     assert (poses.mean(1) - c.pos.mean(0)).norm(dim=1).max() < 2.5
     same = sample(score, c, SeededNoise("x", range(2, 5)), 20, batch_size=1)
     torch.testing.assert_close(same, poses[2:5], rtol=0, atol=1e-4)  # a pose depends on its own seed alone
+
+
+def test_poses_that_diverge_end_in_one_line():
+    c = a_complex()
+
+    def score(batch, pos, t, rows):
+        return pos.new_zeros(batch.size, 3), pos.new_full((batch.size, 3), torch.inf), pos.new_zeros(3 * batch.size)
+
+    with pytest.raises(UserError, match="diverge at step 1 of 20"):
+        sample(score, c, SeededNoise("x", range(2)))
 
 
 def test_uniform_rotations():
