@@ -21,11 +21,12 @@ import training
 from checkpoint import atomic, read_checkpoint, weights_checksum
 from configurator import arguments_of, configure, require, require_numbers
 from data import Shuffle
-from docking import data, dock
+from docking import data, dock, trained
 from docking.complexes import gather, rmsd
 from docking.model import Confidence
-from docking.trained import begin, like_model, load_stage1
-from processes import max_over_processes
+from docking.trained import begin, complexes_of, like_model, load_stage1
+from noise import seed_of
+from processes import barrier, max_over_processes
 from run import progress, running
 
 # run
@@ -55,21 +56,25 @@ save_every = 2_000
 FREE = ("out_dir", "overwrite", "change", "device", "total_poses", "total_images", "log_every", "save_every")
 
 
-def dock_all(run, checksum):
+def dock_all(run):
     """-> poses (N, L, 3) of each complex, by the trained networks; kept in out_dir/poses.pt"""
+    nets = dock.Nets(out_dir, run.device)
+    made_with = [run.carries["complexes"], run.carries["stage1"], seed, poses_each]
+    if nets.prior:
+        made_with.append(weights_checksum(nets.prior.state_dict()))
     path = Path(out_dir, "poses.pt")
     kept = read_checkpoint(path)
-    if kept and (kept["stage1"], kept["seed"], kept["poses_each"]) == (checksum, seed, poses_each):
+    barrier()  # process 0 may write the file
+    if kept and kept.get("made_with") == made_with:
         return kept["poses"]
+    nets.confidence = None
     dock.num_samples = dock.batch_size = poses_each
     dock.seed = seed + 1  # not the poses that dock.py shows
-    nets = dock.Nets(out_dir, run.device)
-    nets.confidence = None
     kind = "prior" if nets.stage1.num_latents else "none"
     poses = [dock.dock(nets, c, kind, key)[0] for key, c in enumerate(progress(run.complexes, desc="docking"))]
     if run.master:
         with atomic(path) as file:
-            torch.save(dict(poses=poses, stage1=checksum, seed=seed, poses_each=poses_each), file)
+            torch.save(dict(poses=poses, made_with=made_with), file)
     return poses
 
 
@@ -80,20 +85,13 @@ def gradients(run, step):
     batch = gather([run.complexes[i] for i, _ in pairs], run.device)
     pos = torch.cat([run.poses[i][j] for i, j in pairs]).to(run.device)
     target = torch.stack([run.success[i][j] for i, j in pairs]).to(run.device)
-    torch.manual_seed(step)  # dropout
+    torch.manual_seed(seed_of("dropout", seed, step, start))
     with run.autocast:
         logits = run.forward(batch, pos)
     loss = F.binary_cross_entropy_with_logits(logits, target)
     training.backward(run, loss + 0 * sum(p.sum() for p in run.parameters))  # some lead nowhere: DDP waits for all
     training.unscale(run)
     return loss.detach(), ((logits > 0) == (target > 0.5)).float().mean()
-
-
-def update(run):
-    norm = torch.nn.utils.clip_grad_norm_(run.parameters, 10.0)
-    training.guarded_step(run.optimizer, norm, run.skipped)
-    run.ema.load_state_dict(run.model.state_dict())  # no average
-    return norm
 
 
 def setup(config):
@@ -103,10 +101,10 @@ def setup(config):
     run = begin(config, "confidence", "docking/confidence", total_poses)
     run.lower = "--lr"
     _, stage1 = load_stage1(out_dir)
-    run.names, run.complexes = data.load(stage1["config"]["dataset"])
+    run.complexes = complexes_of(stage1)
     config["dataset"] = stage1["config"]["dataset"]
-    run.carries = dict(features=data.FEATURES, names=run.names, stage1=weights_checksum(stage1["ema"]))
-    run.poses = dock_all(run, run.carries["stage1"])
+    run.carries = dict(features=data.FEATURES, complexes=stage1["complexes"], stage1=weights_checksum(stage1["ema"]))
+    run.poses = dock_all(run)
     run.success = [(rmsd(poses, c.pos, c.symmetries) < close).float() for poses, c in zip(run.poses, run.complexes)]
     run.pairs = [(i, j) for i, poses in enumerate(run.poses) for j in range(len(poses))]
     run.batches = Shuffle(list(range(len(run.pairs))), seed)
@@ -142,7 +140,7 @@ def train(run, signals):
     run.model.train()
     while seen < total_poses and not stopped:
         measured = gradients(run, run.step)
-        norm = update(run)
+        norm = trained.update(run, run.step, 10.0, 0.0)  # no average
         training.add_up(run, norm, *measured)
         run.step, seen = run.step + 1, seen + batch_size
         bar.update(batch_size)

@@ -9,6 +9,7 @@ datasets/docking/NAME.pt, which train.py and dock.py read by --dataset=NAME. Com
 are left out, with a line that says why.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,10 +18,11 @@ if __name__ == "__main__":
 
 import torch
 
-from checkpoint import atomic, read_checkpoint
+from checkpoint import atomic, read_checkpoint, weights_checksum
 from configurator import UserError, configure, require, say
 from docking.complexes import ATOM_FEATURES, RESIDUES, Complex, complex_of, neighbours, read_ligand, read_protein
 from noise import seed_of
+from processes import barrier
 from run import progress
 
 source = "docking/shipped"
@@ -48,6 +50,7 @@ def files_of(folder):
 def cropped(c, radius, most):
     """The complex with the residues within `radius` of the true pose alone, centred on them. radius 0: all"""
     keep = torch.cdist(c.rec_pos, c.pos).min(1).values < (radius or torch.inf)
+    require(keep.any(), f"no residue is within {radius:g} Angstrom of the ligand")
     shift = c.rec_pos[keep].mean(0)
     c.residues, c.rec_pos = c.residues[keep], c.rec_pos[keep] - shift
     c.centre, c.pos, c.matched = c.centre + shift, c.pos - shift, c.matched - shift
@@ -81,11 +84,15 @@ def save(path, read):
 def load(dataset):
     """-> IDs, Complexes of a prepared data set. The shipped ones are prepared when they are first used."""
     path = HERE.parent / "datasets" / "docking" / f"{dataset}.pt"
-    if dataset in SHIPPED and not path.exists():
-        listed, radius, edges = SHIPPED[dataset]
-        chosen = (HERE / "shipped" / listed).read_text().split()
-        save(path, prepare(HERE / "shipped", chosen, radius, edges, 0))
     content = read_checkpoint(path)
+    barrier()  # process 0 may write the file
+    if dataset in SHIPPED and not (content and content.get("features") == FEATURES):  # not yet, or damaged
+        if os.environ.get("RANK", "0") == "0":
+            listed, radius, edges = SHIPPED[dataset]
+            chosen = (HERE / "shipped" / listed).read_text().split()
+            save(path, prepare(HERE / "shipped", chosen, radius, edges, 0))
+        barrier()
+        content = read_checkpoint(path)
     require(isinstance(content, dict) and "complexes" in content,
             f"there is no data set {dataset}, or {path} is damaged: python docking/data.py --source=... "
             f"--name={dataset} prepares one; {', '.join(SHIPPED)} need nothing")
@@ -94,9 +101,16 @@ def load(dataset):
     return list(names), [Complex(**c) for c in complexes]
 
 
+def identity(complexes):
+    """A number that tells data sets apart by their residues, atoms and bonds: any machine finds the same."""
+    return weights_checksum({(i, part): getattr(c, part) for i, c in enumerate(complexes)
+                             for part in ("residues", "atoms", "bonds", "bond_types")})
+
+
 def main(argv=()):
     configure(globals(), argv)
     require(crop >= 0 and most > 0, f"crop can't be negative, nor most 0: they are {crop} and {most}")
+    require(name and Path(name).name == name, f"--name={name} names a data set: it can't have folders")
     require(name not in SHIPPED, f"--name={name} is a data set that comes with docking/: choose another")
     require(Path(source).is_dir(), f"--source={source} is no folder: it has a folder for each complex")
     listed = next((path for path in (Path(source, ids), Path(ids)) if path.is_file()), None)

@@ -18,17 +18,16 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository's folder
 
 import torch
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import training
 from configurator import arguments_of, configure, require, require_numbers
 from data import Shuffle
-from docking import data
+from docking import data, trained
 from docking.complexes import gather
 from docking.diffusion import disturb, draw, losses, total
 from docking.model import DisCoDock
 from docking.trained import begin, like_model
-from noise import seeded_generator
+from noise import seed_of, seeded_generator
 from processes import max_over_processes
 from run import progress, running
 
@@ -81,7 +80,7 @@ def gradients(run, step):
     noisy, targets = disturb(chosen, [c.matched for c in chosen], draws)
     batch = gather(chosen, run.device)
     draws, targets = draws.to(run.device), [x.to(run.device) for x in targets]
-    torch.manual_seed(step)  # dropout
+    torch.manual_seed(seed_of("dropout", seed, step, start))
     with run.autocast:
         true = torch.cat([c.pos for c in chosen]).to(run.device)
         *scores, logits = run.forward(batch, noisy.to(run.device), draws.t, true, draws.gumbel[..., :batch.most],
@@ -100,16 +99,11 @@ def gradients(run, step):
 
 
 def update(run, step):
-    """Clipping, Adam, moving average. -> gradient norm"""
+    """Warm-up, then `trained.update`. -> gradient norm"""
     warm = min(step * batch_size / max(warmup_poses, 1), 1)
     for group, peak in zip(run.optimizer.param_groups, (lr, encoder_lr)):
         group["lr"] = peak * warm
-    norm = torch.nn.utils.clip_grad_norm_(run.parameters, grad_clip)
-    training.guarded_step(run.optimizer, norm, run.skipped)
-    get_ema_multi_avg_fn(min(ema_decay, (1 + step) / (10 + step)))(run.ema_parameters, run.parameters, None)
-    for average, buffer in zip(run.ema.buffers(), run.model.buffers()):
-        average.copy_(buffer)  # the norms' statistics are averages already
-    return norm
+    return trained.update(run, step, grad_clip, ema_decay)
 
 
 def setup(config):
@@ -122,11 +116,11 @@ def setup(config):
             "layers and encoder_layers are 3 or more: only then all kinds of features exist")
     run = begin(config, "stage1", "docking/train", total_poses)
     _checkpoint_path, run.lower = run.path, "--lr"
-    run.names, run.complexes = data.load(dataset)
+    _, run.complexes = data.load(dataset)
     require(all(c.pos.isfinite().all() for c in run.complexes), f"{dataset} has complexes without a true pose")
     run.most_torsions, run.most_nodes = (max(map(size, run.complexes)) for size in (lambda c: len(c.rotatable), len))
     run.batches = Shuffle(list(range(len(run.complexes))), seed)
-    run.carries = dict(features=data.FEATURES, names=run.names)
+    run.carries = dict(features=data.FEATURES, complexes=data.identity(run.complexes))
     run.model_args = arguments_of(config, DisCoDock)
     torch.manual_seed(seed)
     run.model = DisCoDock(**run.model_args).to(run.device)

@@ -18,20 +18,19 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository's folder
 
 import torch
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import training
 from checkpoint import weights_checksum
 from configurator import configure, require, require_numbers
 from data import Shuffle
-from docking import data
+from docking import data, trained
 from docking.complexes import gather
 from docking.diffusion import uniform_rotations
 from docking.model import Prior
 from docking.noise import rotation_matrix
-from docking.trained import begin, like_model, load_stage1
+from docking.trained import begin, complexes_of, like_model, load_stage1
 from model import draw_codes
-from noise import gumbel_noise, seeded_generator
+from noise import gumbel_noise, seed_of, seeded_generator
 from processes import max_over_processes
 from run import progress, running
 
@@ -85,7 +84,7 @@ def gradients(run, step):
     z = draw_codes(target.log(), gumbel[:, :, :batch.most].to(run.device))
     prefix = torch.where(torch.arange(m) < following[:, None], z.cpu(), -1).to(run.device)
     target = target[torch.arange(len(chosen)), following]
-    torch.manual_seed(step)  # dropout
+    torch.manual_seed(seed_of("dropout", seed, step, start))
     with run.autocast:
         log_p = run.forward(batch, pos, prefix).log_softmax(-1)
     loss = -torch.where(target > 0, target * log_p, 0).sum(-1).mean()
@@ -96,14 +95,9 @@ def gradients(run, step):
 
 
 def update(run, step):
-    """Adam, moving average. -> gradient norm"""
+    """`trained.update`, with the denoiser's layers held at first. -> gradient norm"""
     run.optimizer.param_groups[0]["lr"] = lr if step * batch_size >= held_poses else 0.0  # the denoiser's layers
-    norm = torch.nn.utils.clip_grad_norm_(run.parameters, 10.0)
-    training.guarded_step(run.optimizer, norm, run.skipped)
-    get_ema_multi_avg_fn(min(ema_decay, (1 + step) / (10 + step)))(run.ema_parameters, run.parameters, None)
-    for average, buffer in zip(run.ema.buffers(), run.model.buffers()):
-        average.copy_(buffer)
-    return norm
+    return trained.update(run, step, 10.0, ema_decay)
 
 
 def setup(config):
@@ -114,13 +108,11 @@ def setup(config):
     run.lower = "--lr"
     run.stage1, stage1 = load_stage1(out_dir, run.device)
     require(run.stage1.num_latents, f"{out_dir}/stage1.pt has no latents: there is nothing to train a prior on")
-    run.names, run.complexes = data.load(stage1["config"]["dataset"])
-    require(run.names == stage1["names"],
-            f"the data set {stage1['config']['dataset']} is not what stage 1 was trained on")
+    run.complexes = complexes_of(stage1)
     config["dataset"] = stage1["config"]["dataset"]
     run.most_nodes = max(map(len, run.complexes))
     run.batches = Shuffle(list(range(len(run.complexes))), seed)
-    run.carries = dict(features=data.FEATURES, names=run.names, stage1=weights_checksum(stage1["ema"]))
+    run.carries = dict(features=data.FEATURES, complexes=stage1["complexes"], stage1=weights_checksum(stage1["ema"]))
     sizes = ("num_latents", "scalars", "vectors", "layers", "channelwise", "label_size")
     run.model_args = {name: stage1["model_args"][name] for name in sizes} | dict(dropout=dropout)
     torch.manual_seed(seed)
