@@ -4,13 +4,14 @@ Docks a ligand into a protein, or measures how well trained networks dock a data
     python docking/dock.py --protein=x.pdb --ligand="CC(=O)Oc1ccccc1C(=O)O"    # or --ligand=x.sdf
     python docking/dock.py --dataset=shipped                                   # redocks training complexes
 
-Reads stage1.pt and prior.pt of out_dir, and confidence.pt if there is one. Writes --save.sdf, poses ranked
-by confidence, and --save.png. Each pose has codes of its own, drawn from the prior. With --truth=x.sdf, the
-true pose, RMSDs are added. A data set gives a table, for codes of the prior, of the encoder (which has seen
-the true pose: an upper bound), and without codes.
+Reads stage1.pt and prior.pt of out_dir, and confidence.pt if there is one. Writes NAME.sdf there, poses
+ranked by confidence, and NAME.png. Each pose has codes of its own, drawn from the prior. With --truth=x.sdf, the
+true pose, RMSDs are added. A data set gives a table, for codes of the prior, of the encoder (oracle: it has
+seen the true pose), and without codes; its rows are in NAME.json, a picture of each complex in NAME_ID.png.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -31,14 +32,14 @@ from docking.trained import load_second, load_stage1
 from model import draw_codes
 from noise import SeededNoise, seed_of
 from processes import start_processes
-from run import progress
+from run import alone, progress
 
-out_dir = "out/docking"  # of the trained networks
+out_dir = "out/docking"
 protein = ""  # .pdb
 ligand = ""  # .sdf, .mol2 or SMILES
 truth = ""  # .sdf or .mol2 of the ligand in its true pose
 dataset = ""  # in place of a protein and a ligand
-save = "out/docking/poses"  # .sdf and .png, or .json of a data set
+name = "poses"  # NAME.sdf and NAME.png, or NAME.json and NAME_ID.png of a data set
 seed = 0
 device = "auto"
 num_samples = 10  # poses of a complex; the paper has 40
@@ -105,7 +106,7 @@ def name_of(c, code):
     atoms = len(c.atoms)
     if code < atoms:
         return f"atom {code + 1} ({Chem.GetPeriodicTable().GetElementSymbol(int(c.atoms[code, 0]) + 1)})"
-    return f"residue {code - atoms + 1} ({RESIDUES[c.residues[code - atoms]]})"
+    return f"residue {code - atoms + 1} in order ({RESIDUES[c.residues[code - atoms]]})"
 
 
 class Nets:
@@ -134,7 +135,7 @@ def one_complex(nets):
     kind = "prior" if nets.stage1.num_latents else "none"
     poses, codes, confidence = dock(nets, c, kind, 0)
     errors = rmsd(poses, c.pos, c.symmetries) if truth else torch.full((len(poses),), torch.nan)
-    with atomic(f"{save}.sdf") as file:
+    with atomic(f"{out_dir}/{name}.sdf") as file:
         for i, pose in enumerate(poses):
             copy = Chem.Mol(mol)
             copy.RemoveAllConformers()
@@ -149,8 +150,8 @@ def one_complex(nets):
                                               if key != "rank" and value not in ("nan", "")))
     title = "first pose" if confidence.isnan().all() else "most confident pose"
     shown = [code for code in codes[0].tolist() if code >= 0]
-    draw_poses(f"{save}.png", c, [(title, poses[:1], shown), (f"all {len(poses)}", poses, ())])
-    print(f"{save}.sdf has the poses, {save}.png the first"
+    draw_poses(f"{out_dir}/{name}.png", c, [(title, poses[:1], shown), (f"all {len(poses)}", poses, ())])
+    print(f"{out_dir}/{name}.sdf has the poses, {name}.png the first"
           + " (not ranked: there is no confidence model)" * bool(confidence.isnan().all()))
 
 
@@ -158,43 +159,55 @@ def one_complex(nets):
 # a data set
 
 
+HEAD = "top-1 < 2 A  < 5 A   best < 2 A  < 5 A   poses < 2 A  < 5 A   RMSD 25 %   50 %   75 %   centroid 50 %"
+
+
+def figures(rows):
+    """A line under HEAD, of rows as in NAME.json: shares of complexes by their top and by their best pose, share of
+    all poses, quartiles of the RMSD, median distance of the ligand's centre from the true one, in Angstrom"""
+    errors, off = (torch.tensor([row[key] for row in rows]) for key in ("rmsd", "centroid"))
+    a, b, c = ([(x < limit).float().mean().item() for limit in (2, 5)]
+               for x in (errors[:, 0], errors.min(1).values, errors))
+    quartiles = torch.quantile(errors, torch.tensor([0.25, 0.5, 0.75])).tolist()
+    return ("{:11.2f}{:7.2f}{:13.2f}{:7.2f}{:14.2f}{:7.2f}".format(*a, *b, *c)
+            + "{:12.1f}{:7.1f}{:7.1f}{:16.1f}".format(*quartiles, off.median()))
+
+
 def table(nets):
-    names, complexes = data.load(dataset)
+    ids, complexes = data.load(dataset)
     kinds = KINDS if nets.stage1.num_latents else ("none",)
     found = {kind: [] for kind in kinds}
-    for key, (name, c) in enumerate(progress(list(zip(names, complexes)), desc="complexes")):
+    for key, (one, c) in enumerate(progress(list(zip(ids, complexes)), desc="complexes")):
         panels = []
         for kind in kinds:
             poses, codes, _ = dock(nets, c, kind, key)
             errors, off = rmsd(poses, c.pos, c.symmetries), (poses.mean(1) - c.pos.mean(0)).norm(dim=1)
-            found[kind].append(dict(id=name, rmsd=errors.tolist(), centroid=off.tolist(), codes=codes.tolist()))
-            panels.append((f"{name}: codes of {kind}", poses[:1], [code for code in codes[0].tolist() if code >= 0]))
-        draw_poses(f"{save}_{name}.png", c, panels)
-    print(f"{dataset}: {len(names)} complexes, {num_samples} poses each; shares of complexes"
+            found[kind].append(dict(id=one, rmsd=errors.tolist(), centroid=off.tolist(), codes=codes.tolist()))
+            panels.append((f"{one}: codes of {kind}", poses[:1], [code for code in codes[0].tolist() if code >= 0]))
+        draw_poses(f"{out_dir}/{name}_{one}.png", c, panels)
+    print(f"{dataset}: {len(ids)} complexes, {num_samples} poses each"
           + " (no confidence model: the top pose is any)" * (not nets.confidence))
-    print("codes of   top-1 < 2 A  < 5 A   best < 2 A  < 5 A   poses < 2 A  < 5 A   median RMSD  centroid")
+    print(f"codes of  {HEAD}")
     for kind in kinds:
-        errors = torch.tensor([row["rmsd"] for row in found[kind]])
-        off = torch.tensor([row["centroid"] for row in found[kind]])
-        shares = [(x < limit).float().mean().item() for x in (errors[:, 0], errors.min(1).values, errors)
-                  for limit in (2, 5)]
-        print(f"{kind:8s}" + "".join(f"{s:12.2f}{t:8.2f}" for s, t in zip(shares[::2], shares[1::2]))
-              + f"{errors.median():13.1f}{off.median():11.1f}")
-    with atomic(f"{save}.json") as file:
+        print(f"{kind:10s}{figures(found[kind])}")
+    with atomic(f"{out_dir}/{name}.json") as file:
         file.write(json.dumps(found, indent=1).encode())
 
 
 def main(argv=()):
     config = configure(globals(), argv)
     require_numbers(config, or_zero=("seed",))
-    require(min(tau) > 0 and min(psi) >= 0, f"tau must be positive and psi not negative: they are {tau} and {psi}")
     require(len(tau) == len(psi) == len(sigma_data) == 3, "tau, psi and sigma_data have three numbers each")
+    require(min(tau) > 0 and min(psi) >= 0 and all(map(math.isfinite, (*tau, *psi, *sigma_data))),
+            f"tau must be positive, psi not negative, all finite: they are {tau}, {psi} and {sigma_data}")
+    require(Path(name).name == name and name.strip("."), f"--name={name} names files in out_dir: it can't have folders")
     require(bool(dataset) != bool(protein), "give --protein and --ligand, or --dataset")
     require(dataset or ligand or truth, "give the ligand too: --ligand=x.sdf, or SMILES")
     _, world, place = start_processes(device)
     require(world == 1, "dock.py runs as one process, without torchrun")
     nets = Nets(out_dir, place)
-    table(nets) if dataset else one_complex(nets)
+    with alone(f"{out_dir}/{name}"):
+        table(nets) if dataset else one_complex(nets)
 
 
 if __name__ == "__main__":
