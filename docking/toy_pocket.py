@@ -1,21 +1,24 @@
 """
 Why discrete latents help docking: the same pocket in 2 and in 4 copies, the docking counterpart of toy2d.py.
 
-    python docking/toy_pocket.py                # one seed
-    python docking/toy_pocket.py --seeds=5
+    python docking/toy_pocket.py
+    python docking/toy_pocket.py --seeds=5 --label_sizes="(0,1,5)" --out_dir=out/toy_pocket-seeds   # all of it
 
 Ten residues make a pocket; turned about an axis, copies of it make a protein. A ligand of seven atoms and
 three torsions sits in one copy, any with the same probability. A network of DiffDock's kind learns poses,
 alone and with one latent that points at a node. Measured are the success within 2 Angstrom of a copy, each
-copy's share, the loss at each noise level, and what the code points at for each copy.
+copy's share, the loss at each noise level, also with the codes of another copy, and what codes do:
 
-Writes to out_dir: pocket.png, table.txt, results.json.
+    bits    that the code tells about the copy; log2 of their number if it names the copy
+    told    share of poses within 2 Angstrom of the very copy that the code was drawn for
+
+Writes to out_dir: pocket.png, table.txt, results.json. An interrupted run continues after the last network
+that it has measured.
 """
 
 import json
 import math
 import sys
-import time
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -24,7 +27,7 @@ if __name__ == "__main__":
 import torch
 
 from checkpoint import atomic
-from configurator import configure, require, require_numbers
+from configurator import UserError, configure, require, require_numbers
 from docking.complexes import (
     RESIDUES, Complex, atom_features, bonds_of, conformer, gather, neighbours, read_ligand, rmsd, rotatable,
     symmetries)
@@ -41,12 +44,12 @@ out_dir = "out/toy_pocket"
 seed = 0
 seeds = 1  # that many, from this one on
 copies = (2, 4)  # of the pocket
+label_sizes = (0.0, 5.0)  # a network for each; 0: without latents. The paper has 1
 steps = 1000
 batch_size = 16
 lr = 3e-3  # of the denoiser; it falls to 0 as a cosine, like the encoder's
 encoder_lr = 3e-3
 tau = 1.0  # Gumbel-Softmax temperature
-label_size = 5.0  # of a label; the paper has 1, and its denoiser finds out too late what labels say
 null_prob = 0.1
 num_samples = 32
 num_steps = 20  # of the sampler
@@ -54,6 +57,7 @@ num_steps = 20  # of the sampler
 SHAPE = dict(scalars=16, vectors=4, layers=3, encoder_vectors=4, encoder_layers=3, channelwise=True, dropout=0.0)
 LIGAND = "NCCCC(=O)O"
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0)  # where the loss is measured
+FREE = ("out_dir", "seed", "seeds", "copies", "label_sizes")  # other settings are the same for all rows of a table
 
 
 def pockets(count):
@@ -83,8 +87,9 @@ def pockets(count):
             for pos in poses]
 
 
-def train(complexes, num_latents, s):
-    """Alg. 1 on the copies, with the seed s. -> DisCoDock, in eval mode"""
+def train(complexes, label_size, s):
+    """Alg. 1 on the copies, with the seed s. -> DisCoDock, in eval mode; without latents if label_size is 0"""
+    num_latents = int(label_size > 0)
     torch.manual_seed(s)
     g = seeded_generator("cpu", "pockets", s)
     model = DisCoDock(num_latents, label_size=label_size, **SHAPE)
@@ -93,7 +98,7 @@ def train(complexes, num_latents, s):
         groups.append(dict(params=model.encoder.parameters(), lr=encoder_lr))
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in progress(range(steps), desc=f"{len(complexes)} copies, m = {num_latents}", leave=False):
+    for _ in progress(range(steps), desc=title(len(complexes), label_size), leave=False):
         which = torch.randint(len(complexes), (batch_size,), generator=g)
         chosen = [complexes[i] for i in which]
         draws = draw(batch_size, len(chosen[0].rotatable), num_latents, len(chosen[0]), null_prob, g)
@@ -147,7 +152,7 @@ def loss_by_time(model, complexes, s, shift=0, count=64):
 
 
 def measure(model, complexes, s):
-    """-> results, as they are in results.json; poses (N, L, 3) and codes (N, m)"""
+    """-> a row of results.json"""
     n = len(complexes)
     noise = SeededNoise("pockets", [1000 * s + i for i in range(num_samples)])
     codes = draw_from_encoder(model, complexes, noise) if model.num_latents else torch.zeros(num_samples, 0).long()
@@ -155,99 +160,145 @@ def measure(model, complexes, s):
     errors = torch.stack([rmsd(poses, c.pos, c.symmetries) for c in complexes], 1)
     least, copy = errors.min(1)
     good = least < 2
-    results = dict(copies=n, latents=model.num_latents, seed=s, success=good.float().mean().item(),
-                   shares=(copy[good].bincount(minlength=n) / max(good.sum(), 1)).tolist(),
-                   median=least.median().item(), loss=dict(zip(map(str, TIMES), loss_by_time(model, complexes, s))))
+    row = dict(copies=n, label_size=model.score.net.label_size, seed=s, success=good.float().mean().item(),
+               shares=(copy[good].bincount(minlength=n) / max(good.sum(), 1)).tolist(),
+               median=least.median().item(), loss=dict(zip(map(str, TIMES), loss_by_time(model, complexes, s))),
+               poses=poses[:16].double().round(decimals=2).tolist(), codes=codes[:n].flatten().tolist())
     if model.num_latents:
         logits = model.encoder(gather(complexes), torch.cat([c.pos for c in complexes]))[:, 0]
         p = logits.softmax(-1)
         entropy = torch.special.entr
-        results |= dict(points_at=p.argmax(-1).tolist(), probability=p.max(-1).values.tolist(),
-                        bits=((entropy(p.mean(0)).sum() - entropy(p).sum(-1).mean()) / math.log(2)).item(),
-                        loss_of_wrong_codes=dict(zip(map(str, TIMES), loss_by_time(model, complexes, s, shift=1))),
-                        told=(good & (copy == torch.arange(num_samples) % n)).float().mean().item())
-    return results, poses, codes
+        row |= dict(points_at=p.argmax(-1).tolist(), probability=p.max(-1).values.tolist(),
+                    bits=((entropy(p.mean(0)).sum() - entropy(p).sum(-1).mean()) / math.log(2)).item(),
+                    loss_of_wrong_codes=dict(zip(map(str, TIMES), loss_by_time(model, complexes, s, shift=1))),
+                    told=(good & (copy == torch.arange(num_samples) % n)).float().mean().item())
+    return row
 
 
 # ----------------------------------------------------------------------------------------------------
 # table and picture
 
+HEAD = ("copies label seed  success  share of each copy                       median RMSD   loss at t=0.5   0.8   0.9"
+        "   1.0  wrong codes, 0.9   bits   told  the code points at")
 
-def line_of(row, c):
-    shares = "/".join(f"{share:.2f}" for share in row["shares"])
-    text = (f"{row['copies']:6d}{row['latents']:3d}{row['seed']:6d}{row['success']:9.2f}  {shares:20s}"
-            f"{row['median']:7.2f}{row['loss']['0.5']:8.2f}{row['loss']['0.9']:8.2f}{row['loss']['1.0']:8.2f}")
-    if row["latents"]:
-        text += f"{row['bits']:7.2f}{row['told']:7.2f}  " + ", ".join(
-            f"{RESIDUES[c.residues[i - 7]]} of copy {(i - 7) // 10 + 1}" if i >= 7 else f"atom {i + 1}"
-            for i in row["points_at"])
+
+def title(count, label_size):
+    return f"{count} copies, " + (f"label size {label_size:g}" if label_size else "no latents")
+
+
+def line_of(rows, complexes):
+    """A line under HEAD: one run, or the means over the seeds of several."""
+    def mean(value_of):
+        return sum(map(value_of, rows)) / len(rows)
+
+    first, size = rows[0], rows[0]["label_size"]
+    shares = "/".join(f"{mean(lambda row: row['shares'][i]):.2f}" for i in range(first["copies"]))
+    text = (f"{first['copies']:6d}{size or '-':>6}{first['seed'] if len(rows) == 1 else 'mean':>5}"
+            f"{mean(lambda row: row['success']):9.2f}  {shares:39s}{mean(lambda row: row['median']):13.2f}         "
+            + "".join(f"{mean(lambda row: row['loss'][t]):{width}.2f}"
+                      for t, width in (("0.5", 9), ("0.8", 6), ("0.9", 6), ("1.0", 6))))
+    if size:
+        text += (f"{mean(lambda row: row['loss_of_wrong_codes']['0.9']):18.2f}{mean(lambda row: row['bits']):7.2f}"
+                 f"{mean(lambda row: row['told']):7.2f}  ")
+        if len(rows) == 1:
+            text += ", ".join(f"{RESIDUES[complexes[0].residues[i - 7]]} of copy {(i - 7) // 10 + 1}" if i >= 7
+                              else f"atom {i + 1}" for i in first["points_at"])
     return text
 
 
-HEAD = "copies  m  seed  success  share of each copy   median  t=0.5   t=0.9   t=1.0   bits   told  the code points at"
-
-
-def panel(complexes, poses, codes, title):
-    """The protein from above, the first poses of each copy, nodes of the codes ringed."""
+def panel(row, complexes):
+    """The protein from above, the first poses in the colours of the copies that their codes were drawn for, the
+    nodes that codes point at ringed, the true poses green."""
     c = complexes[0]
     plane = torch.eye(3)[:, :2].numpy()
-    axes = Axes((-24, 24), (-24, 24), title, "Angstrom")
+    axes = Axes((-24, 24), (-24, 24), title(row["copies"], row["label_size"]), "Angstrom")
     axes.scatter(c.rec_pos.numpy() @ plane, (190, 190, 200), 3)
-    for i, other in enumerate(complexes):
+    for other in complexes:
         draw_ligand(axes, other, other.pos, plane, (0, 150, 90), 3.0)
-    for i, pose in enumerate(poses[:16]):
-        colour = tuple(COLOURS[i % len(complexes)].tolist()) if codes.numel() else (70, 70, 70)
+    for i, pose in enumerate(row["poses"]):
+        colour = tuple(COLOURS[i % len(complexes)].tolist()) if row["codes"] else (70, 70, 70)
         draw_ligand(axes, c, pose, plane, colour, 0.8)
-    for i, code in enumerate(codes[:len(complexes), 0].tolist() if codes.numel() else []):
+    for i, code in enumerate(row["codes"]):
         nodes = torch.cat([complexes[i].pos, c.rec_pos])
         (x, y), = axes.at(nodes[code:code + 1].numpy() @ plane)
         axes.draw.ellipse((x - 12, y - 12, x + 12, y + 12), outline=tuple(COLOURS[i].tolist()), width=4)
     return axes
 
 
-def curves(rows, count):
-    axes = Axes((0, 1), (0, 1.5), f"{count} copies: loss", "time t")
+def curves(rows):
+    """Loss against time, a line for each seed; with wrong codes in a lighter colour."""
+    axes = Axes((0, 1), (0, 1.5), f"{rows[0]['copies']} copies: loss", "time t")
     for row in rows:
-        points = [(float(t), value) for t, value in row["loss"].items()]
-        label = "one latent" if row["latents"] else "no latents"
-        axes.line(points, COLOURS[4 if row["latents"] else 0], 2, True, label)
-        if row["latents"]:
-            wrong = [(float(t), value) for t, value in row["loss_of_wrong_codes"].items()]
-            axes.line(wrong, COLOURS[7], 1.5, False, "one latent, wrong codes")
+        first, colour = row["seed"] == rows[0]["seed"], COLOURS[label_sizes.index(row["label_size"])]
+        label = title(row["copies"], row["label_size"]).partition(", ")[2]
+        lines = [("loss", colour, label)]
+        if row["label_size"]:
+            lines.append(("loss_of_wrong_codes", 255 - (255 - colour) // 3, f"{label}, wrong codes"))
+        for key, shade, name in lines:
+            axes.line([(float(t), value) for t, value in row[key].items()], shade, 1.5, True, name if first else "")
     return axes
+
+
+# ----------------------------------------------------------------------------------------------------
+# the runs
+
+
+def write(found, same):
+    """Table, picture and results of all rows {(copies, label size, seed): row} so far. -> the table's lines"""
+    lines, pictures = [HEAD], []
+    for n in copies:
+        complexes, of_copies = pockets(n), []
+        for size in label_sizes:
+            rows = [found[n, size, s] for s in range(seed, seed + seeds) if (n, size, s) in found]
+            lines += [line_of([row], complexes) for row in rows]
+            if len(rows) > 1:
+                lines.append(line_of(rows, complexes))
+            of_copies += rows
+        if of_copies:
+            drawn = [row for row in of_copies if row["seed"] == seed]
+            pictures.append([*(panel(row, complexes) for row in drawn), curves(of_copies)])
+    results = json.dumps(dict(settings=same, runs=[*found.values()]))
+    for name, text in (("table.txt", "\n".join(lines) + "\n"), ("results.json", results)):
+        with atomic(f"{out_dir}/{name}") as file:
+            file.write(text.encode())
+    with atomic(f"{out_dir}/pocket.png") as file:
+        figure(pictures).save(file, "png", optimize=True)
+    return lines
+
+
+def read(same):
+    """-> {(copies, label size, seed): row} of an earlier run in out_dir, with the same settings"""
+    path = Path(out_dir, "results.json")
+    try:
+        content = json.loads(path.read_text()) if path.exists() else dict(settings=same, runs=[])
+        found = {(row["copies"], row["label_size"], row["seed"]): row for row in content["runs"]}
+        others = [name for name in same if content["settings"][name] != same[name]]
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{path} is damaged: delete it, or choose another --out_dir") from None
+    require(not others, f"{path} is from a run with another {', '.join(others)}: choose another --out_dir")
+    return found
 
 
 def main(argv=()):
     config = configure(globals(), argv)
     require_numbers(config, or_zero=("seed", "null_prob"))
     require(copies and all(1 < n <= 8 for n in copies), f"copies are numbers from 2 to 8, not {copies}")
+    require(label_sizes and all(0 <= size < math.inf for size in label_sizes),
+            f"label_sizes are numbers from 0 on, not {label_sizes}")
+    require(len({*copies}) == len(copies) and len({*label_sizes}) == len(label_sizes),
+            f"copies {copies} and label_sizes {label_sizes} can't have a number twice")
+    same = {name: value for name, value in config.items() if name not in FREE}
     with alone(f"{out_dir}/results"):
-        every_run(config)
-
-
-def every_run(config):
-    """Trains, measures and draws all; what has been found so far is in out_dir."""
-    began, lines, found, rows = time.time(), [HEAD], [], []
-    print(HEAD, flush=True)
-    for s in range(seed, seed + seeds):
-        for n in copies:
-            complexes, panels, of_pair = pockets(n), [], []
-            for m in (0, 1):
-                row, poses, codes = measure(train(complexes, m, s), complexes, s)
-                found.append(row)
-                of_pair.append(row)
-                lines.append(line_of(row, complexes[0]))
-                print(lines[-1], flush=True)
-                panels.append(panel(complexes, poses, codes, f"{n} copies, " + ("one latent" if m else "no latents")))
-            if s == seed:
-                rows.append([*panels, curves(of_pair, n)])
-                with atomic(f"{out_dir}/pocket.png") as file:
-                    figure(rows).save(file, "png", optimize=True)
-            results = dict(settings=config, runs=found)
-            for file_name, text in (("table.txt", "\n".join(lines)), ("results.json", json.dumps(results, indent=1))):
-                with atomic(f"{out_dir}/{file_name}") as file:
-                    file.write(text.encode())
-    print(f"{time.time() - began:.0f} s; pocket.png, table.txt and results.json are in {out_dir}")
+        found = read(same)
+        for s in range(seed, seed + seeds):
+            for n in copies:
+                for size in label_sizes:
+                    if (n, size, s) not in found:
+                        complexes = pockets(n)
+                        found[n, size, s] = measure(train(complexes, size, s), complexes, s)
+                        print(HEAD, line_of([found[n, size, s]], complexes), sep="\n", flush=True)
+                        write(found, same)
+        print("", *write(found, same), f"pocket.png, table.txt and results.json are in {out_dir}", sep="\n")
 
 
 if __name__ == "__main__":

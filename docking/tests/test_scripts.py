@@ -67,12 +67,12 @@ def test_the_prior_starts_as_the_denoiser_and_holds_it(folder, tmp_path):
 def test_docking_a_smiles(folder, capsys):
     arguments = [f"--out_dir={folder}", f"--protein={PDB}", "--ligand=NCCCC(=O)O", "--num_samples=3", "--num_steps=2",
                  "--device=cpu"]
-    dock.main([*arguments, f"--save={folder}/one"])
+    dock.main([*arguments, "--name=one"])
     mols = list(Chem.SDMolSupplier(str(folder / "one.sdf")))
     assert [mol.GetProp("rank") for mol in mols] == ["1", "2", "3"] and mols[0].GetNumAtoms() == 7
     sure = [float(mol.GetProp("confidence")) for mol in mols]
     assert sure == sorted(sure, reverse=True) and mols[0].GetProp("codes").count(";") == 1
-    dock.main([*arguments, f"--save={folder}/two", "--batch_size=1"])  # the same poses, one at a time
+    dock.main([*arguments, "--name=two", "--batch_size=1"])  # the same poses, one at a time
     other = list(Chem.SDMolSupplier(str(folder / "two.sdf")))
     for a, b in zip(mols, other):
         assert abs(a.GetConformer().GetPositions() - b.GetConformer().GetPositions()).max() < 0.01
@@ -81,12 +81,12 @@ def test_docking_a_smiles(folder, capsys):
 
 def test_redocking_with_the_true_pose(folder, capsys):
     dock.main([f"--out_dir={folder}", f"--protein={PDB}", f"--truth={SDF}", "--num_samples=2", "--num_steps=2",
-               f"--save={folder}/true", "--device=cpu"])
+               "--name=true", "--device=cpu"])
     assert "RMSD" in capsys.readouterr().out and (folder / "true.png").exists()
 
 
 def test_the_table_of_a_data_set(folder, capsys):
-    dock.main([f"--out_dir={folder}", "--dataset=tiny", "--num_samples=2", "--num_steps=2", f"--save={folder}/all",
+    dock.main([f"--out_dir={folder}", "--dataset=tiny", "--num_samples=2", "--num_steps=2", "--name=all",
                "--device=cpu"])
     printed = capsys.readouterr().out
     assert all(f"\n{kind}" in printed for kind in dock.KINDS)
@@ -96,11 +96,23 @@ def test_the_table_of_a_data_set(folder, capsys):
 
 
 def test_the_toy(tmp_path, capsys):
-    toy_pocket.main([f"--out_dir={tmp_path}", "--copies=(2,)", "--steps=2", "--batch_size=2", "--num_samples=2",
-                     "--num_steps=2"])
-    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
-    assert [run["latents"] for run in runs] == [0, 1] and len(runs[1]["points_at"]) == 2
-    assert 0 <= runs[1]["bits"] <= 1 and (tmp_path / "pocket.png").exists()
+    """A table and a picture; what is measured is kept, and what is missing comes out the same."""
+    arguments = [f"--out_dir={tmp_path}", "--copies=(2,)", "--steps=2", "--batch_size=2", "--num_samples=2",
+                 "--num_steps=2"]
+    toy_pocket.main(arguments)
+    results = json.loads((tmp_path / "results.json").read_text())
+    runs, table = results["runs"], (tmp_path / "table.txt").read_text()
+    assert [run["label_size"] for run in runs] == [0, 5] and len(runs[1]["points_at"]) == 2
+    assert 0 <= runs[1]["bits"] <= 1 and (tmp_path / "pocket.png").exists() and len(table.splitlines()) == 3
+    (tmp_path / "results.json").write_text(json.dumps(results | {"runs": runs[1:]}))
+    toy_pocket.main(arguments)
+    again = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert again == [runs[1], runs[0]] and (tmp_path / "table.txt").read_text() == table
+    with pytest.raises(UserError, match="with another steps"):
+        toy_pocket.main([*arguments, "--steps=3"])
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        toy_pocket.main(arguments)
     capsys.readouterr()
 
 
@@ -108,12 +120,44 @@ def test_the_toy(tmp_path, capsys):
 # mistakes
 
 
+def test_a_damaged_data_set_that_ships_is_prepared_again(folder, monkeypatch):
+    path = folder / "datasets/docking/shipped-one.pt"
+    (folder / "docking/shipped").mkdir(parents=True)
+    (folder / "docking/shipped/one.txt").write_text("5l87")
+    (folder / "docking/shipped/5l87").symlink_to(ROOT / "docking/shipped/5l87")
+    monkeypatch.setitem(data.SHIPPED, "shipped-one", ("one.txt", 10.0, 4))
+    path.write_bytes(b"half a file")
+    names, complexes = data.load("shipped-one")
+    assert names == ["5l87"] and data.identity(complexes) == data.identity(data.load("tiny")[1][:1])
+
+
+def test_other_complexes_of_the_same_name(folder, tmp_path, monkeypatch):
+    """Prepared again with another crop, a data set is not that of stage 1."""
+    content = torch.load(folder / "datasets/docking/tiny.pt")
+    content["complexes"][0][1]["residues"][0] += 1
+    (tmp_path / "datasets/docking").mkdir(parents=True)
+    torch.save(content, tmp_path / "datasets/docking/tiny.pt")
+    monkeypatch.setattr(data, "HERE", tmp_path / "docking")
+    for script, error in ((train_prior, "not what stage 1"), (confidence, "not what stage 1")):
+        with pytest.raises(UserError, match=error):
+            script.main([f"--out_dir={folder}", "--device=cpu", "--overwrite=True"])
+    with pytest.raises(UserError, match="other complexes than tiny"):
+        train.main([f"--out_dir={folder}", *TINY])
+
+
+def test_a_crop_without_residues(folder):
+    with pytest.raises(UserError, match="can be used"):
+        data.main([f"--source={ROOT}/docking/shipped", f"--ids={folder}/ids.txt", "--name=none", "--crop=0.1"])
+
+
 @pytest.mark.parametrize("arguments, error", [
     (["--ligand=CC"], "give --protein and --ligand, or --dataset"), ([f"--protein={PDB}"], "give the ligand too"),
     ([f"--protein={SDF}", "--ligand=CC"], "has no protein"), ([f"--protein={PDB}", "--ligand=C"], "two heavy atoms"),
     ([f"--protein={PDB}", "--ligand=C1CC"], "RDKit can't read"), (["--dataset=unknown"], "no data set unknown"),
     ([f"--protein={PDB}", "--ligand=CC", f"--truth={SDF}"], "different molecules"),
-    (["--dataset=tiny", "--tau=(0.0,1.0,1.0)"], "tau must be positive")])
+    ([f"--protein={PDB}", "--truth=NCCCC(=O)O"], "has no positions"), (["--dataset=tiny", "--tau=()"], "three numbers"),
+    (["--dataset=tiny", "--tau=(0.0,1.0,1.0)"], "tau must be positive"), (["--dataset=tiny", "--name=a/b"], "folders"),
+    (["--dataset=tiny", "--psi=(0.0,0.0,1e999)"], "all finite")])
 def test_one_line_says_what_is_wrong(folder, arguments, error):
     with pytest.raises(UserError, match=error):
         dock.main([f"--out_dir={folder}", "--device=cpu", *arguments])
