@@ -9,6 +9,7 @@ datasets/docking/NAME.pt, which train.py and dock.py read by --dataset=NAME. Com
 are left out, with a line that says why.
 """
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -66,8 +67,11 @@ def prepare(folder, chosen, radius, edges, conformer_seed):
             protein, ligand = files_of(Path(folder) / one)
             try:
                 mol = read_ligand(ligand)
-            except UserError:
-                mol = read_ligand(ligand.with_suffix(".mol2"))  # PDBBind's .sdf files are not all readable
+            except UserError:  # PDBBind's .sdf files are not all readable
+                other = ligand.with_suffix(".mol2")
+                if not other.is_file():
+                    raise
+                mol = read_ligand(other)
             c = complex_of(read_protein(protein), mol, seed_of("conformer", conformer_seed) % 2 ** 31)
             read.append((one, cropped(c, radius, edges)))
         except UserError as error:
@@ -109,8 +113,9 @@ def identity(complexes):
 
 def main(argv=()):
     configure(globals(), argv)
-    require(crop >= 0 and most > 0, f"crop can't be negative, nor most 0: they are {crop} and {most}")
-    require(name and Path(name).name == name, f"--name={name} names a data set: it can't have folders")
+    require(0 <= crop < math.inf and most > 0, f"crop is 0 or more, most 1 or more: they are {crop:g} and {most}")
+    require(name and Path(name).name == name,
+            f"--name={name} is no name for a data set: it can't be empty nor have folders")
     require(name not in SHIPPED, f"--name={name} is a data set that comes with docking/: choose another")
     require(Path(source).is_dir(), f"--source={source} is no folder: it has a folder for each complex")
     listed = next((path for path in (Path(source, ids), Path(ids)) if path.is_file()), None)

@@ -289,6 +289,7 @@ def main(argv=()):
             f"copies {copies} and label_sizes {label_sizes} can't have a number twice")
     same = {name: value for name, value in config.items() if name not in FREE}
     with alone(f"{out_dir}/results"):
+        Path(out_dir).mkdir(parents=True, exist_ok=True)  # a folder that can't be written shows now
         found = read(same)
         for s in range(seed, seed + seeds):
             for n in copies:

@@ -60,7 +60,7 @@ def load_second(network, folder, name, device, stage1):
     script = {"prior": "train_prior", "confidence": "confidence"}[name]
     checkpoint = load_checkpoint(f"{folder}/{name}.pt", f"docking/{script}")
     require(checkpoint["stage1"] == weights_checksum(stage1["ema"]),
-            f"{folder}/{name}.pt belongs to another stage 1: run "
+            f"{folder}/{name}.pt belongs to another stage 1: put that one back, or run "
             f"docking/{script}.py --overwrite=True --out_dir={folder}")
     return build(network, checkpoint, device)
 
