@@ -336,8 +336,8 @@ def labels_of(z, batch):
 class DisCoDock(nn.Module):
     """Denoiser and encoder. num_latents = 0 leaves DiffDock-S.
 
-    label_size: 1 in the paper. A label is one input of many, at one node of many: a larger one is learned
-    from sooner, since Adam moves all weights alike (toy_pocket.py).
+    label_size: 1 in the paper. A label is one input of many, at one node of many; a larger one counts for more
+    there (toy_pocket.py compares).
     """
 
     def __init__(self, num_latents=2, scalars=24, vectors=6, layers=5, encoder_vectors=4, encoder_layers=3,
