@@ -162,8 +162,9 @@ def open_log(run, what):
     seen = run.step * run.config["batch_size"]
     if seen >= run.config["total_images"]:
         if run.master:
+            total = next(name for name in run.config if name.startswith("total_"))  # docking's counts poses
             print(f"{run.path} is finished: it has seen {seen:,} {what}. "
-                  "A larger --total_images continues it, --overwrite=True starts anew")
+                  f"A larger --{total} continues it, --overwrite=True starts anew")
         return
     if run.master:
         write_log(run.log, read_log(run.log, seen) if run.step else [], mode="w")
