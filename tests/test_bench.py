@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,16 +58,24 @@ def test_a_row_of_each_kind(tmp_path, monkeypatch):
     plain = bench.measure(str(config), "cpu", 4, 1, False)
     assert plain["gflop_training"] < row["gflop_training"] and plain["gflop_evaluation"] < row["gflop_evaluation"]
     assert "training_x_edm" not in plain
-    codes = config.read_text().replace("num_latents = 0", "num_latents = 3")
-    for others in ("continuous = True\nkld_weight = 1.0\n", 'prior = "ar"\n'):
-        config.write_text(codes + others)
-        assert bench.measure(str(config), "cpu", 4, 1, False)["training_x_edm"] > 0
     (tmp_path / "tiny_prior.py").write_text("layers = 1\ndim = 16\nheads = 2\n")
     (tmp_path / "restart_tiny.py").write_text("num_steps = 3\nrestarts = ((3, 1, 1.0, 20.0),)\n")
     prior, restart = (bench.measure(str(tmp_path / f"{name}.py"), "cpu", 2, 1, False) for name in ("tiny_prior", "restart_tiny"))
     assert prior["images_per_second"] > 0 and "training_x_edm" not in prior
     assert "images_per_second" not in restart
     assert len(bench.line_of(row)) == len(bench.line_of(prior)) == len(bench.line_of(restart))
+
+
+def test_continuous_latents_and_a_prior_trained_along(tmp_path):
+    """And plain EDM beside these."""
+    config = tmp_path / "tiny.py"
+    codes = Path(tiny_config(config)).read_text()
+    for others in ("continuous = True\nkld_weight = 1.0\n", 'prior = "ar"\n'):
+        config.write_text(codes + others)
+        run, functions, _ = bench.stage1(str(config), 4, tmp_path, "cpu")
+        assert run.model.num_latents == 3 and functions["evaluation"]().shape == (4, 1, 28, 28)
+        plain, functions, _ = bench.stage1(str(config), 4, tmp_path, "cpu", *bench.PLAIN)
+        assert plain.model.num_latents == 0 and functions["gradients"]()[0] > 0
 
 
 def test_the_table_and_the_json(table):
