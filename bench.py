@@ -225,15 +225,16 @@ def measure(config, device, batch_size, rounds, profile):
             run, functions, _ = kind(config, batch, folder, device)
             for function in functions.values():
                 function()
-            memory = peak_memory(place)
+            memory, settings = peak_memory(place), {}
             if kind is stage1 and run.model.num_latents:
-                _, plain, _ = stage1(config, batch, folder, device, *PLAIN)
-                functions |= {f"plain {name}": function for name, function in plain.items()}
+                settings["edm"] = PLAIN
             if kind is stage1 and place.type == "cuda":
-                _, plain, _ = stage1(config, batch, folder, device, *PLAIN, *FP16)
-                functions |= {f"fp16 {name}": function for name, function in plain.items()}
-            for function in functions.values():
-                function()
+                settings["fp16"] = (*PLAIN, *FP16)
+            for other, changed in settings.items():
+                _, plain, _ = stage1(config, batch, folder, device, *changed)
+                functions |= {f"{other} {name}": function for name, function in plain.items()}
+                for function in plain.values():
+                    function()
             return functions, memory
 
         if not batch_size:
@@ -253,14 +254,11 @@ def measure(config, device, batch_size, rounds, profile):
             row |= dict(images_per_second=batch / statistics.median(step), gflop_training=flops["gradients"] / 1e9,
                         mfu_training=statistics.median(flops["gradients"] * batch / step / peak),
                         update_share=statistics.median(times["update"] / step), peak_gb=memory / 2 ** 30)
-        if "plain evaluation" in times:
-            plain_step = np.array(times["plain gradients"]) + times["plain update"]
-            row |= dict(training_x_edm=statistics.median(step / plain_step),
-                        evaluation_x_edm=statistics.median(evaluation / times["plain evaluation"]))
-        if "fp16 evaluation" in times:
-            fp16_step = np.array(times["fp16 gradients"]) + times["fp16 update"]
-            row |= dict(training_x_fp16=statistics.median(step / fp16_step),
-                        evaluation_x_fp16=statistics.median(evaluation / times["fp16 evaluation"]))
+        for other in ("edm", "fp16"):
+            if f"{other} evaluation" in times:
+                of_other = np.array(times[f"{other} gradients"]) + times[f"{other} update"]
+                row |= {f"training_x_{other}": statistics.median(step / of_other),
+                        f"evaluation_x_{other}": statistics.median(evaluation / times[f"{other} evaluation"])}
         if profile:
             row["most_expensive"] = most_expensive(functions, place)
     return row

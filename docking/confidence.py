@@ -26,7 +26,7 @@ from docking.complexes import gather, rmsd
 from docking.model import Confidence
 from docking.trained import begin, complexes_of, like_model, load_stage1
 from noise import seed_of
-from processes import barrier, max_over_processes
+from processes import barrier
 from run import progress, running
 
 # run
@@ -52,8 +52,6 @@ lr = 1e-3
 # reports
 log_every = 500
 save_every = 2_000
-
-FREE = ("out_dir", "overwrite", "change", "device", "total_poses", "total_images", "log_every", "save_every")
 
 
 def dock_all(run):
@@ -94,6 +92,11 @@ def gradients(run, step):
     return loss.detach(), ((logits > 0) == (target > 0.5)).float().mean()
 
 
+def update(run, step):
+    """`trained.update`, without an average. -> gradient norm"""
+    return trained.update(run, step, 10.0, 0.0)
+
+
 def setup(config):
     """Poses, the network, and perhaps a checkpoint to continue -> run, as in training.py of the repository"""
     require_numbers(config, or_zero=("seed", "dropout"))
@@ -113,7 +116,7 @@ def setup(config):
     run.model = Confidence(**run.model_args).to(run.device)
     run.ema = copy.deepcopy(run.model).eval().requires_grad_(False)
     run.optimizer = torch.optim.Adam(run.model.parameters(), lr=lr, fused=True)
-    training.resume_run(run, FREE, ("lr",), prepare=like_model(run))
+    training.resume_run(run, trained.FREE, ("lr",), prepare=like_model(run))
     run.forward = training.distributed(run, run.model)
     return run
 
@@ -127,30 +130,10 @@ def report(run, seen, bar):
 def main(argv=()):
     config = configure(globals(), argv)
     with running(f"{out_dir}/confidence") as signals:
-        train(setup(config), signals)
-
-
-def train(run, signals):
-    """Cross-entropy, over and over, until total_poses are seen or a signal comes."""
-    stopped, seen = 0, run.step * batch_size
-    if run.master:
-        print(f"{torch.cat(run.success).mean():.0%} of {len(run.pairs)} poses are within {close:g} Angstrom")
-        training.open_log(run, "poses")
-    bar = progress(total=total_poses, initial=seen, unit="pose", disable=not run.master, mininterval=1)
-    run.model.train()
-    while seen < total_poses and not stopped:
-        measured = gradients(run, run.step)
-        norm = trained.update(run, run.step, 10.0, 0.0)  # no average
-        training.add_up(run, norm, *measured)
-        run.step, seen = run.step + 1, seen + batch_size
-        bar.update(batch_size)
-        if training.due(log_every, seen, run.config):
-            report(run, seen, bar)
-        stopped = max_over_processes(max(signals, default=0))
-        if run.master and (training.due(save_every, seen, run.config) or stopped):
-            training.save(run)
-    bar.close()
-    training.finish(run, stopped, "poses")
+        run = setup(config)
+        if run.master:
+            print(f"{torch.cat(run.success).mean():.0%} of {len(run.pairs)} poses are within {close:g} Angstrom")
+        trained.train(run, signals, gradients, update, report, "poses")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,12 @@ def draw_ligand(axes, complex_, pos, plane, carbon=CARBON, width=2.0):
     axes.scatter(flat, [carbon if n == 6 else ELEMENTS.get(n, (0, 0, 0)) for n in numbers], 1.3 * width)
 
 
+def ring(axes, node, plane, colour, radius, width):
+    """A ring around a node's position (3,)."""
+    (x, y), = axes.at(node[None].numpy() @ plane)
+    axes.draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=width)
+
+
 def draw_poses(path, complex_, panels, reach=9.0):
     """One panel for each (title, poses (N, L, 3), codes (m,) or ()); all in the same view, in Angstrom.
 
@@ -54,9 +60,9 @@ def draw_poses(path, complex_, panels, reach=9.0):
         draw_ligand(axes, complex_, poses[0], plane)
         nodes = torch.cat([poses[0], complex_.rec_pos.float()])
         for i, code in enumerate(codes):
-            (x, y), = axes.at(nodes[code:code + 1].numpy() @ plane)
-            axes.draw.ellipse((x - 18, y - 18, x + 18, y + 18), outline=tuple(COLOURS[i % 8].tolist()), width=5)
-            axes.legend.append((f"latent {i + 1}", tuple(COLOURS[i % 8].tolist())))
+            colour = tuple(COLOURS[i % 8].tolist())
+            ring(axes, nodes[code], plane, colour, 18, 5)
+            axes.legend.append((f"latent {i + 1}", colour))
         if known:
             axes.legend.append(("true pose", TRUE))
         row.append(axes)

@@ -34,7 +34,7 @@ from docking.complexes import (
 from docking.diffusion import disturb, draw, losses, sample, total
 from docking.model import DisCoDock, labels_of, straight_through
 from docking.noise import rotation_matrix, turn
-from docking.picture import draw_ligand
+from docking.picture import CARBON, RESIDUE, TRUE, draw_ligand, ring
 from model import draw_codes, gumbel_softmax
 from noise import SeededNoise, seeded_generator
 from plot import COLOURS, Axes, figure
@@ -105,7 +105,7 @@ def train(complexes, label_size, s):
         noisy, targets = disturb(chosen, [c.pos for c in chosen], draws)
         batch, given = gather(chosen), ()
         if num_latents:  # DisCoDock.forward; but the encoder sees each copy once, not once for each noisy pose
-            logits = model.encoder(gather(complexes), torch.cat([c.pos for c in complexes]))[which]
+            logits = encoded(model, complexes)[which]
             labels = labels_of(straight_through(gumbel_softmax(logits, tau, draws.gumbel)), batch)
             given = torch.where(draws.drop[batch.graph, None], 0, labels), draws.drop
         scores = model.score(batch, noisy, draws.t, *given)
@@ -118,9 +118,14 @@ def train(complexes, label_size, s):
     return model.eval().requires_grad_(False)
 
 
+def encoded(model, complexes):
+    """-> the encoder's logits (copies, m, K) of the true poses"""
+    return model.encoder(gather(complexes), torch.cat([c.pos for c in complexes]))
+
+
 def draw_from_encoder(model, complexes, noise):
     """Codes (N, m): row i is of the true pose in copy i % copies, drawn from the encoder."""
-    logits = model.encoder(gather(complexes), torch.cat([c.pos for c in complexes]))
+    logits = encoded(model, complexes)
     return draw_codes(logits[torch.arange(len(noise)) % len(complexes)], noise.gumbel(*logits.shape[1:]))
 
 
@@ -135,18 +140,16 @@ def denoiser(model, codes):
 def loss_by_time(model, complexes, s, shift=0, count=64):
     """Loss (all three kinds) at each of TIMES, with codes that the encoder gives the true copy, or with those of
     the copy `shift` places on: wrong ones."""
-    found = []
+    chosen = [complexes[i % len(complexes)] for i in range(count)]
+    draws = draw(count, len(chosen[0].rotatable), 0, 0, 0.0, seeded_generator("cpu", "loss", s))
+    codes = None
+    if model.num_latents:
+        codes = draw_from_encoder(model, complexes, SeededNoise("codes", range(count))).roll(-shift, 0)
+    batch, score, found = gather(chosen), denoiser(model, codes), []
     for t in TIMES:
-        chosen = [complexes[i % len(complexes)] for i in range(count)]
-        g = seeded_generator("cpu", "loss", s)
-        draws = draw(count, len(chosen[0].rotatable), 0, 0, 0.0, g)
         draws.t = torch.full((count,), t)
         noisy, targets = disturb(chosen, [c.pos for c in chosen], draws)
-        codes = None
-        if model.num_latents:
-            codes = draw_from_encoder(model, complexes, SeededNoise("codes", range(count))).roll(-shift, 0)
-        batch = gather(chosen)
-        scores = denoiser(model, codes)(batch, noisy, draws.t, slice(0, count))
+        scores = score(batch, noisy, draws.t, slice(0, count))
         found.append(total(losses(scores, targets, draws, batch)).item())
     return found
 
@@ -165,8 +168,7 @@ def measure(model, complexes, s):
                median=least.median().item(), loss=dict(zip(map(str, TIMES), loss_by_time(model, complexes, s))),
                poses=poses[:16].double().round(decimals=2).tolist(), codes=codes[:n].flatten().tolist())
     if model.num_latents:
-        logits = model.encoder(gather(complexes), torch.cat([c.pos for c in complexes]))[:, 0]
-        p = logits.softmax(-1)
+        p = encoded(model, complexes)[:, 0].softmax(-1)
         entropy = torch.special.entr
         row |= dict(points_at=p.argmax(-1).tolist(), probability=p.max(-1).values.tolist(),
                     bits=((entropy(p.mean(0)).sum() - entropy(p).sum(-1).mean()) / math.log(2)).item(),
@@ -212,16 +214,14 @@ def panel(row, complexes):
     c = complexes[0]
     plane = torch.eye(3)[:, :2].numpy()
     axes = Axes((-24, 24), (-24, 24), title(row["copies"], row["label_size"]), "Angstrom")
-    axes.scatter(c.rec_pos.numpy() @ plane, (190, 190, 200), 3)
+    axes.scatter(c.rec_pos.numpy() @ plane, RESIDUE, 3)
     for other in complexes:
-        draw_ligand(axes, other, other.pos, plane, (0, 150, 90), 3.0)
+        draw_ligand(axes, other, other.pos, plane, TRUE, 3.0)
     for i, pose in enumerate(row["poses"]):
-        colour = tuple(COLOURS[i % len(complexes)].tolist()) if row["codes"] else (70, 70, 70)
+        colour = tuple(COLOURS[i % len(complexes)].tolist()) if row["codes"] else CARBON
         draw_ligand(axes, c, pose, plane, colour, 0.8)
     for i, code in enumerate(row["codes"]):
-        nodes = torch.cat([complexes[i].pos, c.rec_pos])
-        (x, y), = axes.at(nodes[code:code + 1].numpy() @ plane)
-        axes.draw.ellipse((x - 12, y - 12, x + 12, y + 12), outline=tuple(COLOURS[i].tolist()), width=4)
+        ring(axes, torch.cat([complexes[i].pos, c.rec_pos])[code], plane, tuple(COLOURS[i].tolist()), 12, 4)
     return axes
 
 

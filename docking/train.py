@@ -28,8 +28,7 @@ from docking.diffusion import disturb, draw, losses, total
 from docking.model import DisCoDock
 from docking.trained import begin, like_model
 from noise import seed_of, seeded_generator
-from processes import max_over_processes
-from run import progress, running
+from run import running
 
 # run
 out_dir = "out/docking"
@@ -64,7 +63,6 @@ grad_clip = 10.0
 log_every = 2_000  # poses
 save_every = 10_000
 
-FREE = ("out_dir", "overwrite", "change", "device", "total_poses", "total_images", "log_every", "save_every")
 CHANGEABLE = ("lr", "encoder_lr", "warmup_poses", "ema_decay", "grad_clip", "null_prob", "tau", "precision",
               "loss_scale")
 
@@ -127,7 +125,7 @@ def setup(config):
     run.ema = copy.deepcopy(run.model).eval().requires_grad_(False)
     groups = [run.model.score, run.model.encoder] if num_latents else [run.model.score]
     run.optimizer = torch.optim.Adam([dict(params=part.parameters(), lr=lr) for part in groups], fused=True)
-    training.resume_run(run, FREE, CHANGEABLE, prepare=like_model(run))
+    training.resume_run(run, trained.FREE, CHANGEABLE, prepare=like_model(run))
     run.forward = training.distributed(run, run.model)
     return run
 
@@ -146,34 +144,13 @@ def report(run, seen, bar):
 def main(argv=()):
     config = configure(globals(), argv)
     with running(f"{out_dir}/stage1") as signals:
-        train(setup(config), signals)
-
-
-def train(run, signals):
-    """Alg. 1, over and over, until total_poses are seen or a signal comes."""
-    stopped, seen = 0, run.step * batch_size
-    if run.master:
-        print(f"{dataset}: {len(run.complexes)} complexes; {sum(p.numel() for p in run.parameters):,} parameters "
-              f"on {run.device}")
-        training.open_log(run, "poses")
-    bar = progress(total=total_poses, initial=seen, unit="pose", disable=not run.master, mininterval=1)
-    run.model.train()
-    while seen < total_poses and not stopped:
-        measured = gradients(run, run.step)
-        norm = update(run, run.step)
-        training.add_up(run, norm, *measured)
-        run.step, seen = run.step + 1, seen + batch_size
-        bar.update(batch_size)
-        if training.due(log_every, seen, run.config):
-            report(run, seen, bar)
-        stopped = max_over_processes(max(signals, default=0))
-        if run.master and (training.due(save_every, seen, run.config) or stopped):
-            training.save(run)
-    bar.close()
-    if run.master and seen >= total_poses:
-        print(f"{run.path} is ready; next: python docking/"
-              + ("train_prior.py" if num_latents else "dock.py") + f" --out_dir={out_dir}")
-    training.finish(run, stopped, "poses")
+        run = setup(config)
+        if run.master:
+            print(f"{dataset}: {len(run.complexes)} complexes; {sum(p.numel() for p in run.parameters):,} parameters "
+                  f"on {run.device}")
+        then = "train_prior.py" if num_latents else "dock.py"
+        trained.train(run, signals, gradients, update, report, "poses",
+                      f"{run.path} is ready; next: python docking/{then} --out_dir={out_dir}")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,7 @@ from docking.noise import rotation_matrix
 from docking.trained import begin, complexes_of, like_model, load_stage1
 from model import draw_codes
 from noise import gumbel_noise, seed_of, seeded_generator
-from processes import max_over_processes
-from run import progress, running
+from run import running
 
 # run
 out_dir = "out/docking"
@@ -53,7 +52,6 @@ ema_decay = 0.99
 log_every = 1_000
 save_every = 4_000
 
-FREE = ("out_dir", "overwrite", "change", "device", "total_poses", "total_images", "log_every", "save_every")
 CHANGEABLE = ("lr", "ema_decay", "precision", "loss_scale")
 
 
@@ -121,7 +119,7 @@ def setup(config):
     run.ema = copy.deepcopy(run.model).eval().requires_grad_(False)
     groups = [run.model.net, run.model.pointer]
     run.optimizer = torch.optim.Adam([dict(params=part.parameters(), lr=lr) for part in groups], fused=True)
-    training.resume_run(run, FREE, CHANGEABLE, prepare=like_model(run))
+    training.resume_run(run, trained.FREE, CHANGEABLE, prepare=like_model(run))
     run.forward = training.distributed(run, run.model)
     run.targets = encode(run)
     return run
@@ -136,31 +134,9 @@ def report(run, seen, bar):
 def main(argv=()):
     config = configure(globals(), argv)
     with running(f"{out_dir}/prior") as signals:
-        train(setup(config), signals)
-
-
-def train(run, signals):
-    """Alg. 2, over and over, until total_poses are seen or a signal comes."""
-    stopped, seen = 0, run.step * batch_size
-    if run.master:
-        training.open_log(run, "codes")
-    bar = progress(total=total_poses, initial=seen, unit="pose", disable=not run.master, mininterval=1)
-    run.model.train()
-    while seen < total_poses and not stopped:
-        measured = gradients(run, run.step)
-        norm = update(run, run.step)
-        training.add_up(run, norm, *measured)
-        run.step, seen = run.step + 1, seen + batch_size
-        bar.update(batch_size)
-        if training.due(log_every, seen, run.config):
-            report(run, seen, bar)
-        stopped = max_over_processes(max(signals, default=0))
-        if run.master and (training.due(save_every, seen, run.config) or stopped):
-            training.save(run)
-    bar.close()
-    if run.master and seen >= total_poses:
-        print(f"{run.path} is ready; next: python docking/dock.py --out_dir={out_dir}")
-    training.finish(run, stopped, "codes")
+        run = setup(config)
+        trained.train(run, signals, gradients, update, report, "codes",
+                      f"{run.path} is ready; next: python docking/dock.py --out_dir={out_dir}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,11 @@ from checkpoint import CHECKPOINT, load_checkpoint, weights_checksum
 from configurator import UserError, require
 from docking import data
 from docking.model import DisCoDock
+from processes import max_over_processes
+from run import progress
 
+# settings that may change when a run continues
+FREE = ("out_dir", "overwrite", "change", "device", "total_poses", "total_images", "log_every", "save_every")
 KEYS = {"config", "model_args", "step", "ema", "features", "complexes"}
 CHECKPOINT |= {"docking/train": KEYS, "docking/train_prior": KEYS | {"stage1"},
                "docking/confidence": KEYS | {"stage1"}}
@@ -73,6 +77,36 @@ def update(run, step, grad_clip, ema_decay):
     for average, buffer in zip(run.ema.buffers(), run.model.buffers()):
         average.copy_(buffer)  # the norms' statistics are averages already
     return norm
+
+
+def train(run, signals, gradients, update, report, what, then=""):
+    """Steps, over and over, until total_poses are seen or a signal comes.
+
+    gradients(run, step) leaves them in the parameters, -> what `report` needs; update(run, step) -> gradient norm;
+    report(run, seen, bar) writes a line of the log. what: the run has seen, "poses" or "codes"; then: what is printed
+    at the end.
+    """
+    count, total = run.config["batch_size"], run.config["total_poses"]
+    stopped, seen = 0, run.step * count
+    if run.master:
+        training.open_log(run, what)
+    bar = progress(total=total, initial=seen, unit="pose", disable=not run.master, mininterval=1)
+    run.model.train()
+    while seen < total and not stopped:
+        measured = gradients(run, run.step)
+        norm = update(run, run.step)
+        training.add_up(run, norm, *measured)
+        run.step, seen = run.step + 1, seen + count
+        bar.update(count)
+        if training.due(run.config["log_every"], seen, run.config):
+            report(run, seen, bar)
+        stopped = max_over_processes(max(signals, default=0))
+        if run.master and (training.due(run.config["save_every"], seen, run.config) or stopped):
+            training.save(run)
+    bar.close()
+    if run.master and then and seen >= total:
+        print(then)
+    training.finish(run, stopped, what)
 
 
 def build(network, checkpoint, device):
