@@ -328,8 +328,7 @@ def setup(config):
     require(run.model.pfgm_D == math.inf or not (S_churn or restarts or correct_steps),
             "S_churn, restarts and correct_steps add Gaussian noise, and this model's is PFGM++'s: leave them out")
     run.correct, correction = load_correction(run, stage1) if correct_with else (None, None)
-    run.vae = load_vae(stage1, device)
-    run.made = stage1.get("made")  # how the training images were made
+    run.vae, run.made = load_vae(stage1, device), stage1.get("made")  # the second: how the training images were made
     run.class_label = class_number(class_label, classes_of(stage1))
     require(run.class_label < 0 or not random_labels,
             "--class_label asks for one class, --random_labels for all: choose one")
@@ -345,6 +344,7 @@ def setup(config):
     if config["prior"] == "ar":
         require_prefix(~run.free[None])
     needs_prior = m and (not sources or run.free.any())
+    require(needs_prior or is_default(globals(), "prior"), "--prior= draws no part of these codes: leave it out")
     run.prior = load_prior(folder, config["prior"], device, stage1, checkpoint) if needs_prior else None
     # all that the images depend on: an interrupted run continues only if this is the same
     run.made_with = json.dumps({**config, "out_dir": "", "init_from": "", "checkpoint": "", "device": "",

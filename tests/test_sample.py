@@ -180,7 +180,7 @@ def test_a_device_without_float64_is_given_none(trained, samples, monkeypatch):
     run("sample.py", f"--out_dir={trained}", "--name=narrow", *SAMPLE)
     assert set(given) == {torch.float32, torch.int64} and close(load(trained, "narrow"), samples)
     run("sample.py", f"--out_dir={trained}", "--name=narrow", *SAMPLE, "--prior=sedd", "--sedd_sampler=analytic", "--sedd_steps=5", "--guidance=2")
-    run("sample.py", f"--out_dir={trained}", "--name=narrow", *SAMPLE, "--prior=sedd", "--encode=fashion-mnist-10k")
+    run("sample.py", f"--out_dir={trained}", "--name=narrow", *SAMPLE, "--encode=fashion-mnist-10k")
     assert set(given) == {torch.float32, torch.int64}
 
 
@@ -278,6 +278,7 @@ def test_images_that_are_not_finite_are_not_written(trained):
     (["--guidance=inf"], "guidance and temperature must be finite"),
     (["--num_steps=0"], "num_steps must be positive"),
     (["--sedd_steps=0"], "sedd_steps must be positive"),
+    (["--prior=sedd", "--encode=fashion-mnist-10k"], "^--prior= draws no part of these codes: leave it out$"),
     (["--prior=gpt"], "--prior is ar or sedd or rdm or diffusion, not gpt"),
     (["--prior=sedd", "--sedd_sampler=tweedie"], "--sedd_sampler is first-hitting, analytic or euler"),
     (["--prior=sedd", "--sedd_sampler=analytic", "--eta=1"], "eta is a probability below 1, not 1.0"),
