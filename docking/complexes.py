@@ -36,8 +36,9 @@ RESIDUES = ("ALA ARG ASN ASP CYS GLN GLU GLY HIS ILE LEU LYS MET PHE PRO SER THR
 
 
 def read_protein(path):
-    """-> residue types int64 (R,), indices of RESIDUES; C-alpha positions (R, 3). First model, first alternative"""
-    residues = {}  # (chain, number): type, {atom: position}
+    """-> residue types int64 (R,), indices of RESIDUES; C-alpha positions (R, 3); names, a list: "LYS A 45", by
+    the file's chain and number. First model, first alternative"""
+    residues = {}  # chain and number: type, {atom: position}
     try:
         lines = Path(path).read_text(errors="replace").splitlines()
     except OSError as error:
@@ -53,10 +54,11 @@ def read_protein(path):
                 position = [torch.nan]
             require(all(abs(x) < 1e5 for x in position), f"{path}: this line has no position: {line.rstrip()}")
             atoms.setdefault(line[12:16].strip(), position)
-    whole = [(kind, atoms["CA"]) for kind, atoms in residues.values() if len(atoms) == 3]
+    whole = [(kind, atoms["CA"], " ".join(f"{kind} {place[0]} {place[1:]}".split()))
+             for place, (kind, atoms) in residues.items() if len(atoms) == 3]
     require(whole, f"{path} has no protein: no residue with the atoms N, CA and C, in PDB format")
-    types = [RESIDUES.index(kind) if kind in RESIDUES else len(RESIDUES) - 1 for kind, _ in whole]
-    return torch.tensor(types), torch.tensor([ca for _, ca in whole])
+    types = [RESIDUES.index(kind) if kind in RESIDUES else len(RESIDUES) - 1 for kind, _, _ in whole]
+    return torch.tensor(types), torch.tensor([ca for _, ca, _ in whole]), [name for _, _, name in whole]
 
 
 def neighbours(pos, radius=15.0, most=24):
@@ -258,7 +260,7 @@ def complex_of(protein, mol, seed=0, pose=True):
 
     seed: of the conformer. Raises UserError if the true pose is not at the protein.
     """
-    residues, rec_pos = protein
+    residues, rec_pos, *_ = protein
     centre = rec_pos.mean(0)
     rec_pos = rec_pos - centre
     bonds, bond_types = bonds_of(mol)

@@ -23,7 +23,7 @@ import torch
 from checkpoint import atomic
 from configurator import configure, require, require_numbers
 from docking import data
-from docking.complexes import RESIDUES, Chem, complex_of, gather, read_ligand, read_protein, rmsd
+from docking.complexes import Chem, complex_of, gather, read_ligand, read_protein, rmsd
 from docking.diffusion import sample, uniform_rotations
 from docking.model import Confidence, Prior, labels_of
 from docking.noise import rotation_matrix
@@ -101,12 +101,12 @@ def dock(nets, c, kind, key):
     return poses, codes, confidence
 
 
-def name_of(c, code):
-    """What a code points at."""
+def name_of(c, code, residues):
+    """What a code points at. residues: their names, as from `read_protein`"""
     atoms = len(c.atoms)
     if code < atoms:
         return f"atom {code + 1} ({Chem.GetPeriodicTable().GetElementSymbol(int(c.atoms[code, 0]) + 1)})"
-    return f"residue {code - atoms + 1} in order ({RESIDUES[c.residues[code - atoms]]})"
+    return residues[code - atoms]
 
 
 class Nets:
@@ -131,7 +131,8 @@ def one_complex(nets):
     if truth and ligand:
         given, true = (Chem.MolToSmiles(m, isomericSmiles=False) for m in (read_ligand(ligand), mol))
         require(given == true, f"--ligand and --truth are different molecules: {given}, {true}")
-    c = complex_of(read_protein(protein), mol, seed, pose=bool(truth))
+    read = read_protein(protein)
+    c = complex_of(read, mol, seed, pose=bool(truth))
     kind = "prior" if nets.stage1.num_latents else "none"
     poses, codes, confidence = dock(nets, c, kind, 0)
     errors = rmsd(poses, c.pos, c.symmetries) if truth else torch.full((len(poses),), torch.nan)
@@ -143,7 +144,7 @@ def one_complex(nets):
             conf.SetPositions((pose + c.centre).double().numpy())
             copy.AddConformer(conf)
             notes = {"rank": i + 1, "confidence": f"{confidence[i]:.4f}", "RMSD": f"{errors[i]:.2f}",
-                     "codes": "; ".join(name_of(c, code) for code in codes[i].tolist() if code >= 0)}
+                     "codes": "; ".join(name_of(c, code, read[2]) for code in codes[i].tolist() if code >= 0)}
             lines = [f">  <{key}>\n{value}\n" for key, value in notes.items() if value not in ("nan", "")]
             file.write((Chem.MolToMolBlock(copy) + "\n".join(lines) + "\n$$$$\n").encode())
             print(f"{i + 1:3d}  " + "  ".join(f"{key} {value}" for key, value in notes.items()

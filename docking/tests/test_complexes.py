@@ -21,7 +21,8 @@ def files(name):
 
 def test_features_and_edges_of_the_release():
     protein, ligand = files("5l87")
-    residues, rec_pos = read_protein(protein)
+    residues, rec_pos, names = read_protein(protein)
+    assert names[:2] == ["SER A 5", "GLU A 6"] and len(names) == len(residues)
     mol = read_ligand(ligand)
     bonds, types = bonds_of(mol)
     assert torch.equal(residues, REF["0_rec_x"].long())
@@ -104,7 +105,7 @@ def test_files_that_make_no_sense(tmp_path):
 
 
 def test_a_ligand_far_from_the_protein():
-    residues, rec_pos = read_protein(files("5l87")[0])
+    residues, rec_pos, _ = read_protein(files("5l87")[0])
     with pytest.raises(UserError, match="Angstrom apart"):
         complex_of((residues, rec_pos + 100), read_ligand(files("5l87")[1]))
 
@@ -113,10 +114,13 @@ def test_alternative_positions_and_models(tmp_path):
     line = "ATOM      1 {:4s}{}ALA A{:4d}    {:8.3f}   0.000   0.000"
     rows = [line.format(atom, alternative, 1, x) for atom, alternative, x in (
         (" N  ", " ", 0), (" CA ", "A", 1), (" CA ", "B", 9), (" C  ", " ", 2), (" O  ", " ", 3))]
-    rows += [line.format(" CA ", " ", 2, 5), "ENDMDL"] + [line.format(a, " ", 3, 7) for a in (" N  ", " CA ", " C  ")]
+    rows += [line.format(" CA ", " ", 2, 5)]
+    rows += [line.format(a, " ", 4, 6).replace("A   4 ", "    4B") for a in (" N  ", " CA ", " C  ")]
+    rows += ["ENDMDL"] + [line.format(a, " ", 3, 7) for a in (" N  ", " CA ", " C  ")]
     (tmp_path / "x.pdb").write_text("\n".join(rows))
-    residues, pos = read_protein(tmp_path / "x.pdb")
-    assert residues.tolist() == [0] and pos.tolist() == [[1, 0, 0]]  # residue 2 lacks N and C
+    residues, pos, names = read_protein(tmp_path / "x.pdb")
+    assert residues.tolist() == [0, 0] and pos[:, 0].tolist() == [1, 6]  # residue 2 lacks N and C
+    assert names == ["ALA A 1", "ALA 4B"]  # the second has no chain
 
 
 def test_conformers_depend_on_the_seed_alone():

@@ -11,7 +11,7 @@ import torch
 import docking.tests.published  # noqa: F401  # skips where RDKit is missing
 from configurator import UserError
 from docking import confidence, data, dock, toy_pocket, train, train_prior
-from docking.complexes import Chem
+from docking.complexes import Chem, read_protein
 
 ROOT = Path(train.__file__).resolve().parent.parent
 TINY = ["--device=cpu", "--dataset=tiny", "--scalars=4", "--vectors=2", "--encoder_vectors=2", "--total_poses=16",
@@ -72,6 +72,8 @@ def test_docking_a_smiles(folder, capsys):
     assert [mol.GetProp("rank") for mol in mols] == ["1", "2", "3"] and mols[0].GetNumAtoms() == 7
     sure = [float(mol.GetProp("confidence")) for mol in mols]
     assert sure == sorted(sure, reverse=True) and mols[0].GetProp("codes").count(";") == 1
+    names = {f"atom {i + 1} ({element})" for i, element in enumerate("NCCCCOO")} | {*read_protein(PDB)[2]}
+    assert {name for mol in mols for name in mol.GetProp("codes").split("; ")} <= names
     dock.main([*arguments, "--name=two", "--batch_size=1"])  # the same poses, one at a time
     other = list(Chem.SDMolSupplier(str(folder / "two.sdf")))
     for a, b in zip(mols, other):
