@@ -10,7 +10,7 @@ that generalises draws samples at such distances. One that memorises draws sampl
 of them are nearer than the nearest 5 % of the held-out images. (The classifier has not seen the first 500 held-out
 images either.)
 
-Two sets of copies show how sharp the test is: training images with noise, and shifted by a pixel. Where
+Two sets of copies show how sharp the test is: training images with noise (of 8 in 255), and shifted by a pixel. Where
 few of these are too near, copies among the samples would be missed as well.
 
 Prints a table, and writes it to out_dir/neighbours.txt. In out_dir/neighbours.png each image is above its nearest
@@ -41,7 +41,7 @@ shown = 12  # pairs in each line of the picture
 batch_size = 500
 device = "auto"
 
-HELD_OUT, NOISED, SHIFTED = "held-out images", "training images, noised by 8 in 255", "training images, shifted"
+HELD_OUT, NOISED, SHIFTED = "held-out images", "training images, noised", "training images, shifted"
 
 
 def embeddings(dataset, place):
