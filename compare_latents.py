@@ -145,19 +145,19 @@ def table(found):
 
 
 def draw(found):
-    """-> the picture: FD of each arm; the priors' training and held-out curves (first seed), thin and thick"""
+    """-> the picture: FD of each arm and seed; the priors' training and held-out curves (first seed), thin and thick"""
     numbers = {arm: i for i, arm in enumerate(found, 1)}
 
-    def panel(title, name, x, y):
+    def panel(title, name, x, y, width=440, **settings):
         room = max(y) + 0.12 * len(found) * (max(y) - min(y) or 1)  # for the legend
-        return Axes((min(x), max(x)), (0.95 * min(y), room), title, name, size=(440, 380))
+        return Axes((min(x), max(x)), (0.95 * min(y), room), title, name, size=(width, 380), **settings)
 
-    points = {column: [(numbers[arm], np.mean([row[column] for row in rows])) for arm, rows in found.items()
-                       if column in rows[0]] for column in ("oracle", "drawn")}
-    axes = [panel("FD", ", ".join(f"{i}: {arm}" for arm, i in numbers.items()), (0.5, len(numbers) + 0.5),
-                  [value for of_column in points.values() for _, value in of_column])]
-    for (column, of_column), colour in zip(points.items(), COLOURS):
-        axes[0].line(np.array(of_column).reshape(-1, 2), colour, dots=True, label=column)
+    points = {column: [(numbers[arm], row[column]) for arm, rows in found.items() for row in rows if column in row]
+              for column in ("oracle", "drawn")}
+    every = [value for of_column in points.values() for _, value in of_column]
+    axes = [panel("FD of each seed", "", (0.5, len(numbers) + 0.5), every, 80 * len(numbers), names=[*found])]
+    for (column, of_column), colour, aside in zip(points.items(), COLOURS, (-0.1, 0.1)):
+        axes[0].scatter(np.array(of_column).reshape(-1, 2) + (aside, 0), colour, 4, label=column)
     for unit in ("bits", "loss"):
         logs = {arm: np.array(rows[0]["log"]) for arm, rows in found.items() if rows[0].get("unit") == unit}
         if logs:

@@ -37,11 +37,12 @@ def ticks(low, high, log=False):
 
 
 class Axes:
-    """One plot. Limits are (low, high); what lies outside is cut off. size: of the frame, in pixels."""
+    """One plot. Limits are (low, high); what lies outside is cut off. size: of the frame, in pixels. names: of
+    x = 1, 2, ..., in place of numbers."""
 
-    def __init__(self, xlim, ylim, title="", xlabel="", ylabel="", log_x=False, log_y=False, size=(320, 320)):
+    def __init__(self, xlim, ylim, title="", xlabel="", ylabel="", log_x=False, log_y=False, size=(320, 320), names=()):
         self.limits, self.logs = (xlim, ylim), (log_x, log_y)
-        self.title, self.labels = title, (xlabel, ylabel)
+        self.title, self.labels, self.names = title, (xlabel, ylabel), names
         self.inside = Image.new("RGB", tuple(SCALE * s for s in size), "white")
         self.draw = ImageDraw.Draw(self.inside)
         self.legend = []
@@ -56,11 +57,13 @@ class Axes:
             pixels.append(np.clip((values - low) / (high - low), -9, 9) * size)
         return np.stack([pixels[0], self.inside.height - pixels[1]], axis=1)
 
-    def scatter(self, points, colours, radius=1.2):
-        """points: (N, 2); colours: one (R, G, B), or (N, 3)."""
+    def scatter(self, points, colours, radius=1.2, label=""):
+        """points: (N, 2); colours: one (R, G, B), or (N, 3). label: of one colour"""
         r = SCALE * radius
         for (x, y), colour in zip(self.at(points), np.broadcast_to(colours, (len(points), 3))):
             self.draw.ellipse((x - r, y - r, x + r, y + r), tuple(colour))
+        if label:
+            self.legend.append((label, tuple(colours)))
 
     def line(self, points, colour, width=2.0, dots=False, label=""):
         """A line through points (N, 2); dots: a circle at each point."""
@@ -90,7 +93,8 @@ class Axes:
         draw.text((left + width / 2, top / 2), self.title, "black", font, "mm")
         draw.text((left + width / 2, top + height + bottom - 4), self.labels[0], "black", font, "md")
         for axis in (0, 1):
-            for value, text in ticks(*self.limits[axis], self.logs[axis]):
+            named = enumerate(self.names, 1) if self.names and axis == 0 else None
+            for value, text in named or ticks(*self.limits[axis], self.logs[axis]):
                 x, y = self.at(np.array([[value, value]]))[0] + (left, top)
                 if axis == 0:
                     draw.line((x, top + height, x, top + height + 5 * SCALE), "black", SCALE)
