@@ -93,8 +93,8 @@ class Axes:
         draw.text((left + width / 2, top / 2), self.title, "black", font, "mm")
         draw.text((left + width / 2, top + height + bottom - 4), self.labels[0], "black", font, "md")
         for axis in (0, 1):
-            named = enumerate(self.names, 1) if self.names and axis == 0 else None
-            for value, text in named or ticks(*self.limits[axis], self.logs[axis]):
+            named = self.names and axis == 0
+            for value, text in enumerate(self.names, 1) if named else ticks(*self.limits[axis], self.logs[axis]):
                 x, y = self.at(np.array([[value, value]]))[0] + (left, top)
                 if axis == 0:
                     draw.line((x, top + height, x, top + height + 5 * SCALE), "black", SCALE)

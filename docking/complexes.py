@@ -57,8 +57,9 @@ def read_protein(path):
     whole = [(kind, atoms["CA"], " ".join(f"{kind} {place[0]} {place[1:]}".split()))
              for place, (kind, atoms) in residues.items() if len(atoms) == 3]
     require(whole, f"{path} has no protein: no residue with the atoms N, CA and C, in PDB format")
-    types = [RESIDUES.index(kind) if kind in RESIDUES else len(RESIDUES) - 1 for kind, _, _ in whole]
-    return torch.tensor(types), torch.tensor([ca for _, ca, _ in whole]), [name for _, _, name in whole]
+    kinds, alphas, names = zip(*whole)
+    types = [RESIDUES.index(kind) if kind in RESIDUES else len(RESIDUES) - 1 for kind in kinds]
+    return torch.tensor(types), torch.tensor(alphas), list(names)
 
 
 def neighbours(pos, radius=15.0, most=24):

@@ -119,7 +119,7 @@ def test_alternative_positions_and_models(tmp_path):
     rows += ["ENDMDL"] + [line.format(a, " ", 3, 7) for a in (" N  ", " CA ", " C  ")]
     (tmp_path / "x.pdb").write_text("\n".join(rows))
     residues, pos, names = read_protein(tmp_path / "x.pdb")
-    assert residues.tolist() == [0, 0] and pos[:, 0].tolist() == [1, 6]  # residue 2 lacks N and C
+    assert residues.tolist() == [0, 0] and pos.tolist() == [[1, 0, 0], [6, 0, 0]]  # residue 2 lacks N and C
     assert names == ["ALA A 1", "ALA 4B"]  # the second has no chain
 
 
