@@ -6,6 +6,7 @@ stdin: arguments (of Python: a script, or -m and a module, then the rest), cwd, 
 where stdout, stderr, pid and finally exitcode go. A script ends as it does elsewhere: sys.excepthook,
 atexit and the interpreter's own end take place.
 """
+import contextlib
 import gc
 import json
 import os
@@ -27,11 +28,10 @@ def write(path, number):
 
 
 def note_exit_codes(*_):
-    while folders:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if not pid:
-            break
-        write(f"{folders.pop(pid)}/exitcode", os.waitstatus_to_exitcode(status))
+    """A signal's handler: the next signal may come at any line of it, and then all of it runs, inside, first."""
+    with contextlib.suppress(ChildProcessError):  # no process is left
+        while (child := os.waitpid(-1, os.WNOHANG)) != (0, 0):
+            write(f"{folders.pop(child[0])}/exitcode", os.waitstatus_to_exitcode(child[1]))
 
 
 gc.collect()
