@@ -3,7 +3,8 @@ Do codes help other processes than EDM? PFGM++, flow matching and VDM++'s weight
 
     python compare_processes.py                                     # two seeds, all arms
     python compare_processes.py --seeds="(0,)" --arms=edm,flow      # a part of it, for a first look, or side by side
-    python compare_processes.py --seeds="(0,)" --base_images=10_000 --total_images=5_000 --num_images=500
+    python compare_processes.py --stage1_config=config/finetune.py --base_images=100_000 --total_images=50_000 \
+        --num_images=2_000 --num_held_out=256 --num_steps="(3,5,9,18)" --out_dir=out/compare-processes-long
 
 For each seed and arm, as in compare_models.py: a plain model trains on base_images. From there two models see
 total_images more, in the same order: the plain one, trained on, and one that gets codes and a prior. All have the same
@@ -38,11 +39,12 @@ from plot import COLOURS, Axes, figure
 out_dir = "out/compare-processes"
 arms = "edm,pfgm512,pfgm32,flow,edm12,monotonic"
 seeds = (0, 1)
-base_images = 50_000  # that the plain model trains on, from which the others start
-total_images = 25_000  # that each of these trains on, from there
-num_images = 2_000  # samples measured in each row
-num_steps = (3, 5, 9, 18)  # of Heun's method: 5, 9, 17 and 35 evaluations
-stage1_config = "config/finetune.py"  # a config file for train_stage1.py, of all models
+base_images = 24_000  # that the plain model trains on, from which the others start
+total_images = 12_000  # that each of these trains on, from there
+num_images = 1_000  # samples measured in each row
+num_held_out = 64  # images whose trajectories and losses are measured: parts of 32, two or more
+num_steps = (3, 5, 18)  # of Heun's method: 5, 9 and 35 evaluations
+stage1_config = "config/processes.py"  # a config file for train_stage1.py, of all models
 prior_config = ""  # a config file for train_prior.py
 
 ARMS = {  # name: title, settings of train_stage1.py. An image has 784 dimensions; D / 784 is as in PFGM++'s on CIFAR-10
@@ -91,7 +93,8 @@ def measure(arm, folders, dataset):
     checkpoints = {model: [*folder.glob("*.pt")] for model, folder in folders.items()}
     trajectories, found = folders["codes"] / "trajectories.json", {}
     if not done(trajectories, *(path for paths in checkpoints.values() for path in paths)):
-        run("trajectories.py", f"--runs={','.join(map(str, folders.values()))}", f"--out_dir={folders['codes']}")
+        run("trajectories.py", f"--runs={','.join(map(str, folders.values()))}", f"--num_images={num_held_out}",
+            f"--out_dir={folders['codes']}")
     of_arms = json.loads(trajectories.read_text())
     for model, folder in folders.items():
         of_model = of_arms[f"{folder}" + ", oracle codes" * (model != "plain")]
@@ -170,6 +173,8 @@ def main(argv=()):
     require_seeds(seeds)
     require(min(base_images, total_images) > 0 and num_images >= 10, f"base_images {base_images} and total_images "
             f"{total_images} must be positive, num_images {num_images} 10 or more")
+    require(num_held_out >= 64 and num_held_out % 32 == 0,
+            f"num_held_out {num_held_out} must be two parts or more, of 32 images each")
     require(num_steps and 0 < min(num_steps), f"num_steps are positive, not {num_steps}")
     measured = {}
     for arm in names:

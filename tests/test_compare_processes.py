@@ -57,17 +57,18 @@ def test_what_is_run(commands, tmp_path):
     assert len(compare_processes.ARMS) == 6
     bases, models = 6 * 2, (6 * 2 + 2) * 2
     assert scripts_in(commands) == {"train_stage1.py": bases + models, "train_prior.py": models - 6 * 2, "trajectories.py": 12,
-                                    "sample.py": (models + 2 * 2) * 4, "eval_fid.py": (models + 2 * 2) * 4}
+                                    "sample.py": (models + 2 * 2) * 3, "eval_fid.py": (models + 2 * 2) * 3}
+    assert {s["num_images"] for script, s in commands if script == "trajectories.py"} == {"64"}
     trained = {settings["out_dir"][len(str(tmp_path)) + 1:]: settings for script, settings in commands if script == "train_stage1.py"}
-    of_flow = [trained[f"flow-{name}-seed1"] for name in ("base-50000", "plain-50000+25000", "codes-50000+25000")]
+    of_flow = [trained[f"flow-{name}-seed1"] for name in ("base-24000", "plain-24000+12000", "codes-24000+12000")]
     assert [s["process"] for s in of_flow] == ["flow"] * 3 and [s.get("num_latents") for s in of_flow] == ["0", "0", None]
-    assert [s["seed"] for s in of_flow] == ["1", "1001", "1001"] and {s["init_from"] for s in of_flow[1:]} == {f"{tmp_path}/flow-base-50000-seed1"}
+    assert [s["seed"] for s in of_flow] == ["1", "1001", "1001"] and {s["init_from"] for s in of_flow[1:]} == {f"{tmp_path}/flow-base-24000-seed1"}
     for one, other, cause in (("edm-attended", "edm-null", {"null_token": "True"}),
                               *((f"edm12-{model}", f"monotonic-{model}", {"weighting": "edm-monotonic"}) for model in ("plain", "codes"))):
-        a, b = ({k: v for k, v in trained[f"{name}-50000+25000-seed0"].items() if k not in ("out_dir", "init_from")} for name in (one, other))
+        a, b = ({k: v for k, v in trained[f"{name}-24000+12000-seed0"].items() if k not in ("out_dir", "init_from")} for name in (one, other))
         assert b == a | cause and a != b  # one cause for each difference
-    assert trained["edm-null-50000+25000-seed0"]["latents_to_emb"] == "False"
-    assert {trained[f"{arm}-base-50000-seed0"].get("P_mean") for arm in ("edm12", "monotonic")} == {"-1.2"}
+    assert trained["edm-null-24000+12000-seed0"]["latents_to_emb"] == "False"
+    assert {trained[f"{arm}-base-24000-seed0"].get("P_mean") for arm in ("edm12", "monotonic")} == {"-1.2"}
     commands.clear()
     compare_processes.main(["--arms=edm, flow,edm12,edm,pfgm32,pfgm512,monotonic"])  # the scripts that train see themselves that they are done
     assert scripts_in(commands) == {"train_stage1.py": bases + models, "train_prior.py": models - 6 * 2}
@@ -76,8 +77,8 @@ def test_what_is_run(commands, tmp_path):
 def test_the_tables_and_the_picture(commands, tmp_path):
     compare_processes.main(["--arms=edm,flow"])
     lines = (tmp_path / "compare_processes.txt").read_text().splitlines()
-    assert lines[0].startswith("set: 50,000 training images, then 25,000 more of each model, 2,000 samples per number, seeds (0, 1)")
-    assert lines[2].startswith("FD-classifier: ") and lines[3].split() == ["5", "9", "17", "35"]
+    assert lines[0].startswith("set: 24,000 training images, then 12,000 more of each model, 1,000 samples per number, seeds (0, 1)")
+    assert lines[2].startswith("FD-classifier: ") and lines[3].split() == ["5", "9", "35"]
     rows = [line[:44].strip() for line in lines[4:16]]
     assert rows == ["EDM                     plain", "EDM                     codes", "ratio to plain", "EDM                     attended codes",
                     "ratio to plain", "EDM                     with a null token", "ratio to plain", "flow matching           plain", "flow matching           codes", "ratio to plain",
@@ -93,7 +94,7 @@ def test_the_tables_and_the_picture(commands, tmp_path):
 
 @pytest.mark.parametrize("argument, message", [
     ("--arms=edm,ddpm", "--arms are some of edm,pfgm512,pfgm32,flow,edm12,monotonic, not ddpm"), ("--seeds=()", "seeds takes different"),
-    ("--base_images=0", "must be positive"), ("--num_images=9", "10 or more"), ("--num_steps=(0,)", "num_steps are positive")])
+    ("--base_images=0", "must be positive"), ("--num_images=9", "10 or more"), ("--num_held_out=63", "two parts or more, of 32"), ("--num_held_out=32", "two parts or more, of 32"), ("--num_steps=(0,)", "num_steps are positive")])
 def test_mistakes_are_told(argument, message):
     with pytest.raises(UserError, match=message):
         run("compare_processes.py", argument)
