@@ -129,14 +129,14 @@ def rows_of(measured, key):
 def table(measured, key, note):
     """-> lines: for each model a row, with its mean over seeds at each level, and below it the ratios for each seed"""
     rows, levels = rows_of(measured, key)
-    lines = ["", f"{key}: {note}", f"{'':44}" + "".join(f"{level:18g}" for level in levels)]
+    lines = ["", f"{key}: {note}", f"{'':44}" + "".join(f"  {level:16g}" for level in levels)]
     for title, model, values, ratios in rows:
-        spread = [f" +- {statistics.stdev(v):.2g}" if len(v) > 1 else "" for v in values.T.tolist()]
-        cells = [f"{mean:.4g}{of_level}" for mean, of_level in zip(values.mean(0), spread)]
-        lines.append(f"{title:24}{MODELS[model][0]:20}" + "".join(f"{cell:>18}" for cell in cells))
+        spread = [f" +- {statistics.stdev(v):.1g}" if len(v) > 1 else "" for v in values.T.tolist()]
+        cells = [f"{mean:.3g}{of_level}" for mean, of_level in zip(values.mean(0), spread)]
+        lines.append(f"{title:24}{MODELS[model][0]:20}" + "".join(f"  {cell:>16}" for cell in cells))
         if model != "plain":
             cells = [" ".join(f"{ratio:.3f}" for ratio in of_level) for of_level in ratios.T]
-            lines.append(f"{'':24}{'  ratio to plain':20}" + "".join(f"{cell:>18}" for cell in cells))
+            lines.append(f"{'':24}{'  ratio to plain':20}" + "".join(f"  {cell:>16}" for cell in cells))
     return lines
 
 

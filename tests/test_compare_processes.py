@@ -83,8 +83,8 @@ def test_the_tables_and_the_picture(commands, tmp_path):
     assert rows == ["EDM                     plain", "EDM                     codes", "ratio to plain", "EDM                     attended codes",
                     "ratio to plain", "EDM                     with a null token", "ratio to plain", "flow matching           plain", "flow matching           codes", "ratio to plain",
                     "flow matching, its ODE  plain", "flow matching, its ODE  codes"]
-    assert lines[4].split()[-3:] == "0.5556 +- 0".split() and lines[5].split()[-3:] == "0.3056 +- 0.039".split()
-    assert lines[6].split()[-2:] == ["0.500", "0.600"] and lines[15].split()[-3:] == "0.6111 +- 0.079".split()
+    assert lines[4].split()[-3:] == "0.556 +- 0".split() and lines[5].split()[-3:] == "0.306 +- 0.04".split()
+    assert lines[6].split()[-2:] == ["0.500", "0.600"] and lines[15].split()[-3:] == "0.611 +- 0.08".split()
     assert lines[16].split()[-2:] == ["0.500", "0.600"]  # to plain, by the same ODE
     loss = next(i for i, line in enumerate(lines) if line.startswith("loss: "))
     assert lines[loss + 1].split() == ["0.1", "1", "10"] and lines[loss + 4].split()[-2:] == ["0.091", "0.091"]
