@@ -144,13 +144,16 @@ def draw(measured):
     """-> the picture: FD-classifier without codes and with them; below, ratios of FD-classifier and of the loss"""
     (samples, nfe), (losses, sigmas) = (rows_of(measured, key) for key in ("FD-classifier", "loss"))
 
+    names = [*dict.fromkeys(title for title, *_ in losses)]  # an arm has one colour in all panels
+
     def panel(title, name, x, rows, log_y):
         x, low = np.array(x), min(y.min() for _, y in rows)
-        high = max(y.max() for _, y in rows)
-        limits = (low / 1.2, high * (high / low) ** 0.5 * 1.2) if log_y else (0, 1.6 * high)  # with room for the legend
+        high, room = max(y.max() for _, y in rows), 1 / (1 - 0.06 * len(rows))  # for the legend
+        limits = (low / 1.2, low * (high / low) ** room * 1.2) if log_y else (0, 1.05 * room * high)
         axes = Axes((min(x) / 1.2, max(x) * 1.2), limits, title, name, log_x=True, log_y=log_y, size=(420, 340))
-        for i, (label, y) in enumerate(rows):
-            axes.line(np.stack([x, y], 1), COLOURS[i % 8], 2, dots=True, label=label)
+        order = [*dict.fromkeys([*names, *(label for label, _ in rows)])]
+        for label, y in rows:
+            axes.line(np.stack([x, y], 1), COLOURS[order.index(label) % 8], 2, dots=True, label=label)
         return axes
 
     def of_model(rows, model, ratio):
