@@ -147,7 +147,7 @@ def test_training_sees_codes_that_are_relaxed_by_tau():
     D, logits = model(y, noise, torch.ones(2), None, gumbel, None, 2.0)
     weights = (logits / 2).exp() * (gumbel / 2).exp()
     z = weights / weights.sum(2, keepdim=True)
-    assert (D - model.denoise(y + noise, torch.ones(2), None, model.condition(z))).abs().max() < 1e-5
+    assert (D - model.denoise(y + noise, torch.ones(2), None, model.condition(z))).abs().max() < 1e-4
     assert (D - model(y, noise, torch.ones(2), None, gumbel)[0]).abs().max() > 1e-3  # tau = 1
 
 
@@ -229,6 +229,6 @@ def test_codes_of_a_frozen_encoder_are_certain(g):
     noise, sigma = torch.randn(y.shape, generator=g), torch.ones(32)
     D, logits = model(y, noise, sigma, None, gumbel)
     given, none = model(y, noise, sigma, z=codes)
-    assert none is None and torch.equal(logits.exp(), F.one_hot(codes, 5).float()) and (D - given).abs().max() < 1e-5
+    assert none is None and torch.equal(logits.exp(), F.one_hot(codes, 5).float()) and (D - given).abs().max() < 1e-4
     given.sum().backward()
     assert all(p.grad is None for p in model.encoder.parameters()) and model.latents.table.grad.any()
