@@ -91,10 +91,10 @@ def measure(arm, folders, dataset):
     -> {(measure, ode, model): {evaluations or noise level: value}}
     """
     checkpoints = {model: [*folder.glob("*.pt")] for model, folder in folders.items()}
-    trajectories, found = folders["codes"] / "trajectories.json", {}
+    trajectories, found = folders["codes"] / f"trajectories-{num_held_out}" / "trajectories.json", {}
     if not done(trajectories, *(path for paths in checkpoints.values() for path in paths)):
         run("trajectories.py", f"--runs={','.join(map(str, folders.values()))}", f"--num_images={num_held_out}",
-            f"--out_dir={folders['codes']}")
+            f"--out_dir={trajectories.parent}")
     of_arms = json.loads(trajectories.read_text())
     for model, folder in folders.items():
         of_model = of_arms[f"{folder}" + ", oracle codes" * (model != "plain")]
@@ -143,8 +143,7 @@ def table(measured, key, note):
 def draw(measured):
     """-> the picture: FD-classifier without codes and with them; below, ratios of FD-classifier and of the loss"""
     (samples, nfe), (losses, sigmas) = (rows_of(measured, key) for key in ("FD-classifier", "loss"))
-
-    names = [*dict.fromkeys(title for title, *_ in losses)]  # an arm has one colour in all panels
+    names = [title for title, *_ in losses]  # an arm has one colour in all panels
 
     def panel(title, name, x, rows, log_y):
         x, low = np.array(x), min(y.min() for _, y in rows)

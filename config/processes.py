@@ -1,5 +1,5 @@
 """The networks of compare_processes.py, which trains twenty of them for a seed: those of finetune.py with half the
-channels, from half the images in the encoder's first phase, in batches half as large.
+channels, in batches half as large, and with 40,000 images in the encoder's first phase, as by default.
 
     python compare_processes.py
 """

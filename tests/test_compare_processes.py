@@ -52,7 +52,7 @@ def commands(tmp_path, monkeypatch):
     return commands
 
 
-def test_what_is_run(commands, tmp_path):
+def test_what_is_run(commands, tmp_path, monkeypatch):
     compare_processes.main()
     assert len(compare_processes.ARMS) == 6
     bases, models = 6 * 2, (6 * 2 + 2) * 2
@@ -72,6 +72,10 @@ def test_what_is_run(commands, tmp_path):
     commands.clear()
     compare_processes.main(["--arms=edm, flow,edm12,edm,pfgm32,pfgm512,monotonic"])  # the scripts that train see themselves that they are done
     assert scripts_in(commands) == {"train_stage1.py": bases + models, "train_prior.py": models - 6 * 2}
+    commands.clear()
+    monkeypatch.setattr(compare_processes, "num_held_out", 96)
+    compare_processes.main(["--arms=flow"])  # other images: measured anew
+    assert [s["num_images"] for script, s in commands if script == "trajectories.py"] == ["96"] * 2
 
 
 def test_the_tables_and_the_picture(commands, tmp_path):
