@@ -53,6 +53,11 @@ def product_widths(widths):
     return s + v, s + v + w, v + w + p, w + p
 
 
+def take(x, rows):
+    """x[rows], with a gradient that several threads of a CPU sum in the same order each time."""
+    return x.index_select(0, rows)
+
+
 def mean_at(receivers, x, count):
     """Mean of the rows of x (E, ...) with the same receiver. -> (count, ...)"""
     total = x.new_zeros(count, *x.shape[1:]).index_add_(0, receivers, x)
@@ -116,7 +121,7 @@ class Convolution(nn.Module):
         """
         receivers, senders = edges
         weights = torch.cat([net(x) for net, x in zip(self.weights, features)]).split(self.sizes, 1)
-        messages = product([x[senders] for x in nodes], direction)
+        messages = product([take(x, senders) for x in nodes], direction)
         out = []
         for i, (x, weight) in enumerate(zip(messages, weights)):
             if self.channelwise:
@@ -217,16 +222,17 @@ class Network(nn.Module):
         # cross edges keep their direction, from atom to residue, also where the residue receives
         direction, distance = along(every, torch.cat([ligand, cross, batch.rec_edges + n, cross], 1))
         of_ligand, of_cross, of_protein, _ = (
-            torch.cat([time[a], smear(d, stop), labels[a] * inside, labels[b] * inside], 1)
+            torch.cat([time[a], smear(d, stop), take(labels, a) * inside, take(labels, b) * inside], 1)
             for a, b, d, stop, inside in zip(*(x.split(parts) for x in (*edges, distance)),
                                              (5, self.reach, 30, self.reach), (1, 0, 1, 0)))  # none on cross edges
-        of_cross = self.cross_edge(of_cross) + null[4, cross[0]]
-        features = [self.ligand_edge(torch.cat([bond, of_ligand], 1)) + null[2, ligand[0]], of_cross,
-                    self.protein_edge(of_protein) + null[3, edges[0].split(parts)[2]], of_cross]
+        of_cross = self.cross_edge(of_cross) + take(null[4], cross[0])
+        features = [self.ligand_edge(torch.cat([bond, of_ligand], 1)) + take(null[2], ligand[0]), of_cross,
+                    self.protein_edge(of_protein) + take(null[3], edges[0].split(parts)[2]), of_cross]
 
         for layer in self.layers:
             s = nodes[0][:, :self.scalars]
-            with_ends = [torch.cat([x, s[a], s[b]], 1) for x, a, b in zip(features, *(x.split(parts) for x in edges))]
+            with_ends = [torch.cat([x, take(s, a), take(s, b)], 1)
+                         for x, a, b in zip(features, *(x.split(parts) for x in edges))]
             new = layer(nodes, edges, direction, with_ends, len(s))
             nodes = [x + F.pad(old, (0, 0) * (x.ndim - 2) + (0, x.shape[1] - old.shape[1]))
                      for x, old in zip(new, nodes)]
@@ -278,13 +284,13 @@ class Score(nn.Module):
         near = pairs_within((pos[u] + pos[v]) / 2, pos, graph[u], graph, pos.new_full((batch.size,), 5.0))
         bond, atom = near
         vector = pos[atom] - (pos[u] + pos[v])[bond] / 2
-        features = torch.cat([self.torsion_edge(smear(vector.norm(dim=1), 5)), nodes[0][atom],
-                              (nodes[0][u] + nodes[0][v])[bond]], 1)
+        features = torch.cat([self.torsion_edge(smear(vector.norm(dim=1), 5)), take(nodes[0], atom),
+                              take(take(nodes[0], u) + take(nodes[0], v), bond)], 1)
         e, b = F.normalize(vector, dim=1), F.normalize(pos[v] - pos[u], dim=1)[bond]
         q = math.sqrt(1.5) * (3 * b * (b * e).sum(1, keepdim=True) - e)  # direction times the bond's quadrupole
         weights = self.torsion_weights(features).unflatten(1, (2, nodes[1].shape[1], -1)).unbind(1)
         scalars, pseudo = (
-            mean_at(bond, torch.einsum("evi,ei,evo->eo", x[atom], q, weight) / math.sqrt(3 * x.shape[1]), len(u))
+            mean_at(bond, torch.einsum("evi,ei,evo->eo", take(x, atom), q, weight) / math.sqrt(3 * x.shape[1]), len(u))
             for x, weight in zip(nodes[1:3], weights))
         no_vectors = pos.new_zeros(len(u), 0, 3)
         scalars, _, _, pseudo = self.torsion_norm((scalars, no_vectors, no_vectors, pseudo))
@@ -330,7 +336,7 @@ def labels_of(z, batch):
     """Codes, int64 (B, m), -1 for none, or one-hot (B, m, K) -> labels of nodes (N, m)"""
     if z.ndim == 2:
         return (z[batch.graph] == batch.rank[:, None]).float()
-    return z[batch.graph, :, batch.rank]
+    return take(z.transpose(1, 2).flatten(0, 1), batch.graph * batch.most + batch.rank)
 
 
 class DisCoDock(nn.Module):

@@ -114,6 +114,21 @@ def test_encoder_and_prior_of_the_release(model):
 SMALL = dict(scalars=8, vectors=3, layers=4, encoder_vectors=2, encoder_layers=3, dropout=0.0)
 
 
+def test_no_gradient_is_summed_in_an_order_that_threads_choose():
+    batch, pos = published_batch()
+    g = torch.Generator().manual_seed(0)
+    gumbel, drop = torch.rand(2, 2, batch.most, generator=g), torch.zeros(2, dtype=torch.bool)
+    *scores, _ = DisCoDock(**SMALL)(batch, pos, torch.tensor([0.85, 0.1]), pos, gumbel, drop)
+    nodes, seen = [sum(x.sum() for x in scores).grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    names = {type(node).__name__ for node in seen}
+    assert "IndexSelectBackward0" in names and "IndexBackward0" not in names
+
+
 @pytest.mark.parametrize("channelwise", (False, True))
 def test_rotated_poses_have_rotated_scores(channelwise):
     torch.manual_seed(0)
