@@ -67,7 +67,7 @@ class CoarseDenoiser(nn.Module):
         z = torch.einsum("bmk,mkd->bd", z, self.codebook)
         z = torch.where(drop[:, None], self.null, z)
         if self.classes is not None:
-            z = z + torch.where(labels[:, None] < 0, 0, self.classes[labels])
+            z = z + torch.where(labels[:, None] < 0, 0, F.embedding(labels.clamp(min=0), self.classes))
         x, sd = self.averaged(y) + noise, self.sigma_data
         total = (sigma ** 2 + sd ** 2).sqrt()
         F_x = self.mlp(torch.cat([x / total, sigma.log() / 4, z], dim=1)).float()

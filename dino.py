@@ -80,7 +80,7 @@ def koleo(x):
     B is 2 or more. -> a scalar"""
     x = F.normalize(x.float(), dim=-1, eps=1e-8)
     nearest = (x @ x.mT).fill_diagonal_(-1).argmax(1)
-    return -(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).log().mean()
+    return -(F.pairwise_distance(x, x.index_select(0, nearest), eps=1e-8) + 1e-8).log().mean()
 
 
 # ----------------------------------------------------------------------------------------------------

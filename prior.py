@@ -30,7 +30,7 @@ def class_rows(table, labels, batch):
     """
     if labels is None or len(table) == 1:
         labels = torch.full((batch,), -1, device=table.device)
-    return table[labels]
+    return F.embedding(labels.where(labels >= 0, len(table) - 1), table)
 
 
 def with_given(x, given, codebook_size):
@@ -83,7 +83,7 @@ class Prior(nn.Module):
 
     def embed(self, codes):
         """Codes (B, n), or relaxed or one-hot ones, float (B, n, k) -> their embeddings (B, n, dim)"""
-        return codes @ self.codebook if codes.is_floating_point() else self.codebook[codes]
+        return codes @ self.codebook if codes.is_floating_point() else F.embedding(codes, self.codebook)
 
     def forward(self, codes, labels=None):
         """-> logits (B, m, k); row i sees only the codes before i"""
@@ -133,5 +133,5 @@ class Prior(nn.Module):
             logits = float32(self.head, self.norm(x))[:, 0]  # (B, k)
             drawn = draw_codes(logits, temperature * gumbel[:, i])  # = logits / T + gumbel
             codes.append(torch.where(given[:, i] < 0, drawn, given[:, i]))
-            x = self.codebook[codes[-1]][:, None]
+            x = self.embed(codes[-1])[:, None]
         return torch.stack(codes, dim=1).to(home)

@@ -179,7 +179,7 @@ class SEDD(nn.Module):
 
         x: (B, m) int64, mask = k; t: (B,) in (0, 1]; labels: (B,), -1 for none
         """
-        logits = self.transformed(self.codebook[x], t, labels)
+        logits = self.transformed(F.embedding(x, self.codebook), t, labels)
         sigma = log_linear(t.float())[0][:, None, None]
         log_score = F.pad(logits - torch.expm1(sigma).log() - math.log(self.codebook_size), (0, 1))
         return log_score.scatter(2, x[..., None], 0)  # the score of the present token is 1

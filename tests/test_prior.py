@@ -10,6 +10,7 @@ from configurator import UserError
 from model import draw_codes
 from noise import gumbel_noise, seeded_generator
 from prior import Prior, with_given
+from sedd import SEDD
 
 
 def random_prior(label_dim=2):
@@ -31,6 +32,26 @@ def test_prior_is_causal_and_sees_the_class():
         assert changed.tolist() == [j > i for j in range(3)]
     assert ((prior(z, c + 1) - base).abs().amax(dim=(0, 2)) > 1e-4).all()
     assert ((prior(z, c - 1) - base).abs().amax(dim=(0, 2)) > 1e-4).all()  # -1: no class
+
+
+@pytest.mark.parametrize("kind", (Prior, SEDD))
+def test_two_threads_sum_a_gradient_in_the_same_order_each_time(kind):
+    """The rows of a table have many terms each. The gradient of table[codes] has several values."""
+    torch.manual_seed(0)
+    prior = kind(num_latents=32, codebook_size=8, label_dim=10, layers=1, dim=64, heads=2)
+    for p in prior.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    g, found = seeded_generator("cpu", "test", 1), set()
+    z, c = torch.randint(8, (512, 32), generator=g), torch.randint(-1, 10, (512,), generator=g)
+    t, u = 1 - torch.rand(512, generator=g), torch.rand(512, 32, generator=g)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    for _ in range(8):
+        prior.zero_grad()
+        prior.loss(z, c, t, u).mean().backward()
+        found.add(b"".join(p.grad.numpy().tobytes() for p in prior.parameters()))
+    torch.set_num_threads(threads)
+    assert len(found) == 1
 
 
 def given(gumbel):
