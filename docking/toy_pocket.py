@@ -96,7 +96,7 @@ def train(complexes, label_size, s):
     groups = [dict(params=model.score.parameters(), lr=lr)]
     if num_latents:
         groups.append(dict(params=model.encoder.parameters(), lr=encoder_lr))
-    optimizer = torch.optim.Adam(groups)
+    optimizer = torch.optim.Adam(groups, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in progress(range(steps), desc=title(len(complexes), label_size), leave=False):
         which = torch.randint(len(complexes), (batch_size,), generator=g)
