@@ -2,7 +2,7 @@
 
     python train_encoder.py
     python train_stage1.py config/pretrained_dlc.py
-    python train_prior.py config/dlc_sedd_prior.py --dim=120 --out_dir=out/pretrained-dlc    # six megabytes in all
+    python train_prior.py config/dlc_sedd_prior.py --dim=120 --out_dir=out/pretrained-dlc
     python -c "import trained; trained.ship('out/pretrained-dlc', 'pretrained-dlc')"
 """
 out_dir = "out/pretrained-dlc"

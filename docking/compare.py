@@ -32,9 +32,9 @@ from plot import COLOURS, Axes, figure
 out_dir = "out/compare-docking"
 dataset = "shipped"
 seed = 0
-total_poses = 40_000  # that each model trains on
-prior_poses = 8_000
-confidence_poses = 4_000
+total_poses = 16_000  # that each model trains on
+prior_poses = 4_000
+confidence_poses = 2_000
 num_samples = 10  # poses of each complex
 num_steps = 20
 
@@ -62,7 +62,8 @@ def main(argv=()):
     config = configure(globals(), argv)
     require_numbers(config, or_zero=("seed",))
     found = {model: docked(model) for model in ("plain", "disco")}
-    axes = Axes((0, 20), (0, 1), f"poses of {dataset}", "RMSD, Angstrom", "share below", size=(480, 320))
+    limits = (0, 20), (0, 1.4)  # the legend is above 1
+    axes = Axes(*limits, f"poses of {dataset}", "RMSD, Angstrom", "share below", size=(480, 320))
     lines = [f"{dataset}: {len(found['plain']['none'])} complexes, {total_poses:,} training poses of each model, "
              f"{num_samples} poses per complex and row, seed {seed}", "", f"{'':38}{HEAD}"]
     for i, (title, (model, kind)) in enumerate(ROWS.items()):

@@ -158,7 +158,7 @@ def test_a_page_begins_with_its_command(page):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.name)
 def test_config_files_fit_their_script(path):
-    kinds = {"encoder": "train_encoder.py", "llada": "train_text.py", "prior": "train_prior.py", "restart": "sample.py", "sample": "sample.py"}
+    kinds = {"encoder": "train_encoder.py", "llada": "train_text.py", "text": "train_text.py", "prior": "train_prior.py", "restart": "sample.py", "sample": "sample.py"}
     script = kinds.get(path.stem.split("_")[-1]) or \
         kinds.get(path.stem.split("_")[0].rstrip("0123456789"), "train_stage1.py")
     assert configure(settings_of(script), [str(path)])["out_dir"].startswith("out" if script == "sample.py" else "out/")

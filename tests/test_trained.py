@@ -10,7 +10,8 @@ from scripts import SAMPLE, TINY, run
 import data
 from checkpoint import weights_checksum
 from configurator import UserError
-from trained import load_prior, load_stage1, load_trained_on, prior_in, ship
+from text import padded
+from trained import load_prior, load_stage1, load_text, load_trained_on, prior_in, ship
 
 
 def test_samples_are_of_the_moving_averages(trained):
@@ -131,7 +132,8 @@ def test_what_ships_is_not_trained_on(trained, tmp_path):
 @pytest.mark.parametrize("folder, prior", [("pretrained", "ar"), ("pretrained-dlc", "sedd")])
 def test_the_shipped_models_make_pictures(tmp_path, folder, prior):
     files = list((ROOT / folder).iterdir())
-    assert sum(path.stat().st_size for path in files) < 6e6 and {"stage1.jsonl", "README.md"} < {path.name for path in files}
+    assert {"stage1.jsonl", "README.md"} < {path.name for path in files}
+    assert sum(path.stat().st_size for path in files) < 7e6
     printed = run("sample.py", f"--init_from={folder}", f"--out_dir={tmp_path}", "--num_images=4", "--num_steps=5", "--device=cpu")
     assert f"codes of the prior {prior}" in printed
     with np.load(tmp_path / "samples.npz") as f:
@@ -171,3 +173,19 @@ def test_the_shipped_model_of_discrete_latent_codes_is_what_it_was():
     null = model.condition(z, torch.ones(40, dtype=torch.bool))
     errors = [(model.denoise(x, sigma, None, code) - y).square().mean().item() for code in (model.condition(z), null)]
     assert errors == pytest.approx([0.0732, 0.1285], abs=3e-4)
+
+
+@torch.no_grad()
+def test_the_shipped_text_model_is_what_it_was():
+    """The bound on the bits of held-out images' codes, given the class, and given another."""
+    model, state = load_stage1("pretrained-dlc")
+    text, tokenizer = load_text("pretrained-dlc", "cpu", state)
+    images, labels, _, held_out = load_trained_on(state["config"], "pretrained-dlc/stage1.pt")
+    z, names = model.encoder(data.to_float(images[held_out[:40]])).argmax(2), data.class_names(state["config"]["dataset"])
+    bits = []
+    for away in (0, 5):
+        prompts = [f"a {names[(label + away) % 10].lower()}" for label in labels[held_out[:40]]]
+        captions = padded([tokenizer.encode(prompt) for prompt in prompts], text.context)
+        nats = text.nats(z, captions, torch.Generator().manual_seed(0), draws=4)
+        bits.append(nats.mean().item() / np.log(2))
+    assert [float(b) for b in bits] == pytest.approx([69.71, 88.29], rel=0.01)
