@@ -51,7 +51,7 @@ tau = (1.0, 1.0, 1.0)
 psi = (0.0, 0.0, 0.0)
 sigma_data = (0.5, 0.5, 0.5)
 
-KINDS = ("prior", "oracle", "none")  # of codes
+KINDS = {"prior": "codes of the prior", "oracle": "oracle codes", "none": "no codes"}
 
 
 def codes_of(nets, c, kind, noise):
@@ -184,7 +184,7 @@ def table(nets):
             poses, codes, _ = dock(nets, c, kind, key)
             errors, off = rmsd(poses, c.pos, c.symmetries), (poses.mean(1) - c.pos.mean(0)).norm(dim=1)
             found[kind].append(dict(id=one, rmsd=errors.tolist(), centroid=off.tolist(), codes=codes.tolist()))
-            panels.append((f"{one}: codes of {kind}", poses[:1], [code for code in codes[0].tolist() if code >= 0]))
+            panels.append((f"{one}, {KINDS[kind]}", poses[:1], [code for code in codes[0].tolist() if code >= 0]))
         draw_poses(f"{out_dir}/{name}_{one}.png", c, panels)
     print(f"{dataset}: {len(ids)} complexes, {num_samples} poses each"
           + " (no confidence model: the top pose is any)" * (not nets.confidence))

@@ -40,7 +40,7 @@ def draw_poses(path, complex_, panels, reach=9.0):
 
     The first pose of a panel is drawn in full, others thinly; what lies farther from the true pose is cut
     off. Where the true pose is known it is green, in every panel; else the first pose of all is the middle.
-    Codes are rings in the colours of their latents.
+    Codes are rings in the colours of their latents, each wider than the one before.
     """
     known = complex_.pos.isfinite().all().item()
     middle = complex_.pos if known else panels[0][1][0]
@@ -61,7 +61,7 @@ def draw_poses(path, complex_, panels, reach=9.0):
         nodes = torch.cat([poses[0], complex_.rec_pos.float()])
         for i, code in enumerate(codes):
             colour = tuple(COLOURS[i % 8].tolist())
-            ring(axes, nodes[code], plane, colour, 18, 5)
+            ring(axes, nodes[code], plane, colour, 14 + 7 * i, 5)
             axes.legend.append((f"latent {i + 1}", colour))
         if known:
             axes.legend.append(("true pose", TRUE))
