@@ -267,7 +267,7 @@ SET_B = [
           "your codes are the most likely ones: the noise is missing"),
          ("Prior.sample", "block(x, cache)", "block(x)",
           "your network sees the newest token alone: what came before is lost"),
-         ("Prior.sample", "self.codebook[codes[-1]]", "self.codebook[codes[0]]",
+         ("Prior.sample", "self.embed(codes[-1])", "self.embed(codes[0])",
           "your network is shown the first code again and again: it should get the newest"),
          ("Prior.sample", "x + self.position[i]", "x + self.position[0]",
           "your tokens all have the position 0")],
