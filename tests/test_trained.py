@@ -133,7 +133,7 @@ def test_what_ships_is_not_trained_on(trained, tmp_path):
 def test_the_shipped_models_make_pictures(tmp_path, folder, prior):
     files = list((ROOT / folder).iterdir())
     assert {"stage1.jsonl", "README.md"} < {path.name for path in files}
-    assert sum(path.stat().st_size for path in files) < 7e6
+    assert sum(path.stat().st_size for path in files if path.name != "text.pt") < 6e6
     printed = run("sample.py", f"--init_from={folder}", f"--out_dir={tmp_path}", "--num_images=4", "--num_steps=5", "--device=cpu")
     assert f"codes of the prior {prior}" in printed
     with np.load(tmp_path / "samples.npz") as f:
