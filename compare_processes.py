@@ -34,7 +34,7 @@ import numpy as np
 from checkpoint import atomic, load_checkpoint
 from compare_models import distance, done, require_seeds, run
 from configurator import configure, require
-from plot import COLOURS, Axes, figure
+from plot import COLOURS, Axes, Legend, figure
 
 out_dir = "out/compare-processes"
 arms = "edm,pfgm512,pfgm32,flow,edm12,monotonic"
@@ -141,30 +141,40 @@ def table(measured, key, note):
 
 
 def draw(measured):
-    """-> the picture: FD-classifier without codes and with them; below, ratios of FD-classifier and of the loss"""
-    (samples, nfe), (losses, sigmas) = (rows_of(measured, key) for key in ("FD-classifier", "loss"))
-    names = [title for title, *_ in losses]  # an arm has one colour in all panels
+    """-> the picture: FD-classifier, plain and with codes; below, ratios to plain, of FD-classifier and of the loss
 
-    def panel(title, name, x, rows, log_y):
-        x, low = np.array(x), min(y.min() for _, y in rows)
-        high, room = max(y.max() for _, y in rows), 1 / (1 - 0.06 * len(rows))  # for the legend
-        limits = (low / 1.2, low * (high / low) ** room * 1.2) if log_y else (0, 1.05 * room * high)
-        axes = Axes((min(x) / 1.2, max(x) * 1.2), limits, title, name, log_x=True, log_y=log_y, size=(420, 340))
-        order = [*dict.fromkeys([*names, *(label for label, _ in rows)])]
-        for label, y in rows:
-            axes.line(np.stack([x, y], 1), COLOURS[order.index(label) % 8], 2, dots=True, label=label)
+    Lines are means over seeds, dots are seeds.
+    """
+    def label(title, model):
+        return title if model in ("plain", "codes") else f"{title}, {MODELS[model][0]}"
+
+    (samples, nfe), (losses, sigmas) = (rows_of(measured, key) for key in ("FD-classifier", "loss"))
+    labels = dict.fromkeys(label(title, model) for title, model, *_ in samples)
+    colours = dict(zip(labels, [*COLOURS, (0, 0, 0)]))  # the same in all panels
+    plain, codes = ([(label(title, m), values) for title, m, values, _ in samples if (m == "plain") == without]
+                    for without in (True, False))
+    of_samples, of_losses = ([(label(title, m), ratios) for title, m, _, ratios in rows if m != "plain"]
+                             for rows in (samples, losses))
+
+    def panel(title, lines, like, levels=()):  # limits: of all values in `like`; levels: of noise
+        low, high = min(values.min() for _, values in like), max(values.max() for _, values in like)
+        x = np.array(levels or range(1, 1 + len(nfe)), float)
+        ends = (min(x) / 1.5, max(x) * 1.5) if levels else (0.7, len(nfe) + 0.3)
+        axes = Axes(ends, (low / 1.1, high * 1.1), title, "noise level" if levels else "evaluations",
+                    log_x=bool(levels), log_y=True, size=(420, 340), names=() if levels else [f"{n:g}" for n in nfe])
+        if lines is not plain and lines is not codes:
+            axes.line([(ends[0], 1), (ends[1], 1)], (170, 170, 170), 1)
+        for name, values in lines:
+            axes.line(np.stack([x, values.mean(0)], 1), colours[name], 2)
+            for of_seed in values:
+                axes.scatter(np.stack([x, of_seed], 1), colours[name], 2.5)
         return axes
 
-    def of_model(rows, model, ratio):
-        return [(title, (ratios if ratio else values).mean(0)) for title, m, values, ratios in rows if m == model]
-
-    pair = [(f"{title}, {MODELS[m][0]}", ratios.mean(0)) for title, m, _, ratios in losses if m in ("attended", "null")]
-    lost = of_model(losses, "codes", True) + pair
     return figure([
-        [panel("FD-classifier, plain", "evaluations", nfe, of_model(samples, "plain", False), True),
-         panel("FD-classifier, codes of the prior", "evaluations", nfe, of_model(samples, "codes", False), True)],
-        [panel("FD-classifier, codes / plain", "evaluations", nfe, of_model(samples, "codes", True), False),
-         panel("loss, own codes / plain", "noise level", sigmas, lost, False)]])
+        [panel("FD-classifier, plain", plain, plain + codes),
+         panel("FD-classifier, codes of the prior", codes, plain + codes), Legend([*colours.items()])],
+        [panel("FD-classifier, codes / plain", of_samples, of_samples),
+         panel("loss, own codes / plain", of_losses, of_losses, sigmas)]])
 
 
 def main(argv=()):
@@ -184,8 +194,9 @@ def main(argv=()):
             folders = train(arm, seed)
             dataset = load_checkpoint(folders["codes"] / "stage1.pt", "train_stage1")["config"]["dataset"]
             measured.setdefault(arm, []).append(measure(arm, folders, dataset))
-    lines = [f"{dataset}: {base_images:,} training images, then {total_images:,} more of each model, {num_images:,} "
-             f"samples per number, seeds {seeds}; +-: standard deviation",
+    lines = [f"{dataset}: {base_images:,} training images, then {total_images:,} more of each model; FD of "
+             f"{num_images:,} samples, errors and losses of {num_held_out} held-out images; +-: standard deviation over "
+             f"seeds {seeds}",
              *table(measured, "FD-classifier", "codes of the prior, by evaluations"),
              *table(measured, "sampling error", "rms to 64 steps, an image's own codes, by evaluations"),
              *table(measured, "loss", "lambda(sigma) |D - y|^2 / pixels, own codes, by noise level")]

@@ -107,15 +107,32 @@ class Axes:
             label = Image.new("RGB", (length, 18 * SCALE), "white")
             ImageDraw.Draw(label).text((0, 0), self.labels[1], "black", font)
             canvas.paste(label.rotate(90, expand=True), (0, top + (height - length) // 2))
-        for i, (label, colour) in enumerate(self.legend):
-            y = top + SCALE * (14 + 18 * i)
-            draw.line((left + 8 * SCALE, y, left + 28 * SCALE, y), colour, 3 * SCALE)
-            draw.text((left + 34 * SCALE, y), label, "black", font, "lm")
+        draw_legend(draw, self.legend, left, top)
+        return canvas.reduce(SCALE)
+
+
+def draw_legend(draw, labels, left, top):
+    """labels: [(text, colour)]"""
+    for i, (text, colour) in enumerate(labels):
+        y = top + SCALE * (14 + 18 * i)
+        draw.line((left + 8 * SCALE, y, left + 28 * SCALE, y), tuple(colour), 3 * SCALE)
+        draw.text((left + 34 * SCALE, y), text, "black", ImageFont.load_default(13 * SCALE), "lm")
+
+
+class Legend:
+    """Stands beside the Axes of a figure that share it. labels: [(text, colour)]"""
+
+    def __init__(self, labels, width=220):
+        self.labels, self.width = labels, width
+
+    def image(self):
+        canvas = Image.new("RGB", (SCALE * self.width, SCALE * (46 + 18 * len(self.labels))), "white")
+        draw_legend(ImageDraw.Draw(canvas), self.labels, 0, SCALE * 28)
         return canvas.reduce(SCALE)
 
 
 def figure(rows):
-    """Rows of Axes -> one image."""
+    """Rows of Axes, or Legend -> one image."""
     images = [[axes.image() for axes in row] for row in rows]
     heights = [max(image.height for image in row) for row in images]
     canvas = Image.new("RGB", (max(sum(image.width for image in row) for row in images), sum(heights)), "white")

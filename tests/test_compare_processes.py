@@ -81,7 +81,8 @@ def test_what_is_run(commands, tmp_path, monkeypatch):
 def test_the_tables_and_the_picture(commands, tmp_path):
     compare_processes.main(["--arms=edm,flow"])
     lines = (tmp_path / "compare_processes.txt").read_text().splitlines()
-    assert lines[0].startswith("set: 24,000 training images, then 12,000 more of each model, 1,000 samples per number, seeds (0, 1)")
+    assert lines[0] == ("set: 24,000 training images, then 12,000 more of each model; FD of 1,000 samples, errors and losses of 64 "
+                        "held-out images; +-: standard deviation over seeds (0, 1)")
     assert lines[2].startswith("FD-classifier: ") and lines[3].split() == ["5", "9", "35"]
     rows = [line[:44].strip() for line in lines[4:16]]
     assert rows == ["EDM                     plain", "EDM                     codes", "ratio to plain", "EDM                     attended codes",
