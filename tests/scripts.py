@@ -142,11 +142,12 @@ def early(test):
 
 
 def begin(tests):
-    """Before the first of these tests. If there are many, what takes seconds begins now, on another core."""
+    """Before the first of these tests. If there are many, what takes seconds begins now, on another core, unless tests
+    run on all (pytest-xdist)."""
     gc.freeze()  # PyTorch's objects stay: no need to go through them again and again
     if len(tests) > 50:
         warm()
-        for test in EARLY.keys() & tests:
+        for test in EARLY.keys() & tests if "PYTEST_XDIST_WORKER" not in os.environ else ():
             early(test)
 
 
