@@ -74,7 +74,7 @@ PRIORS = {"ar": "AR", "sedd": "SEDD"}
 
 def train(name, settings):
     """-> the folder of a trained model and its two priors"""
-    folder = f"{out_dir}/{name}-{total_images}-seed{seed}"
+    folder = f"{out_dir}/{name}-{total_images}+{prior_images}-seed{seed}"
     run("train_stage1.py", stage1_config, f"--out_dir={folder}", f"--total_images={total_images}", f"--seed={seed}",
         *settings)
     for prior in PRIORS:
@@ -185,8 +185,10 @@ def draw(folder, found, images, groups, count=2):
 
 def measure(folder, groups, place):
     """-> {title: {row: {part: [share, standard error]}}} of a model; draws its pictures"""
-    path = Path(f"{folder}/groups-{groups}-{references}x{draws}-{num_steps}-{block}.json")
-    if not done(path, Path(f"{folder}/stage1.pt"), *(Path(f"{folder}/prior_{kind}.pt") for kind in PRIORS)):
+    path = Path(f"{folder}/groups-{groups}-{references}x{draws}-{num_steps}-{block}-{shown}.json")
+    made = path, *(Path(f"{folder}/groups_{name}.png") for name in ("exchanged", "fixed"))
+    trained = Path(f"{folder}/stage1.pt"), *(Path(f"{folder}/prior_{kind}.pt") for kind in PRIORS)
+    if not all(done(file, *trained) for file in made):
         found, images = samples_of(folder, groups, place)
         draw(folder, found, images, groups)
         result = {title: {row: {part: [value.mean().item(), value.std().item() / math.sqrt(references)]

@@ -5,9 +5,13 @@ Which latents? Three questions on equal networks and images, each with its table
     python compare_latents.py --question=continuous    # codes or continuous latents (DisCo-Diff Table 3, App. G.5)
     python compare_latents.py --question=stages        # a prior trained afterwards, or along (sec. 5)
     python compare_latents.py --question=sizes --total_images=10_000 --num_images=500 --arms=8x16,32x2    # a first look
+    python compare_latents.py --question=continuous --latents=10x100 --kld_weights="(0.1, 1.0)" \
+        --stage1_config=config/imagenet64.py --total_images=2_500_000_000 --prior_config=config/imagenet64_prior.py \
+        --diffusion_images=400_000_000 --num_images=50_000 --features=inception --out_dir=out/imagenet64-latents
+                                                       # Table 3, at the paper's sizes
 
     sizes       4 x 256, 8 x 16, 16 x 4 and 32 x 2, all of 32 bits; and 8 x 4 and 8 x 64, of as many codes as 8 x 16
-    continuous  plain EDM; 8 x 16; and 8 latents of 16 numbers each, with several weights of the KL divergence
+    continuous  plain EDM; --latents, 8 x 16; and 8 latents of 16 numbers each, with several weights of the KL divergence
     stages      8 x 16 in two stages and in one; the same while the encoder goes on learning; and the joint form, with
                 several weights of the KL divergence from the prior that is trained along
 
@@ -28,6 +32,7 @@ out_dir/QUESTION.txt and .jsonl, and draws out_dir/QUESTION.png.
 
 import json
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -43,6 +48,7 @@ from plot import COLOURS, Axes, figure
 
 out_dir = "out/latents"
 question = "sizes"
+latents = "8x16"  # of the questions continuous and stages
 arms = ""  # some of a question's arms; "": all
 seeds = (0,)
 total_images = 100_000  # that stage 1 trains on, and codes that a prior of codes does
@@ -53,7 +59,7 @@ encoder_lr = 1e-4  # of an encoder that goes on learning
 num_images = 2_000  # samples measured in each number
 features = "classifier"  # for eval_fid.py; or "inception"
 stage1_config = "config/finetune.py"  # for train_stage1.py
-prior_config = ""  # for train_prior.py, of priors of codes; without batch_size
+prior_config = ""  # for train_prior.py; its batch_size is the diffusion prior's alone
 
 SIZES = ("4x256", "8x16", "16x4", "32x2", "8x4", "8x64")
 COLUMNS = ("bits", "codes used", "prior, training", "held-out", "near", "oracle", "drawn")
@@ -62,26 +68,26 @@ COLUMNS = ("bits", "codes used", "prior, training", "held-out", "near", "oracle"
 def arms_of(question):
     """-> {arm: settings of train_stage1.py}"""
     sizes = {size: ["--num_latents={}".format(size.split("x")[0]), "--codebook_size={}".format(size.split("x")[1])]
-             for size in SIZES}
-    two, moving, along = sizes["8x16"], [*sizes["8x16"], f"--encoder_lr={encoder_lr}"], ["--prior=ar"]
+             for size in (*SIZES, latents)}
+    two, moving, along = sizes[latents], [*sizes[latents], f"--encoder_lr={encoder_lr}"], ["--prior=ar"]
     along += [f"--prior_config={prior_config}"] * (prior_config != "")
     return {
-        "sizes": sizes,
-        "continuous": {"plain": ["--num_latents=0"], "8x16": two} | {
+        "sizes": {size: sizes[size] for size in SIZES},
+        "continuous": {"plain": ["--num_latents=0"], latents: two} | {
             f"kld{weight:g}": [*two, "--continuous=True", f"--kld_weight={weight}"] for weight in kld_weights},
-        "stages": {"8x16": two, "8x16-one": [*two, *along], "moving": moving, "moving-one": [*moving, *along]} | {
+        "stages": {latents: two, f"{latents}-one": [*two, *along], "moving": moving, "moving-one": [*moving, *along]} | {
             f"joint{weight:g}": [*moving, *along, f"--kld_weight={weight}"] for weight in joint_weights},
     }[question]
 
 
 def train(arm, settings, seed):
     """Trains stage 1 of an arm and seed, and its prior. -> their folder, the kind of prior, "" without latents"""
-    folder = Path(f"{out_dir}/{arm}-{total_images}-seed{seed}")
+    kind = "" if arm == "plain" else "diffusion" if "--continuous=True" in settings else "ar"
+    folder = Path(f"{out_dir}/{arm}-{total_images}{f'+{diffusion_images}' * (kind == 'diffusion')}-seed{seed}")
     same = (f"--seed={seed}", f"--out_dir={folder}")
     run("train_stage1.py", stage1_config, *settings, *same, f"--total_images={total_images}")
-    kind = "" if arm == "plain" else "diffusion" if "--continuous=True" in settings else "ar"
     if kind == "diffusion":
-        run("train_prior.py", *same, "--prior=diffusion", f"--total_images={diffusion_images}",
+        run("train_prior.py", prior_config, *same, "--prior=diffusion", f"--total_images={diffusion_images}",
             f"--log_every={-(-diffusion_images // 20)}")
     elif kind and "--prior=ar" not in settings:
         batch = load_checkpoint(folder / "stage1.pt", "train_stage1")["config"]["batch_size"]
@@ -176,6 +182,8 @@ def main(argv=()):
     require(question in ("sizes", "continuous", "stages"), f"--question is sizes, continuous or stages, not {question}")
     require_numbers(config)
     require_seeds(seeds)
+    require(re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", latents), f"--latents is a number of latents and of their values, "
+            f"such as 8x16, not {latents}")
     require(num_images >= 10, f"num_images is 10 or more, not {num_images}")
     require(features in ("classifier", "inception"), f"--features is classifier or inception, not {features}")
     require(all(0 < weight < math.inf for weight in (*kld_weights, *joint_weights)),

@@ -129,6 +129,15 @@ def distances(images):
     return of_pairs.mean(2), of_pairs.std(2) / math.sqrt(max(of_pairs.shape[2] - 1, 1))
 
 
+def largest_steps(images):
+    """Images (K, B, H, W, C) of one latent after another -> of each pair, (B,): the largest share of the way from the
+    first image to the last that one latent goes (1: it alone goes all of it), and how many latents change the image"""
+    x = images.reshape(len(images), images.shape[1], -1).astype(np.float32)
+    steps, way = np.diff(x, axis=0), x[-1] - x[0]
+    shares = (steps * way).sum(2) / np.maximum((way ** 2).sum(1), 1e-9)  # (K - 1, B): they add up to 1
+    return shares.max(0), steps.any(2).sum(0)
+
+
 def points(way, images):
     """-> how much is A's in each of the images (K, ...) of a way, from 1 to 0: of the steps, or of the latents"""
     latents = len(images) - 1
@@ -142,7 +151,11 @@ def table(found):
         lines += ["", f"{WAYS[way]:>14}{'to the image of A':>24}{'to the image of B':>24}"]
         for share, *ends in zip(points(way, images), *np.stack(distances(images), 2)):  # distance and error, to A, to B
             lines.append(f"{100 * share:12.0f} %" + "".join("{:>14.4f} +- {:.4f}".format(*end) for end in ends))
-    return lines
+    largest, changes = largest_steps(found["latents"])
+    low, median, high = np.quantile(largest, (0.1, 0.5, 0.9))
+    return [*lines, "", f"the latent that moves a pair's image most goes {median:.2f} of the way from A to B (median; "
+            f"first and last decile: {low:.2f}, {high:.2f}); {changes.mean():.1f} of {len(found['latents']) - 1} latents "
+            "change the image"]
 
 
 def draw(found):
@@ -162,6 +175,7 @@ def main(argv=()):
     config = configure(globals(), argv)
     require_numbers(config, or_zero=("seed",))
     require(all(0 <= share <= 1 for share in shares), f"shares of the steps are in 0 ... 1, not {shares}")
+    require(shown <= num_pairs, f"shown {shown} exceeds num_pairs {num_pairs}")
     _, world, place = start_processes(device)
     require(world == 1, "interpolate.py runs as one process, without torchrun")
     set_precision("fp32", place)

@@ -225,6 +225,10 @@ class SEDD(nn.Module):
         x = torch.full((len(noise), self.num_latents), self.codebook_size, device=noise.device)
         x = with_given(x, given, self.codebook_size)
         if sedd_sampler == "first-hitting":
-            return first_hitting(score, x, noise.rand, noise.gumbel)
+            # what is given unmasks first, so that times and masks go together for the rest as in training
+            u = noise.rand(self.num_latents)
+            order = (u + (x != self.codebook_size)).argsort(dim=1, descending=True)
+            u = u.scatter(1, order, u.sort(dim=1, descending=True).values)
+            return first_hitting(score, x, lambda m: u, noise.gumbel)
         probs = {"analytic": analytic_probs, "euler": euler_probs}[sedd_sampler]
         return tau_leaping(score, x, sedd_steps, noise.gumbel, probs, eta, t0, t1)

@@ -141,6 +141,10 @@ def test_a_run(grouped, tmp_path):
     before = kept.stat().st_mtime_ns
     run("compare_groups.py", f"--runs={grouped}", f"--out_dir={tmp_path}", *QUICK)
     assert kept.stat().st_mtime_ns == before
+    for missing in ("exchanged", "fixed"):
+        (grouped / f"groups_{missing}.png").unlink()
+        run("compare_groups.py", f"--runs={grouped}", f"--out_dir={tmp_path}", *QUICK)
+        assert (grouped / f"groups_{missing}.png").exists() and kept.stat().st_mtime_ns > before
 
 
 def test_samples_of_references(grouped, monkeypatch):
@@ -168,7 +172,7 @@ def test_what_is_trained(monkeypatch, tmp_path):
     monkeypatch.setattr(compare_groups, "run", lambda *command: commands.append([word for word in command if word]))
     monkeypatch.setattr(compare_groups, "out_dir", str(tmp_path))
     folders = [compare_groups.train("groups", []), compare_groups.train("together", ["--groups=0"])]
-    assert folders == [f"{tmp_path}/groups-100000-seed0", f"{tmp_path}/together-100000-seed0"]
+    assert folders == [f"{tmp_path}/groups-100000+100000-seed0", f"{tmp_path}/together-100000+100000-seed0"]
     assert [command[:2] for command in commands] == 2 * [
         ["train_stage1.py", "config/hierarchical.py"], ["train_prior.py", "--prior=ar"], ["train_prior.py", "--prior=sedd"]]
     assert commands[3][2:] == [f"--out_dir={folders[1]}", "--total_images=100000", "--seed=0", "--groups=0"]

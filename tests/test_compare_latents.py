@@ -1,6 +1,7 @@
 """Which latents: what is run, what is kept, and what the tables say."""
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def commands(tmp_path, monkeypatch):
     commands = []
 
     def fake(script, *arguments):
-        settings = dict(a[2:].split("=", 1) for a in arguments if a.startswith("--"))
+        settings = dict(a[2:].split("=", 1) if a.startswith("--") else ("config", a) for a in arguments if a)
         commands.append((script, settings))
         folder = Path(settings.get("out_dir", ""))
         if script == "train_stage1.py":
@@ -97,6 +98,19 @@ def test_continuous_latents_are_compared_with_codes(commands, tmp_path):
     rows = rows_of(tmp_path / "continuous.txt")
     assert rows["plain"] == ["-"] * 6 + ["9", "+-", "0"] and rows["kld0.1"][:4] == ["3", "+-", "0", "-"]
     assert (tmp_path / "continuous.png").stat().st_size > 1000
+    assert {Path(s["out_dir"]).name for s in priors} == {
+        f"{arm}-seed{seed}" for arm in ("8x16-100000", "kld0.1-100000+400000", "kld2-100000+400000") for seed in (0, 1)}
+
+
+def test_table_3_at_the_papers_sizes(commands, tmp_path, monkeypatch):
+    """The command of the docstring: 10 x 100, or 1,000 numbers, and one Transformer for both priors."""
+    words = shlex.split(compare_latents.__doc__.replace("\\\n", " ").split("--question=continuous")[2].split("#")[0])
+    compare_latents.main(["--question=continuous", *words, f"--out_dir={tmp_path}", "--features=classifier"])
+    stage1, priors = of_script(commands, "train_stage1.py"), of_script(commands, "train_prior.py")
+    assert [(s["num_latents"], s.get("codebook_size")) for s in stage1] == [("0", None)] + [("10", "100")] * 3
+    assert [s.get("kld_weight") for s in stage1] == [None, None, "0.1", "1.0"]
+    assert [s["prior"] for s in priors] == ["ar", "diffusion", "diffusion"]
+    assert {s["config"] for s in priors} == {"config/imagenet64_prior.py"} and {s["config"] for s in stage1} == {"config/imagenet64.py"}
 
 
 def test_stages_are_compared(commands, tmp_path):
@@ -133,6 +147,7 @@ def test_without_held_out_images_nothing_is_trained(commands, tmp_path):
 @pytest.mark.parametrize("argument, message", [
     ("--question=why", "--question is sizes, continuous or stages, not why"),
     ("--arms=8x16,9x9", "--arms of the question sizes are some of 4x256,8x16,.*, not 9x9"),
+    ("--latents=8", "--latents is a number of latents and of their values, such as 8x16, not 8"),
     ("--num_images=9", "num_images is 10 or more, not 9"), ("--seeds=()", "seeds takes different"),
     ("--total_images=0", "total_images must be positive"), ("--kld_weights=(0.1,-1)", "kld_weights and joint_weights are positive"),
     ("--joint_weights=(1.0,1e999)", "kld_weights and joint_weights are positive, and finite"),

@@ -67,6 +67,13 @@ def test_distances_to_both_ends():
     assert means == pytest.approx(np.array([[0, 0.2, 2], [2, 1.8, 0]])) and errors[:, 1] == pytest.approx([0.2, 0.2])
 
 
+def test_the_largest_steps():
+    """Of three pairs: even steps, one that goes beyond the end and back, and one latent that does all."""
+    images = np.array([[0, 0, 9], [50, 150, 9], [100, 100, 99]], np.uint8).reshape(3, 3, 1, 1, 1)
+    largest, changes = interpolate.largest_steps(images)
+    assert largest == pytest.approx([0.5, 1.5, 1]) and changes.tolist() == [2, 2, 1]
+
+
 def test_a_run(trained, tmp_path, capsys):
     """Its ends are what sample.py makes of the codes, from the same noise."""
     interpolate.main([f"--init_from={trained}", f"--out_dir={tmp_path}", *QUICK])
@@ -77,6 +84,7 @@ def test_a_run(trained, tmp_path, capsys):
     assert [(line[2], line[5]) == ("0.0000", "0.0000") for line in ends] == [False] * 4
     assert [line[2] == "0.0000" for line in ends] == [line[5] != "0.0000" for line in ends] == [True, False] * 2
     assert Image.open(tmp_path / "interpolate_switch.png").height == Image.open(tmp_path / "interpolate_latents.png").height
+    assert "of 3 latents change the image" in text.splitlines()[-1]
     assert Image.open(tmp_path / "interpolate.png").width > 800
     found, titles = interpolate.measure(torch.device("cpu"))
     images, labels, _ = data.load("fashion-mnist-10k")
@@ -93,7 +101,7 @@ def test_a_run(trained, tmp_path, capsys):
 @pytest.mark.parametrize("changes, message", [
     (["--shares=0.5,1.1"], r"shares of the steps are in 0 ... 1, not \(0.5, 1.1\)"),
     (["--shares=-0.1"], "shares of the steps are in 0 ... 1"),
-    (["--num_pairs=0"], "num_pairs must be positive"),
+    (["--shown=6"], "shown 6 exceeds num_pairs 5"), (["--num_pairs=0"], "num_pairs must be positive"),
     (["--num_pairs=6000"], "6000 pairs of images of one class are wanted"),
     (["--init_from=nowhere"], "there is no checkpoint nowhere/stage1.pt")])
 def test_mistakes_are_told(changes, message, trained, tmp_path):

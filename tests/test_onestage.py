@@ -11,6 +11,7 @@ from test_coarse import stopped, untimed
 from test_encoded import GIVEN, make_encoder
 
 import data
+import onestage
 import preview
 import training
 from checkpoint import weights_checksum
@@ -204,6 +205,22 @@ def test_the_weight_of_the_rate(tmp_path, along):
     grads = torch.autograd.grad(2 * of_images.sum(1).mean(), [*script.model.encoder.parameters()])
     for one, three, of in zip(*found, grads):
         assert torch.allclose(three - one, of, rtol=1e-3, atol=2e-3 * max(one.abs().max(), of.abs().max()))
+
+
+def test_the_codes_are_those_of_the_averaged_encoder(tmp_path, along, monkeypatch):
+    models = []
+
+    class Recorded(onestage.Encoded):
+        def __init__(self, run, model, *arguments):
+            models.append(model)
+            super().__init__(run, model, *arguments)
+
+    monkeypatch.setattr(onestage, "Encoded", Recorded)
+    run("train_stage1.py", f"--out_dir={tmp_path}", *MOVING, *along)
+    model, = models
+    of_stage_1 = checkpoint(tmp_path)
+    assert weights_checksum(model.state_dict()) == checkpoint(tmp_path, "prior_ar.pt")["encoder"]
+    assert same(of_stage_1["ema"], {**model.state_dict()}) and not same(of_stage_1["model"], of_stage_1["ema"])
 
 
 def test_two_processes_do_what_one_does(tmp_path, monkeypatch):

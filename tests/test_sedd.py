@@ -169,6 +169,21 @@ def test_what_is_given_to_the_network_stays():
         model.sample(SeededNoise("test", range(2)), c, given=given.expand(2, 3)[:, :2])
 
 
+def test_times_of_what_is_not_given_are_those_of_training():
+    """Where n of m codes are masked, the next one unmasks at the largest of n uniform times, as the mean shows; and -1 alone
+    changes nothing."""
+    model, n, seen = small_sedd(label_dim=0).eval(), 4_000, []
+    model.register_forward_pre_hook(lambda _, arguments: seen.append((arguments[0].clone(), arguments[1])))
+    given = torch.tensor([-1, 3, -1]).expand(n, -1)
+    model.sample(SeededNoise("test", range(n)), given=given)
+    masked = torch.stack([(x == 4).sum(1) for x, _ in seen]).tolist()
+    assert masked == [[2] * n, [2] * n, [1] * n]  # the first evaluation draws what is given
+    for (_, t), mean, n_masked in zip(seen[1:], (2 / 4, 1 / 4), (2, 1)):  # of the second and third largest of three
+        assert t.mean().item() == pytest.approx(mean, abs=5 * 0.25 / math.sqrt(n)), n_masked
+    free = [model.sample(SeededNoise("test", range(9)), given=given) for given in (None, torch.full((9, 3), -1))]
+    assert torch.equal(*free)
+
+
 def test_euler_and_analytic_are_one_for_the_log_linear_noise():
     n = 500
     a, b = (tau_leaping(exact_score(), all_mask(n), 20, noise(4)[1](n), **how) for how in ({}, dict(probs=euler_probs)))
@@ -292,6 +307,12 @@ def test_sedd_learns_a_known_distribution(dtype):
     assert (codes[:, 2] == c).double().mean() > 0.97
     assert (codes[:, 0] == codes[:, 1]).double().mean().item() == pytest.approx(0.9, abs=0.04)
     assert (torch.bincount(codes[:, 0], minlength=4) / 5000 - 0.25).abs().max() < 0.04
+    for known, unknown in ((0, 1), (1, 0)):  # p(the one | the other), which is 0.9 where both are the same
+        given = torch.full((5000, 3), -1)
+        given[:, known] = z[:, known]
+        codes = model.sample(SeededNoise("test", range(5000)), c, given=given)
+        assert (codes[:, known] == z[:, known]).all() and (codes[:, 2] == c).double().mean() > 0.97
+        assert (codes[:, unknown] == z[:, known]).double().mean().item() == pytest.approx(0.9, abs=0.04)
 
 
 def test_sedd_of_an_odd_width():
