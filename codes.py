@@ -24,7 +24,8 @@ def by_hand(code, model, setting="code"):
     require(reads == "codes",
             f"this model reads {reads}, not codes: they come from images, not from --{setting}=NUMBERS")
     require(len(code) == m and all(type(c) is int and -1 <= c < k for c in code),
-            f"--{setting} takes {m} numbers in 0 ... {k - 1}, not {code}")
+            f"--{setting} takes {m} numbers in 0 ... {k - 1}{', or -1: the prior draws it' * (setting == 'code')}, "
+            f"not {code}")
 
     def source(numbers, noise):
         return torch.tensor(code, device=noise.device).expand(len(numbers), -1), None

@@ -11,7 +11,8 @@ Which latents? Three questions on equal networks and images, each with its table
                                                        # Table 3, at the paper's sizes
 
     sizes       4 x 256, 8 x 16, 16 x 4 and 32 x 2, all of 32 bits; and 8 x 4 and 8 x 64, of as many codes as 8 x 16
-    continuous  plain EDM; --latents, 8 x 16; and 8 latents of 16 numbers each, with several weights of the KL divergence
+    continuous  plain EDM; codes of --latents, 8 x 16; and 8 latents of 16 numbers, with several weights of the KL
+                divergence
     stages      8 x 16 in two stages and in one; the same while the encoder goes on learning; and the joint form, with
                 several weights of the KL divergence from the prior that is trained along
 
@@ -75,7 +76,8 @@ def arms_of(question):
         "sizes": {size: sizes[size] for size in SIZES},
         "continuous": {"plain": ["--num_latents=0"], latents: two} | {
             f"kld{weight:g}": [*two, "--continuous=True", f"--kld_weight={weight}"] for weight in kld_weights},
-        "stages": {latents: two, f"{latents}-one": [*two, *along], "moving": moving, "moving-one": [*moving, *along]} | {
+        "stages": {latents: two, f"{latents}-one": [*two, *along],
+                   "moving": moving, "moving-one": [*moving, *along]} | {
             f"joint{weight:g}": [*moving, *along, f"--kld_weight={weight}"] for weight in joint_weights},
     }[question]
 

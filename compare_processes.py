@@ -195,8 +195,8 @@ def main(argv=()):
             dataset = load_checkpoint(folders["codes"] / "stage1.pt", "train_stage1")["config"]["dataset"]
             measured.setdefault(arm, []).append(measure(arm, folders, dataset))
     lines = [f"{dataset}: {base_images:,} training images, then {total_images:,} more of each model; FD of "
-             f"{num_images:,} samples, errors and losses of {num_held_out} held-out images; +-: standard deviation over "
-             f"seeds {seeds}",
+             f"{num_images:,} samples, errors and losses of {num_held_out} held-out images; "
+             f"+-: standard deviation over seeds {seeds}",
              *table(measured, "FD-classifier", "codes of the prior, by evaluations"),
              *table(measured, "sampling error", "rms to 64 steps, an image's own codes, by evaluations"),
              *table(measured, "loss", "lambda(sigma) |D - y|^2 / pixels, own codes, by noise level")]

@@ -3,9 +3,9 @@ The prior of continuous latents: EDM's diffusion, with SEDD's Transformer (DisCo
 
 It is a prior as those of prior.py, but "codes" are numbers: float (B, m, k), one token for each latent. (The paper has
 "a DiT-based DM" of its autoregressive prior's size, and says no more.) Any kld_weight brings the mean square of each
-number to 1 in the end, since the denoiser can undo a factor, and the KL divergence has its minimum there: so EDM's
-sigma_data is 1, and noise levels are twice those of pixels. Training reports the loss, of training images and of
-held-out ones: where these part, the prior overfits.
+number to 1 in the end, since the denoiser can undo a factor, and the KL divergence has its minimum there (near it after
+a short training): so EDM's sigma_data is 1, and noise levels are twice those of pixels. Training reports the loss, of
+training images and of held-out ones: where these part, the prior overfits.
 """
 
 import math

@@ -154,8 +154,8 @@ def table(found):
     largest, changes = largest_steps(found["latents"])
     low, median, high = np.quantile(largest, (0.1, 0.5, 0.9))
     return [*lines, "", f"the latent that moves a pair's image most goes {median:.2f} of the way from A to B (median; "
-            f"first and last decile: {low:.2f}, {high:.2f}); {changes.mean():.1f} of {len(found['latents']) - 1} latents "
-            "change the image"]
+            f"first and last decile: {low:.2f}, {high:.2f}); "
+            f"{changes.mean():.1f} of {len(found['latents']) - 1} latents change the image"]
 
 
 def draw(found):

@@ -108,7 +108,9 @@ def main(argv=()):
     folder = init_from or out_dir
     trained_on = load_stage1(folder)[1]["config"]
     training, _, indices, held_out = load_trained_on(trained_on, f"{folder}/stage1.pt")
-    sets = {name.strip(): data.open_images(name.strip())[0][:] for name in images.split(",")}
+    names = [*filter(None, map(str.strip, images.split(",")))]
+    require(names, "--images are files of sample.py, folders or data sets, separated by commas: it is empty")
+    sets = {name: data.open_images(name)[0][:] for name in names}
     for name, x in sets.items():
         require(x.shape[1:] == training.shape[1:],
                 f"{name} has images of {x.shape[1:]}, the data set of {training.shape[1:]}")

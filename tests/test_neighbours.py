@@ -51,6 +51,7 @@ def test_copies_are_noticed(trained, tmp_path, monkeypatch):
 @pytest.mark.parametrize("changes, message", [
     (["--images=nothing"], "there is no data set 'nothing'"),
     (["--features=vgg"], "--features is classifier or inception, not vgg"),
+    (["--images=,"], "--images are files of sample.py, folders or data sets, .* it is empty"),
     (["--shown=100"], "100 pairs are shown"),
     (["--shown=0"], "shown must be positive")])
 def test_mistakes_are_told(changes, message, trained, tmp_path):

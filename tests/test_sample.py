@@ -268,7 +268,7 @@ def test_images_that_are_not_finite_are_not_written(trained):
 @pytest.mark.parametrize("arguments, message", [
     (["--class_label=10"], "class_label 10 is out of range: this model has 10 classes, 0 ... 9"),
     (["--class_label=-2"], "out of range"),
-    (["--code=1,2"], r"--code takes 3 numbers in 0 ... 4, not \(1, 2\)"),
+    (["--code=1,2"], r"--code takes 3 numbers in 0 ... 4, or -1: the prior draws it, not \(1, 2\)"),
     (["--code=1,2,5"], "--code takes 3 numbers"),
     (["--code=1,2,x"], "code takes a tuple"),
     (["--code=1,2,3", "--encode=x.png"], "choose one"),
@@ -291,7 +291,7 @@ def test_images_that_are_not_finite_are_not_written(trained):
     (["--sedd_sampler=analytic"], "sedd_sampler is for --prior=sedd"),
     (["--eta=0.02"], "eta is for --prior=sedd"),
     (["--prior=sedd", "--temperature=0.5"], "temperature is for --prior=ar"),
-    (["--code=1,2,3,4"], r"--code takes 3 numbers in 0 ... 4, not \(1, 2, 3, 4\)"),
+    (["--code=1,2,3,4"], r"--code takes 3 numbers in 0 ... 4, or -1: the prior draws it, not \(1, 2, 3, 4\)"),
     (["--code=-1,2,-2"], "--code takes 3 numbers"),
     (["--code=-1,2,3"], "the autoregressive prior goes on from the first positions of a code"),
     (["--code=1,2,3", "--free=1"], "goes on from the first positions"),

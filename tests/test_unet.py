@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import fill
+from conftest import ROOT, fill
 
+from configurator import arguments_of, configure
 from model import DisCoDiff
-from unet import CrossAttention, edm_settings, from_edm
+from unet import CrossAttention, UNet, edm_settings, from_edm
 
 REFERENCE = Path(__file__).parent / "reference"
 SHAPES = json.loads((REFERENCE / "edm_shapes.json").read_text())
@@ -79,6 +80,16 @@ def test_a_groups_gradient_reaches_its_resolution_alone(settings):
             for tensor in condition[name]:
                 grad, = torch.autograd.grad(tensor.square().sum(), z, retain_graph=True)
                 assert [part.abs().max() > 1e-7 for part in grad.split(2, dim=1)] == [g == group for g in range(3)], name
+
+
+def test_the_configuration_of_imagenet64_in_groups():
+    """3 groups of 10, which the up-sampling blocks at 8, 16 and 32 pixels hear, and no others."""
+    import train_stage1
+    config = configure(dict(vars(train_stage1)), [str(ROOT / "config" / "imagenet64_hierarchical.py")])
+    with torch.device("meta"):
+        model = DisCoDiff(64, 3, 1000, **arguments_of(config, DisCoDiff, UNet) | dict(conditioning="attention"))
+        condition = model.condition(torch.zeros(1, 30, dtype=torch.int64))
+    assert config["groups"] == 3 and {name.split("_")[0] for name in condition} == {"dec.8x8", "dec.16x16", "dec.32x32"}
 
 
 @torch.no_grad()
