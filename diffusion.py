@@ -132,11 +132,13 @@ def noise_schedule(process, weighting, P_mean, P_std, shift, pfgm_D, sigma_data)
     each other.
     """
     require(process in PROCESSES, f"--process is one of {', '.join(PROCESSES)}, not {process}")
-    require(pfgm_D > 0, f"pfgm_D counts the additional dimensions of PFGM++: it is above 0, or inf, not {pfgm_D}")
+    require(pfgm_D >= 0.5, f"pfgm_D counts the additional dimensions of PFGM++: it is 0.5 or more, or inf, not "
+            f"{pfgm_D} (below 0.5, noise is too large for float32)")
     require(weighting in ("edm", "edm-monotonic"), f"--weighting is edm or edm-monotonic, not {weighting}")
-    require(weighting == "edm" or process != "flow" and P_std > 0,
-            "--weighting=edm-monotonic divides by the density of EDM's noise levels: it needs a P_std above 0, and "
+    require(weighting == "edm" or process != "flow", "--weighting=edm-monotonic is for EDM's noise levels: choose "
             "another --process than flow")
+    require(weighting == "edm" or P_std > 0, "--weighting=edm-monotonic divides by the density of the noise levels: it "
+            "needs a P_std above 0")
     row = PROCESSES[process]
 
     def weight(sigma):

@@ -249,9 +249,9 @@ def check(config):
             f"sigma_min and rho place EDM's noise levels: --ode={ode} has equal steps of time, down to 0")
     require(correct_with or not correct_steps and is_default(globals(), "correct_below"),
             "correct_steps and correct_below are of another model: name it by --correct_with=")
-    require(not correct_with or correct_steps >= 0 and sigma_min < correct_below < math.inf,
-            f"correct_steps {correct_steps} can't be negative, and correct_below {correct_below} must be finite, and "
-            f"above sigma_min {sigma_min}")
+    require(not correct_with or correct_steps >= 0 and sigma_min < correct_below < sigma_max,
+            f"correct_steps {correct_steps} can't be negative, and correct_below {correct_below} must be above "
+            f"sigma_min {sigma_min} and below sigma_max {sigma_max}")
     require(not correct_steps or ode == "edm" and not (restarts or S_churn),
             "--correct_steps follow Heun's method without churn, restarts or another --ode")
     require(not checkpoint or Path(checkpoint).is_file(), f"--checkpoint={checkpoint}: there is no such file")
@@ -297,7 +297,7 @@ def load_correction(run, stage1):
     """-> the model that --correct_with names, and the CRC-32 of its weights. Raises UserError if it does not fit."""
     correct, checkpoint = load_stage1(correct_with, run.device)
     here, there = (dict(images=model.x_shape, classes=model.label_dim, pfgm_D=model.pfgm_D,
-                        autoencoder=state["config"].get("vae_identity"))
+                        autoencoder=state["config"].get("vae_identity"), process=state["config"].get("process", "edm"))
                    | {f"class {i}": name for i, name in enumerate(classes_of(state))}
                    for model, state in ((run.model, stage1), (correct, checkpoint)))
     different = [f"{name} {there.get(name)} there, {here[name]} here" for name in here if there.get(name) != here[name]]

@@ -79,7 +79,7 @@ xflip = False  # mirror half of the images
 space = "pixels"  # what is denoised: "pixels", or "vae": latents, which `python data.py NAME --vae=FILE` computes
 # process
 process = "edm"  # or "pfgm++", "flow" (matching): diffusion.py has them all
-pfgm_D = 128.0  # PFGM++'s D, above 0, or inf, which is EDM
+pfgm_D = 128.0  # PFGM++'s D, 0.5 or more, or inf, which is EDM
 weighting = "edm"  # of noise levels: as the process has it; "edm-monotonic" is VDM++'s
 # denoiser
 denoiser = "unet"  # or "dit", "uvit"

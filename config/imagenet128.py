@@ -14,11 +14,14 @@ noise levels and variance are chosen here, too. Without its last two settings, i
 the paper's table says 114.
 
 Open in the paper, and chosen here: what uvit.py says; 3 blocks on each level; dropout; noise levels from a fixed
-distribution (VDM++ adapts it to the loss as training goes on); that the shift moves weights and levels alike.
+distribution (VDM++ adapts it to the loss as training goes on); that the shift moves weights and levels alike, and
+sigma_data stays 0.5; that sampling starts from 80 all the same (simple diffusion would shift this, to 160). The
+weight's plateau begins at 10.45, just above the noise level 10 at which the correction takes over.
 
-Weights, gradients, Adam and the average take 56 GB in each process: 24 bytes for each of 2.34 billion parameters, four
-of which are DDP's buckets, beside which gradients accumulate over parts of a batch. With `recompute`, an image needs
-0.15 GB more; without it, 4 GB.
+Computed, not measured: weights, gradients, Adam and the average take 56 GB in each process, 24 bytes for each of 2.34
+billion parameters, four of which are DDP's buckets, beside which gradients accumulate over parts of a batch; and
+bfloat16 copies of the weights up to 4.5 GB. With `recompute`, what one image needs more is estimated at 0.15 GB;
+without it, 4 GB. Where 80 GB are not enough there is no other way here: stage 1 has DDP, and FSDP is train_text.py's.
 """
 out_dir = "out/imagenet128"
 dataset = "imagenet128"

@@ -115,8 +115,9 @@ def test_other_processes(process, tmp_path, monkeypatch, g):
     monkeypatch.setattr(toy2d, "process", process)
     monkeypatch.setattr(toy2d, "pfgm_D", 3.0)
     monkeypatch.setattr(toy2d, "steps", 2)
-    given, forward = [], Denoiser.forward
-    monkeypatch.setattr(Denoiser, "forward", lambda self, x, t, z: given.append((x, t)) or forward(self, x, t, z))
+    given, found, forward, backward = [], [], Denoiser.forward, torch.Tensor.backward
+    monkeypatch.setattr(Denoiser, "forward", lambda self, x, t, z: given.append((x, t)) or given.append(forward(self, x, t, z)) or given[-1])
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: found.append(loss.item()) or backward(loss))
     points, of_training = torch.randn(10, 2, generator=g), seeded_generator("cpu", "train", 0)
     train(points, 0, 1, 0.2, 0, torch.empty(10, 0, dtype=torch.int64))
     y = points[torch.randint(10, (256,), generator=of_training)]
@@ -124,6 +125,8 @@ def test_other_processes(process, tmp_path, monkeypatch, g):
     t = PROCESSES[process].levels(torch.randn(256, 1, generator=of_training), (low + high) / 2, (high - low) / 4)
     noise = PROCESSES[process].kernel(BatchNoise(256, of_training), (2,), 3)
     assert torch.equal(given[0][1], t) and torch.allclose(given[0][0], y + t * noise)
+    weight = PROCESSES[process].weight(t, points.std().item())
+    assert found[0] == pytest.approx((weight * (given[1].detach() - y) ** 2).mean().item(), rel=1e-5)
 
 
 def test_curvature_in_the_coordinates_of_flow_matching(monkeypatch, g):

@@ -71,6 +71,18 @@ OTHERS = {"pfgm++": ["--process=pfgm++", "--pfgm_D=2"], "flow": ["--process=flow
           "monotonic": ["--weighting=edm-monotonic", "--shift=2"]}
 
 
+@pytest.mark.parametrize("name", ["pfgm++", "flow"])
+def test_the_encoder_learns_from_the_loss_of_the_process(name, tmp_path):
+    """Once the denoiser reads codes: a new network's last layer is zero, and so are its cross-attentions'."""
+    stage1 = Script("train_stage1.py", "default", tmp_path, "cpu", *SETTINGS, *OTHERS[name])
+    for p in stage1.model.model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    stage1.gradients(0)
+    grads = [p.grad for p in stage1.model.encoder.parameters()]
+    assert all(grad.isfinite().all() for grad in grads) and any(grad.any() for grad in grads)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_training_is_of_the_process(name, tmp_path, monkeypatch, capsys):
     """Its noise, its noise levels, and its weight, by the loss of a new network, whose D is c_skip x, or whose velocity is 0."""

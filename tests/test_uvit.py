@@ -57,6 +57,30 @@ def test_codes_enter_every_convolutional_block_and_every_third_of_the_transforme
     assert attending == {name for name in blocks if "8x8_block" in name}  # self-attention is where attn_resolutions says
 
 
+def test_dropout_acts_in_the_transformer(model):
+    stirred(model)
+    condition = model.condition(Z)
+    one, two = (model.denoise(X, SIGMA, C, condition) for _ in range(2))
+    assert not torch.equal(one, two)
+    for block in model.model.vit:
+        block.mlp[-1].p = 0
+    assert torch.equal(*(model.denoise(X, SIGMA, C, condition) for _ in range(2)))
+
+
+@torch.no_grad()
+def test_the_transformer_is_a_residual_branch(model):
+    """Where it starts, at zero, what comes down goes up."""
+    given = []
+    stirred(model).eval()
+    model.model.down.register_forward_hook(lambda *arguments: given.append(arguments[2]))
+    model.model.up.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
+    model.denoise(X, SIGMA, C, model.condition(Z))
+    torch.nn.init.zeros_(model.model.from_vit.weight)
+    torch.nn.init.zeros_(model.model.from_vit.bias)
+    model.denoise(X, SIGMA, C, model.condition(Z))
+    assert not torch.equal(*given[:2]) and torch.equal(*given[2:])
+
+
 def test_recomputed_gradients_are_the_same(model):
     """With dropout, to the bit; and little is kept for them."""
     stirred(model)
