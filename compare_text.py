@@ -183,7 +183,8 @@ def main(argv=()):
             draw(captions, *pictures)
     what = f"{dataset}: {per_prompt} samples of each of {len(list(captions.prompts()))} prompts, seeds {seeds}; +-: " \
            f"standard deviation over seeds; by a classifier that recognises {accuracy:.1%} of held-out images"
-    lines = [what, "", *table(measured), "", "bits of the codes of held-out images, at most"]
+    lines = [what, "", *table(measured), "",
+             "bits of the codes of held-out images, at most; a column for each seed; +-: standard error over images"]
     for title in bits[0]:
         of_seeds = ("{:7.2f} +- {:.2f}".format(*of_seed[title]) for of_seed in bits)
         lines.append(f"  {title:35}" + "  ".join(of_seeds))
