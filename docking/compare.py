@@ -63,7 +63,7 @@ def main(argv=()):
     require_numbers(config, or_zero=("seed",))
     found = {model: docked(model) for model in ("plain", "disco")}
     limits = (0, 20), (0, 1.4)  # the legend is above 1
-    axes = Axes(*limits, f"poses of {dataset}", "RMSD, Angstrom", "share below", size=(480, 320))
+    axes = Axes(*limits, f"all poses of {dataset}", "RMSD, Angstrom", "share of poses below", size=(480, 320))
     lines = [f"{dataset}: {len(found['plain']['none'])} complexes, {total_poses:,} training poses of each model, "
              f"{num_samples} poses per complex and row, seed {seed}", "", f"{'':38}{HEAD}"]
     for i, (title, (model, kind)) in enumerate(ROWS.items()):

@@ -34,10 +34,10 @@ from docking.complexes import (
 from docking.diffusion import disturb, draw, losses, sample, total
 from docking.model import DisCoDock, labels_of, straight_through
 from docking.noise import rotation_matrix, turn
-from docking.picture import CARBON, RESIDUE, TRUE, draw_ligand, ring
+from docking.picture import RESIDUE, draw_ligand, ring
 from model import draw_codes, gumbel_softmax
 from noise import SeededNoise, seeded_generator
-from plot import COLOURS, Axes, figure
+from plot import COLOURS, Axes, Legend, figure
 from run import alone, progress
 
 out_dir = "out/toy_pocket"
@@ -210,15 +210,15 @@ def line_of(rows, complexes):
 
 def panel(row, complexes):
     """The protein from above, the first poses in the colours of the copies that their codes were drawn for, the
-    nodes that codes point at ringed, the true poses green."""
+    nodes that codes point at ringed, the true poses black."""
     c = complexes[0]
     plane = torch.eye(3)[:, :2].numpy()
     axes = Axes((-24, 24), (-24, 24), title(row["copies"], row["label_size"]), "Angstrom")
     axes.scatter(c.rec_pos.numpy() @ plane, RESIDUE, 3)
     for other in complexes:
-        draw_ligand(axes, other, other.pos, plane, TRUE, 3.0)
+        draw_ligand(axes, other, other.pos, plane, (0, 0, 0), 3.0)
     for i, pose in enumerate(row["poses"]):
-        colour = tuple(COLOURS[i % len(complexes)].tolist()) if row["codes"] else CARBON
+        colour = tuple(COLOURS[i % len(complexes)].tolist()) if row["codes"] else (150, 150, 150)
         draw_ligand(axes, c, pose, plane, colour, 0.8)
     for i, code in enumerate(row["codes"]):
         ring(axes, torch.cat([complexes[i].pos, c.rec_pos])[code], plane, tuple(COLOURS[i].tolist()), 12, 4)
@@ -226,17 +226,18 @@ def panel(row, complexes):
 
 
 def curves(rows):
-    """Loss against time, a line for each seed; with wrong codes in a lighter colour."""
-    axes = Axes((0, 1), (0, 1.5), f"{rows[0]['copies']} copies: loss", "time t")
+    """Loss against time, a line for each seed; with wrong codes in a lighter colour. -> the plot, its legend"""
+    axes, labels = Axes((0, 1), (0, 1.5), f"{rows[0]['copies']} copies, all seeds", "time t", "loss"), {}
     for row in rows:
-        first, colour = row["seed"] == rows[0]["seed"], COLOURS[label_sizes.index(row["label_size"])]
+        colour = COLOURS[round(row["label_size"]) % 8]
         label = title(row["copies"], row["label_size"]).partition(", ")[2]
         lines = [("loss", colour, label)]
         if row["label_size"]:
             lines.append(("loss_of_wrong_codes", 255 - (255 - colour) // 3, f"{label}, wrong codes"))
         for key, shade, name in lines:
-            axes.line([(float(t), value) for t, value in row[key].items()], shade, 1.5, True, name if first else "")
-    return axes
+            axes.line([(float(t), value) for t, value in row[key].items()], shade, 1.5, True)
+            labels[name] = shade
+    return [axes, Legend([*labels.items()])]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -256,7 +257,7 @@ def write(found, same):
             of_copies += rows
         if of_copies:
             drawn = [row for row in of_copies if row["seed"] == seed]
-            pictures.append([*(panel(row, complexes) for row in drawn), curves(of_copies)])
+            pictures.append([*(panel(row, complexes) for row in drawn), *curves(of_copies)])
     results = json.dumps(dict(settings=same, runs=[*found.values()]))
     for name, text in (("table.txt", "\n".join(lines) + "\n"), ("results.json", results)):
         with atomic(f"{out_dir}/{name}") as file:

@@ -1,6 +1,7 @@
 """PDBBind with the paper's sizes (App. E.4, E.5), without language-model features.
 
     python docking/data.py --source=PDBBind --name=pdbbind --ids=timesplit_no_lig_overlap_train
+    python docking/data.py --source=PDBBind --name=pdbbind-test --ids=timesplit_test
     torchrun --nproc_per_node=2 docking/train.py docking/config/pdbbind.py
     torchrun --nproc_per_node=2 docking/train_prior.py docking/config/pdbbind_prior.py
     python docking/dock.py docking/config/pdbbind_dock.py --dataset=pdbbind-test
