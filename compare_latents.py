@@ -66,14 +66,18 @@ SIZES = ("4x256", "8x16", "16x4", "32x2", "8x4", "8x64")
 COLUMNS = ("bits", "codes used", "prior, training", "held-out", "near", "oracle", "drawn")
 
 
+def of_size(size):
+    m, k = size.split("x")
+    return [f"--num_latents={m}", f"--codebook_size={k}"]
+
+
 def arms_of(question):
     """-> {arm: settings of train_stage1.py}"""
-    sizes = {size: ["--num_latents={}".format(size.split("x")[0]), "--codebook_size={}".format(size.split("x")[1])]
-             for size in (*SIZES, latents)}
-    two, moving, along = sizes[latents], [*sizes[latents], f"--encoder_lr={encoder_lr}"], ["--prior=ar"]
+    two, along = of_size(latents), ["--prior=ar"]
+    moving = [*two, f"--encoder_lr={encoder_lr}"]
     along += [f"--prior_config={prior_config}"] * (prior_config != "")
     return {
-        "sizes": {size: sizes[size] for size in SIZES},
+        "sizes": {size: of_size(size) for size in SIZES},
         "continuous": {"plain": ["--num_latents=0"], latents: two} | {
             f"kld{weight:g}": [*two, "--continuous=True", f"--kld_weight={weight}"] for weight in kld_weights},
         "stages": {latents: two, f"{latents}-one": [*two, *along],

@@ -156,13 +156,13 @@ def draw(measured):
     of_samples, of_losses = ([(label(title, m), ratios) for title, m, _, ratios in rows if m != "plain"]
                              for rows in (samples, losses))
 
-    def panel(title, lines, like, levels=()):  # limits: of all values in `like`; levels: of noise
+    def panel(title, lines, like, levels=(), ratios=False):  # limits: of all values in `like`; levels: of noise
         low, high = min(values.min() for _, values in like), max(values.max() for _, values in like)
         x = np.array(levels or range(1, 1 + len(nfe)), float)
         ends = (min(x) / 1.5, max(x) * 1.5) if levels else (0.7, len(nfe) + 0.3)
         axes = Axes(ends, (low / 1.1, high * 1.1), title, "noise level" if levels else "evaluations",
                     log_x=bool(levels), log_y=True, size=(420, 340), names=() if levels else [f"{n:g}" for n in nfe])
-        if lines is not plain and lines is not codes:
+        if ratios:
             axes.line([(ends[0], 1), (ends[1], 1)], (170, 170, 170), 1)
         for name, values in lines:
             axes.line(np.stack([x, values.mean(0)], 1), colours[name], 2)
@@ -173,8 +173,8 @@ def draw(measured):
     return figure([
         [panel("FD-classifier, plain", plain, plain + codes),
          panel("FD-classifier, codes of the prior", codes, plain + codes), Legend([*colours.items()])],
-        [panel("FD-classifier, codes / plain", of_samples, of_samples),
-         panel("loss, own codes / plain", of_losses, of_losses, sigmas)]])
+        [panel("FD-classifier, codes / plain", of_samples, of_samples, ratios=True),
+         panel("loss, own codes / plain", of_losses, of_losses, sigmas, ratios=True)]])
 
 
 def main(argv=()):

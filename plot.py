@@ -113,10 +113,11 @@ class Axes:
 
 def draw_legend(draw, labels, left, top):
     """labels: [(text, colour)]"""
+    font = ImageFont.load_default(13 * SCALE)
     for i, (text, colour) in enumerate(labels):
         y = top + SCALE * (14 + 18 * i)
         draw.line((left + 8 * SCALE, y, left + 28 * SCALE, y), tuple(colour), 3 * SCALE)
-        draw.text((left + 34 * SCALE, y), text, "black", ImageFont.load_default(13 * SCALE), "lm")
+        draw.text((left + 34 * SCALE, y), text, "black", font, "lm")
 
 
 class Legend:

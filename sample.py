@@ -47,7 +47,7 @@ import numpy as np
 import torch
 
 import data
-from checkpoint import atomic, weights_checksum
+from checkpoint import OLDER, atomic, weights_checksum
 from codes import by_hand, composed, of_images
 from configurator import arguments_of, configure, is_default, require, say
 from diffusion import corrected, flow, heun, restart, within
@@ -297,7 +297,7 @@ def load_correction(run, stage1):
     """-> the model that --correct_with names, and the CRC-32 of its weights. Raises UserError if it does not fit."""
     correct, checkpoint = load_stage1(correct_with, run.device)
     here, there = (dict(images=model.x_shape, classes=model.label_dim, pfgm_D=model.pfgm_D,
-                        autoencoder=state["config"].get("vae_identity"), process=state["config"].get("process", "edm"))
+                        autoencoder=state["config"].get("vae_identity"), process=(OLDER | state["config"])["process"])
                    | {f"class {i}": name for i, name in enumerate(classes_of(state))}
                    for model, state in ((run.model, stage1), (correct, checkpoint)))
     different = [f"{name} {there.get(name)} there, {here[name]} here" for name in here if there.get(name) != here[name]]

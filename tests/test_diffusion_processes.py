@@ -152,8 +152,9 @@ def test_flow_equals_flow_matching(name, grid, second_order):
     steps, calls = [], []
     x = flow(lambda x, sigma: calls.append(sigma) or of_gaussians(x, sigma), FLOW["latents"] / (1 - t[0]), t, second_order, steps)
     assert difference(torch.stack(steps), FLOW[name][:-1]) < 1e-9 and len(calls) == (31 if second_order else 16)
-    assert second_order or difference(x, FLOW[name][-1]) < 1e-9
-    if second_order:  # at t = 1 the velocity is x itself: the noise before has the mean 0, whatever x is
+    if not second_order:
+        assert difference(x, FLOW[name][-1]) < 1e-9
+    else:  # at t = 1 the velocity is x itself: the noise before has the mean 0, whatever x is
         before, last = steps[-1], t[-2]
         v = (of_gaussians(before / last, (1 - last) / last) - before) / (1 - last)
         assert difference(x, before + (1 - last) * v) < 1e-9
